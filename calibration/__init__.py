@@ -1,0 +1,1 @@
+"""Measures a model on real rollouts: which attention heads are static."""

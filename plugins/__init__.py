@@ -1,0 +1,1 @@
+"""Custom operators, one folder each: specification, reference, kernel and bindings."""

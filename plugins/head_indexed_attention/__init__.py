@@ -1,0 +1,1 @@
+"""Attention in which every head has its own number of history rows."""

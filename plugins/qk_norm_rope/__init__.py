@@ -1,0 +1,1 @@
+"""RMS norm, rotary embedding and head-major layout of queries and keys in one pass."""

@@ -1,0 +1,1 @@
+"""Similarity of each segment of a frame with the frame after it."""

@@ -1,0 +1,1 @@
+"""Selection and compaction of the segments that dynamic heads keep."""

@@ -1,0 +1,1 @@
+"""The small model of moving handwritten digits: data, training and evaluation."""
