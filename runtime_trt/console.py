@@ -1,0 +1,140 @@
+"""How every command talks: messages and progress to stderr, one JSON object to stdout.
+
+It stands on the ground floor because commands live in several packages. `rich` is imported on first
+use, so that a process that only runs a bundle does not load it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+T = TypeVar("T")
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command; raise `typer.Exit(ExitCode.CHECK_FAILED)`."""
+
+    GOOD = 0
+    """It did what it was asked to."""
+    CHECK_FAILED = 1
+    """It ran, and what it checked is not within tolerance."""
+    BAD_USE = 2
+    """Wrong options, wrong files, or something missing on this machine."""
+    INTERNAL = 70
+    """A defect of the project itself; the traceback says where."""
+
+
+@cache
+def console() -> Console:
+    """Returns the console on stderr, for tables and styled text; most callers want `talk`."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def talk(message: str, *, style: str | None = None) -> None:
+    """Prints a message for the person at the terminal.
+
+    Args:
+        message: Printed as it is: brackets are not markup, and long lines are left to the terminal.
+        style: A `rich` style such as "green" or "bold red", dropped where there is no terminal.
+    """
+    console().print(message, style=style, markup=False, soft_wrap=True)
+
+
+def print_json(record: Any) -> None:
+    """Prints the one JSON object of a command that was called with `--json`.
+
+    Args:
+        record: JSON types, paths, and numpy scalars and arrays.
+
+    Raises:
+        ValueError: A number is NaN or infinite; JSON has no such number, so report it as null.
+    """
+    text = json.dumps(record, indent=2, allow_nan=False, default=_plain)
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+class Task:
+    """One bar of `progress`; every method is cheap and does nothing where no bar is shown."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, amount: float = 1) -> None:
+        """Moves the bar on."""
+        self._bars.advance(self._task, amount)
+
+    def describe(self, description: str) -> None:
+        """Replaces the text before the bar, such as the name of the graph being written."""
+        from rich.markup import escape
+
+        self._bars.update(self._task, description=escape(description))
+
+    def resize(self, total: float) -> None:
+        """Sets the amount at which the bar is full, once it is known."""
+        self._bars.update(self._task, total=total)
+
+
+@contextmanager
+def progress(description: str, total: float | None = None) -> Iterator[Task]:
+    """Shows a progress bar on stderr while the block runs; silent where stderr is no terminal.
+
+    Args:
+        description: What is being done, a few words.
+        total: Amount at which the bar is full; None shows a bar without an end.
+
+    Yields:
+        The bar, to be advanced by the block.
+    """
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    quiet = not console().is_terminal
+    with Progress(*columns, console=console(), disable=quiet) as bars:
+        yield Task(bars, bars.add_task(escape(description), total=total))
+
+
+def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+    """Iterates over `items` with a progress bar, as `progress` does.
+
+    Args:
+        items: What to iterate over; its length gives the total where it has one.
+        description: What is being done, a few words.
+        total: Number of items, for iterables without a length.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with progress(description, total) as task:
+        for item in items:
+            yield item
+            task.advance()
