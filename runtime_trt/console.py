@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cache
@@ -109,8 +109,14 @@ def progress(description: str, total: float | None = None) -> Iterator[Task]:
         The bar, to be advanced by the block.
     """
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -132,7 +138,7 @@ def track(items: Iterable[T], description: str, total: float | None = None) -> I
         description: What is being done, a few words.
         total: Number of items, for iterables without a length.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(description, total) as task:
         for item in items:

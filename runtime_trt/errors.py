@@ -43,7 +43,7 @@ class ForcingKvError(Exception):
 
 
 class InputError(ForcingKvError, ValueError):
-    """A given value is wrong: an option, a configuration key, an array's shape, dtype or content."""
+    """A given value is wrong: an option, a configuration key, or an array's shape or content."""
 
 
 class BundleError(ForcingKvError):

@@ -22,6 +22,7 @@ The layout: `demo`, `calibrate heads`, `export`, `build`, `run`, `verify`, `benc
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -56,7 +57,7 @@ GROUPS = {
 """First word of the two-word commands → what the group is for."""
 
 
-def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
+def build_app(commands: Sequence[Command]) -> typer.Typer:
     """Returns the typer application of the given commands."""
     app = _new_app(help="Compiled deployment of autoregressive video diffusion with Forcing-KV.")
     app.callback()(_root)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows `fkv`; by default the arguments of this process.
     """
     try:
-        build_app()(args=arguments, prog_name="fkv")
+        build_app(COMMANDS)(args=arguments, prog_name="fkv")
     except Exception as error:
         sys.exit(_report(error))
 
@@ -101,8 +102,10 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, ForcingKvError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        known = error.name.partition(".")[0] in EXTRA_OF_MODULE
-        return str(missing_dependency(error.name)) if known else None
+        distribution = error.name.partition(".")[0]
+        if distribution in EXTRA_OF_MODULE and importlib.util.find_spec(distribution) is None:
+            return str(missing_dependency(distribution))
+        return None
     if isinstance(error, ValueError):
         return f"{error} (FKV_DEBUG=1 shows where)"
     if isinstance(error, OSError) and error.filename is not None:
@@ -130,7 +133,9 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """The options of `fkv` itself; typer calls their callbacks."""
