@@ -1,0 +1,29 @@
+"""Who may import whom, and that the runtime stands without PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_import_contracts_are_kept(repository):
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [lint, "--no-cache", "--no-logo"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_runtime_imports_with_torch_blocked(run_blocked):
+    done = run_blocked("import forcing_kv.runtime_trt", blocked=["torch"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_runtime_loads_neither_torch_nor_an_engine(run_blocked):
+    done = run_blocked("import forcing_kv.runtime_trt; print(*sys.modules)", blocked=[])
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded.isdisjoint({"onnx", "onnxruntime", "rich", "tensorrt", "torch", "typer"})
