@@ -1,1 +1,1 @@
-"""Lean runtime: opens a bundle and generates video; needs neither torch nor the rest of the project."""
+"""Lean runtime: opens a bundle and generates video; needs neither torch nor the exporter."""
