@@ -1,0 +1,86 @@
+"""Where the candidate segments of an eviction lie: the attributes that its two operators share.
+
+The last T_d local frames of a head followed by the new chunk's F frames form a chain of T_d + F
+frames. The first F frames of the chain are candidates; candidate j is compared with frame j + 1.
+A frame is cut into P segments of T / P consecutive tokens; segment p of candidate j has the index
+j * P + p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+from forcing_kv.plugins.op_spec import Attributes, AttributeSpec
+
+
+@dataclass(frozen=True)
+class CandidateLayout:
+    """Rows of the dynamic heads' candidates in a layer's pool and in the new chunk."""
+
+    first_head: int
+    """First dynamic head; the dynamic heads are first_head .. H - 1."""
+    row_offset: int
+    """First pool row of the first dynamic head."""
+    rows_per_head: int
+    """Pool rows of each dynamic head."""
+    sink_rows: int
+    """Rows of a head that hold the sink; the candidates' local frames follow them."""
+    temporal_frames: int
+    """Local frames in the chain, T_d; 1 .. F."""
+    tokens_per_frame: int
+    """Tokens of one latent frame, T."""
+    num_segments: int
+    """Segments of a frame, P; divides T."""
+
+    @property
+    def local_rows(self) -> int:
+        """History rows of a head that belong to the chain."""
+        return self.temporal_frames * self.tokens_per_frame
+
+    @property
+    def segment_tokens(self) -> int:
+        """Tokens of one segment."""
+        return self.tokens_per_frame // self.num_segments
+
+    def attributes(self) -> dict[str, int]:
+        """Attributes by name, in the operators' order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def arguments(self) -> tuple[int, ...]:
+        """Attributes by position."""
+        return astuple(self)
+
+
+CANDIDATE_ATTRIBUTES = tuple(
+    AttributeSpec(name, "int", meaning)
+    for name, meaning in (
+        ("first_head", "first dynamic head"),
+        ("row_offset", "first pool row of the first dynamic head"),
+        ("rows_per_head", "pool rows of each dynamic head"),
+        ("sink_rows", "rows of a head before its local frames"),
+        ("temporal_frames", "local frames in the chain, T_d"),
+        ("tokens_per_frame", "tokens of one latent frame, T"),
+        ("num_segments", "segments of a frame, P"),
+    )
+)
+assert [a.name for a in CANDIDATE_ATTRIBUTES] == [f.name for f in fields(CandidateLayout)]
+
+
+def candidate_sizes(
+    pool_shape: Sequence[Any], new_shape: Sequence[Any], attributes: Attributes
+) -> dict[str, Any]:
+    """Read the named sizes of an eviction from a pool [R, D], new rows [H, N, D] and attributes."""
+    layout = CandidateLayout(*(int(attributes[field.name]) for field in fields(CandidateLayout)))
+    return {
+        "R": pool_shape[0],
+        "D": pool_shape[1],
+        "H": new_shape[0],
+        "N": new_shape[1],
+        "G": new_shape[0] - layout.first_head,
+        "F": new_shape[1] // layout.tokens_per_frame,
+        "T": layout.tokens_per_frame,
+        "P": layout.num_segments,
+        "S": layout.segment_tokens,
+    }

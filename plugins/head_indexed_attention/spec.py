@@ -1,0 +1,37 @@
+"""Contract of FkHeadIndexedAttention.
+
+Legend: H heads, N new tokens, D head dim, R pool rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from forcing_kv.plugins.op_spec import Attributes, AttributeSpec, OpSpec, TensorSpec
+
+
+def _read_sizes(shapes: Sequence[Sequence[Any]], attributes: Attributes) -> dict[str, Any]:
+    num_heads, num_tokens, head_dim = shapes[0]
+    return {"H": num_heads, "N": num_tokens, "D": head_dim, "R": shapes[3][0]}
+
+
+SPEC = OpSpec(
+    name="FkHeadIndexedAttention",
+    torch_name="head_indexed_attention",
+    summary="attention over each head's valid history prefix and the chunk's own rows",
+    inputs=(
+        TensorSpec("q", ("H", "N", "D"), "T"),
+        TensorSpec("k_new", ("H", "N", "D"), "T"),
+        TensorSpec("v_new", ("H", "N", "D"), "T"),
+        TensorSpec("hist_k", ("R", "D"), "T"),
+        TensorSpec("hist_v", ("R", "D"), "T"),
+        TensorSpec("head_offset", ("H",), "int32"),
+        TensorSpec("hist_len", ("H",), "int32"),
+        TensorSpec("new_len", ("1",), "int32"),
+    ),
+    outputs=(TensorSpec("out", ("N", "H", "D"), "T"),),
+    attributes=(AttributeSpec("max_history", "int", "largest history capacity of any head, rows"),),
+    tolerance="float",
+    read_sizes=_read_sizes,
+)

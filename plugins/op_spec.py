@@ -1,0 +1,120 @@
+"""What an operator is, said once: names, shapes, dtypes, attributes, tolerance class.
+
+The reference, the torch operator, the ONNX body, the TensorRT plugin and the tests all read the
+same `OpSpec`, so that a shape or an attribute stands in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DOMAIN = "forcing_kv"
+"""ONNX domain, torch library namespace and TensorRT plugin namespace of every operator."""
+
+VERSION = 1
+"""Version of every operator in the ONNX domain and in the TensorRT registry."""
+
+DType = Literal["T", "W", "float32", "int32"]
+"""T is the compute dtype (float16, bfloat16 or float32); W is a weight's: T or float32."""
+
+Tolerance = Literal["exact", "float"]
+"""exact: bytes equal the reference; float: error bounded by the same-dtype torch reference's."""
+
+Sizes = Mapping[str, Any]
+"""Axis name to size; an int, or a symbolic dimension that supports `*`, `//`, `+` and `-`."""
+
+Attributes = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of an operator."""
+
+    name: str
+    """Argument name."""
+    axes: tuple[str, ...]
+    """Axis names, outermost first; `A*B` and `A/B` combine the sizes of named axes."""
+    dtype: DType
+    """Element type."""
+
+    def shape(self, sizes: Sizes) -> tuple[Any, ...]:
+        """Shape under `sizes`."""
+        return tuple(_axis_size(axis, sizes) for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """One attribute of an operator."""
+
+    name: str
+    """Argument name."""
+    kind: Literal["int", "float"]
+    """Type of the value."""
+    meaning: str
+    """What it counts or scales."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The contract of one operator: purely functional, every output fresh."""
+
+    name: str
+    """Operator type in the ONNX domain and in the TensorRT registry."""
+    torch_name: str
+    """Operator name in the torch library namespace."""
+    summary: str
+    """What it computes, in one line."""
+    inputs: tuple[TensorSpec, ...]
+    """Tensor inputs, in order."""
+    outputs: tuple[TensorSpec, ...]
+    """Outputs, in order."""
+    attributes: tuple[AttributeSpec, ...]
+    """Attributes, in the order in which every binding passes them, after the inputs."""
+    tolerance: Tolerance
+    """How an implementation may differ from the reference."""
+    read_sizes: Callable[[Sequence[Sequence[Any]], Attributes], dict[str, Any]]
+    """Read the size of every named axis from the input shapes and the attributes."""
+
+    def output_shapes(
+        self, input_shapes: Sequence[Sequence[Any]], attributes: Attributes
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Shapes of the outputs."""
+        sizes = self.read_sizes(input_shapes, attributes)
+        return tuple(tensor.shape(sizes) for tensor in self.outputs)
+
+    def check(self, input_shapes: Sequence[Sequence[int]], attributes: Attributes) -> None:
+        """Compare every input shape with the contract.
+
+        Raises:
+            ValueError: an input has another shape than its axes say; names the input.
+        """
+        sizes = self.read_sizes(input_shapes, attributes)
+        for tensor, found in zip(self.inputs, input_shapes, strict=True):
+            if tuple(found) != tensor.shape(sizes):
+                raise ValueError(
+                    f"{self.name}: input {tensor.name} [{', '.join(tensor.axes)}] must have shape "
+                    f"{tensor.shape(sizes)}, found {tuple(found)}; sizes {sizes}"
+                )
+
+    def split_arguments(self, arguments: Sequence[Any]) -> tuple[list[Any], dict[str, int | float]]:
+        """Split positional arguments into the tensors and the attributes by name."""
+        count = len(self.inputs)
+        names = [attribute.name for attribute in self.attributes]
+        return list(arguments[:count]), dict(zip(names, arguments[count:], strict=True))
+
+
+def _axis_size(axis: str, sizes: Sizes) -> Any:
+    """Size of an axis such as `N`, `H*D` or `D/2`."""
+    if "*" in axis:
+        left, right = axis.split("*")
+        return _factor(left, sizes) * _factor(right, sizes)
+    if "/" in axis:
+        left, right = axis.split("/")
+        return _factor(left, sizes) // _factor(right, sizes)
+    return _factor(axis, sizes)
+
+
+def _factor(token: str, sizes: Sizes) -> Any:
+    return int(token) if token.isdigit() else sizes[token]
