@@ -1,0 +1,36 @@
+"""Exact rewrites of a checkpoint before export: heads sorted static first."""
+
+from __future__ import annotations
+
+import torch
+
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.runtime_trt.layout import HeadPartition
+
+
+def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanModel:
+    """Permute every layer's self-attention heads into exported order; the output is unchanged.
+
+    Rows of Wq, Wk, Wv, their biases and the qk-norm weights, and columns of Wo.
+
+    Args:
+        model: changed in place.
+        partition: which heads are static.
+
+    Returns:
+        The model.
+    """
+    head_dim = model.shape.head_dim
+    for layer, block in enumerate(model.blocks):
+        heads = torch.tensor(partition.head_order(layer))
+        rows = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        if torch.equal(rows, torch.arange(model.shape.dim)):
+            continue
+        attn = block.self_attn
+        for linear in (attn.q, attn.k, attn.v):
+            linear.weight.data = linear.weight.data[rows]
+            linear.bias.data = linear.bias.data[rows]
+        for norm in (attn.norm_q, attn.norm_k):
+            norm.weight.data = norm.weight.data[rows]
+        attn.o.weight.data = attn.o.weight.data[:, rows].contiguous()
+    return model

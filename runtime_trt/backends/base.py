@@ -1,0 +1,206 @@
+"""What a backend does, and the chunk loop that every backend without a chunk graph shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import HeadKind
+from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
+from forcing_kv.runtime_trt.timeline import ChunkPlan
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """Small per-step inputs, host arrays in float32."""
+
+    index: int
+    """Denoise step; n for the clean pass."""
+    time_sinusoid: Float32
+    """[1, freq_dim]."""
+    sigma: Float32
+    """[1]: noise level of the step's input."""
+    next_sigma: Float32
+    """[1]: noise level of the next step's input; 0 after the last."""
+
+
+@dataclass(frozen=True)
+class ChunkRequest:
+    """One chunk to run."""
+
+    plan: ChunkPlan
+    noise: Float32
+    """[F, C, h, w]: initial noise; for a re-encode the clean latents, zero-padded."""
+    eps: Float32
+    """[n - 1, F, C, h, w]: noise added between denoise steps; not read by a re-encode."""
+    keep_x0: bool = False
+    """Whether to return x0 of every denoise step."""
+
+
+@dataclass
+class ChunkResult:
+    """What one chunk produced, in host memory."""
+
+    latents: Float32
+    """[F, C, h, w]: x0 of the last denoise step."""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    """Wall-clock time by part: steps, clean, evict, commit."""
+    x0_steps: list[Float32] | None = None
+    scores: Float32 | None = None
+    """[F, P]: segment similarities, if the chunk selected."""
+    kept: NDArray[np.int32] | None = None
+    """[B * P]: kept segments (frame * P + segment), ascending, if the chunk selected."""
+
+
+class Backend(ABC):
+    """Runs prompt, step and evict graphs over buffers that it owns.
+
+    The base class holds the schedule and the order of graph runs within a chunk; a subclass says
+    how one graph runs and how rows are copied. A backend that replays a whole chunk as one CUDA
+    graph overrides `run_chunk`.
+    """
+
+    name: str
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self.config = config
+        model, schedule = config.model, config.schedule
+        sigmas = [*schedule.sigmas.tolist(), 0.0]
+        self.step_scalars = [
+            StepScalars(
+                i,
+                time_sinusoid(timestep, model.freq_dim),
+                np.asarray([sigmas[i]], np.float32),
+                np.asarray([sigmas[i + 1]], np.float32),
+            )
+            for i, timestep in enumerate(schedule.timesteps.tolist())
+        ]
+        zero = np.zeros(1, np.float32)
+        clean_sinusoid = time_sinusoid(0.0, model.freq_dim)
+        self.clean_scalars = StepScalars(schedule.num_steps, clean_sinusoid, zero, zero)
+
+    @abstractmethod
+    def set_prompt(self, prompt_embeds: Float32) -> None:
+        """Compute cross-attention K/V of [text_len, text_dim] embeddings."""
+
+    @abstractmethod
+    def run_step(
+        self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
+    ) -> tuple[Any, Any]:
+        """Run the step graph; keeps the new rows and returns (x0, x_next) as the backend's own."""
+
+    @abstractmethod
+    def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
+        """Run the evict graph; keeps the dynamic rows and returns (scores, kept)."""
+
+    @abstractmethod
+    def commit(self, plan: ChunkPlan) -> None:
+        """Copy dynamic, local and sink rows into the pools as the plan says."""
+
+    @abstractmethod
+    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V pool [R, D] of `layer`, copied to the host (for checks)."""
+
+    def close(self) -> None:
+        """Release engines and buffers; may be called twice."""
+
+    def run_chunk(self, request: ChunkRequest) -> ChunkResult:
+        """Denoise one chunk, run the clean pass, evict and commit."""
+        plan = request.plan
+        positions = ChunkPositions.of(plan, self.config)
+        start = perf_counter()
+        x: Any = request.noise
+        x0_steps = []
+        for i, scalars in enumerate(self.step_scalars):
+            last = i + 1 == len(self.step_scalars)
+            x0, x = self.run_step(x, None if last else request.eps[i], scalars, positions)
+            if request.keep_x0:
+                x0_steps.append(np.array(x0))
+        result = ChunkResult(np.array(x0), x0_steps=x0_steps if request.keep_x0 else None)
+        after_steps = perf_counter()
+        self.run_step(x0, None, self.clean_scalars, positions)
+        after_clean = perf_counter()
+        if plan.evict:
+            result.scores, result.kept = self.run_evict()
+        after_evict = perf_counter()
+        self.commit(plan)
+        marks = (start, after_steps, after_clean, after_evict, perf_counter())
+        names = ("steps", "clean", "evict", "commit")
+        for name, begin, end in zip(names, marks, marks[1:], strict=False):
+            result.timings_ms[name] = 1e3 * (end - begin)
+        return result
+
+    def recache(self, request: ChunkRequest) -> None:
+        """Re-encode clean latents at t = 0 with the current prompt, and commit their rows."""
+        positions = ChunkPositions.of(request.plan, self.config)
+        self.run_step(request.noise, None, self.clean_scalars, positions)
+        self.commit(request.plan)
+
+
+@dataclass(frozen=True)
+class ChunkPositions:
+    """Small per-chunk inputs: rotary angles and valid lengths."""
+
+    plan: ChunkPlan
+    rope_cos: Float32
+    """[F, temporal pairs]."""
+    rope_sin: Float32
+    hist_len: NDArray[np.int32]
+    """[L, H]: valid history rows of every head, in exported head order."""
+    new_len: NDArray[np.int32]
+    """[1]: valid rows of the chunk itself."""
+
+    @classmethod
+    def of(cls, plan: ChunkPlan, config: RolloutConfig) -> ChunkPositions:
+        """Positions of `plan`; they depend on nothing else."""
+        frames = range(plan.first_frame, plan.first_frame + config.chunk.num_frames)
+        cos, sin = rope_table(frames, config.model.rope_pairs[0])
+        tokens = config.chunk.tokens_per_frame
+        history: Mapping[HeadKind, int] = {
+            kind: group.history_frames * tokens for kind, group in plan.groups.items()
+        }
+        hist_len = np.zeros((config.model.num_layers, config.model.num_heads), np.int32)
+        for layer, layout in enumerate(config.layouts):
+            for group in layout.groups:
+                hist_len[layer, group.heads] = history[group.kind]
+        return cls(plan, cos, sin, hist_len, np.asarray([plan.num_frames * tokens], np.int32))
+
+
+def copy_rows(
+    plan: ChunkPlan, config: RolloutConfig, pools: list[Any], new: list[Any], dynamic: list[Any]
+) -> None:
+    """Commit one of K and V with array slices (numpy arrays and torch tensors alike).
+
+    Args:
+        plan: the chunk's plan.
+        config: rollout configuration.
+        pools: for each layer the pool [R, D], modified.
+        new: for each layer the chunk's rows [H, F*T, D].
+        dynamic: for each evicted layer its segments [dynamic heads, B*T, D]; read if `plan.evict`.
+    """
+    tokens = config.chunk.tokens_per_frame
+    by_layer = dict(zip(config.evicted_layers, dynamic, strict=False))
+    for layer, layout in enumerate(config.layouts):
+        for group in layout.groups:
+            todo = plan.groups[group.kind]
+            if group.capacity_frames == 0:
+                continue
+            rows = pools[layer][group.rows].reshape(group.num_heads, -1, config.model.head_dim)
+            own = new[layer][group.heads]
+            for copies, source in ((todo.moves, rows), (todo.writes, own)):
+                for copy in copies:
+                    begin, end = copy.source * tokens, (copy.source + copy.count) * tokens
+                    target = copy.destination * tokens
+                    rows[:, target : target + end - begin] = source[:, begin:end]
+            if todo.dynamic_slot is not None and layer in by_layer:
+                target = todo.dynamic_slot * tokens
+                rows[:, target : target + by_layer[layer].shape[1]] = by_layer[layer]

@@ -1,0 +1,386 @@
+"""Frozen data that every part shares: model shape, chunk shape, cache policy, head partition, pools.
+
+Terms: T tokens per latent frame, F latent frames per chunk, H heads, D head dim, s sink frames,
+S local frames of static heads, T_d local frames of dynamic heads, B dynamic budget in frames,
+P segments per frame, a the last warm-up chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from forcing_kv.runtime_trt.errors import InputError
+
+HeadKind = Literal["uncompressed", "static", "dynamic"]
+_T = TypeVar("_T")
+
+
+def from_mapping(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    """Build a frozen dataclass from `values`, refusing unknown keys by name.
+
+    Raises:
+        InputError: a key is not a field of `cls`, or a required field is missing.
+    """
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise InputError(f"{where}: unknown keys {unknown}; allowed are {known}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}; the fields are {known}") from error
+
+
+def _require_at_least(where: str, values: Mapping[str, int], minimum: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < minimum:
+            raise InputError(f"{where}.{name} is {value!r}; it must be an integer >= {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Architecture of a causal Wan2.1-style denoiser."""
+
+    num_layers: int
+    """Transformer blocks, L."""
+    dim: int
+    """Model width, H * D."""
+    ffn_dim: int
+    """Hidden width of the feed-forward network."""
+    num_heads: int
+    """Attention heads, H."""
+    in_channels: int = 16
+    """Latent channels, C."""
+    text_len: int = 512
+    """Rows of the padded prompt embedding."""
+    text_dim: int = 4096
+    """Width of the prompt embedding."""
+    freq_dim: int = 256
+    """Width of the time sinusoid."""
+    patch_size: int = 2
+    """Side of the square spatial patch, in latent pixels."""
+    eps: float = 1e-6
+    """Epsilon of every norm."""
+
+    def __post_init__(self) -> None:
+        counts = {k: v for k, v in asdict(self).items() if k != "eps"}
+        _require_at_least("ModelShape", counts, 1)
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise InputError(
+                f"ModelShape: dim {self.dim} must be num_heads {self.num_heads} times an even "
+                "head dim"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, D."""
+        return self.dim // self.num_heads
+
+    @property
+    def rope_pairs(self) -> tuple[int, int, int]:
+        """Rotary pairs (complex channels) for the temporal, height and width axes."""
+        spatial = self.head_dim // 2 // 3
+        return self.head_dim // 2 - 2 * spatial, spatial, spatial
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """Size of one chunk of latents."""
+
+    num_frames: int
+    """Latent frames per chunk, F."""
+    latent_height: int
+    """Latent rows, h."""
+    latent_width: int
+    """Latent columns, w."""
+    patch_size: int = 2
+    """Side of the square spatial patch; must equal the model's."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("ChunkShape", asdict(self), 1)
+        if self.latent_height % self.patch_size or self.latent_width % self.patch_size:
+            raise InputError(
+                f"ChunkShape: latent size {self.latent_height}x{self.latent_width} must be a "
+                f"multiple of the patch size {self.patch_size} on both sides"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one frame."""
+        return self.latent_height // self.patch_size, self.latent_width // self.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame, T."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one chunk, F * T."""
+        return self.num_frames * self.tokens_per_frame
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """What each kind of head keeps of the past. A dense window is a policy with no segments."""
+
+    num_sink_frames: int = 1
+    """s: first frames, kept for ever."""
+    num_static_frames: int = 1
+    """S: last frames that static heads keep."""
+    num_temporal_frames: int = 1
+    """T_d: last frames that dynamic heads keep."""
+    num_dynamic_frames: int = 1
+    """B: budget of similarity-selected segments of dynamic heads, in frames; 0 turns them off."""
+    num_segments: int = 6
+    """P: segments per frame."""
+    last_warmup_chunk: int = 1
+    """a: chunks 1..a see the sink and max(S, T_d) frames in every head."""
+    compress_first_layer: bool = False
+    """Whether layer 0 is split into static and dynamic heads too (the published 14B setting)."""
+    global_sink: bool = True
+    """Whether a prompt switch keeps the sink."""
+    selection: Literal["layer1", "per_layer"] = "layer1"
+    """One selection from layer 1 for every layer (published), or each layer by its own keys."""
+    warmup: Literal["exact", "steady"] = "exact"
+    """`steady` allocates the steady capacity only and clips the warm-up window to it."""
+
+    def __post_init__(self) -> None:
+        names = ("num_sink_frames", "num_static_frames", "num_temporal_frames")
+        names += ("num_dynamic_frames", "last_warmup_chunk")
+        _require_at_least("CachePolicy", {name: getattr(self, name) for name in names}, 0)
+        _require_at_least("CachePolicy", {"num_segments": self.num_segments}, 1)
+        for name, allowed in (("selection", ("layer1", "per_layer")), ("warmup", _WARMUPS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"CachePolicy.{name} is {getattr(self, name)!r}; allowed are {allowed}"
+                )
+
+    @property
+    def warmup_frames(self) -> int:
+        """Local frames of a warm-up chunk and of uncompressed layers, max(S, T_d)."""
+        return max(self.num_static_frames, self.num_temporal_frames)
+
+    @property
+    def num_kept_segments(self) -> int:
+        """Segments that survive each eviction, B * P."""
+        return self.num_dynamic_frames * self.num_segments
+
+    @property
+    def num_recached_frames(self) -> int:
+        """Frames that a prompt switch re-encodes (fewer if fewer exist)."""
+        return max(self.warmup_frames, self.num_dynamic_frames, self.num_sink_frames, 1)
+
+    @classmethod
+    def dense(cls, window_frames: int, chunk_frames: int, num_sink_frames: int = 0) -> CachePolicy:
+        """Dense attention over a window that counts the sink and the chunk's own frames.
+
+        Raises:
+            InputError: the window does not hold the sink and one chunk.
+        """
+        local = window_frames - num_sink_frames - chunk_frames
+        if local < 0:
+            raise InputError(
+                f"a dense window of {window_frames} frames cannot hold {num_sink_frames} sink "
+                f"frames and a chunk of {chunk_frames}; use at least "
+                f"{num_sink_frames + chunk_frames}"
+            )
+        return cls(num_sink_frames, local, local, 0, last_warmup_chunk=0)
+
+    def local_frames(self, kind: HeadKind, *, warmup: bool) -> int:
+        """Local frames that a head of `kind` sees before a warm-up or a steady chunk."""
+        steady = {
+            "uncompressed": self.warmup_frames,
+            "static": self.num_static_frames,
+            "dynamic": self.num_temporal_frames,
+        }[kind]
+        if not warmup:
+            return steady
+        return min(self.warmup_frames, self.capacity_frames(kind) - self.num_sink_frames)
+
+    def capacity_frames(self, kind: HeadKind) -> int:
+        """Frames of rows that the pool holds for one head of `kind`, sink included."""
+        widest = 0
+        if self.warmup == "exact" and self.last_warmup_chunk >= 1:
+            widest = self.warmup_frames
+        steady = self.local_frames(kind, warmup=False)
+        if kind == "dynamic":
+            steady += self.num_dynamic_frames
+        return self.num_sink_frames + max(steady, widest)
+
+
+_WARMUPS = ("exact", "steady")
+
+
+@dataclass(frozen=True)
+class HeadPartition:
+    """Static heads of each layer, by the checkpoint's head index; all others are dynamic."""
+
+    num_heads: int
+    """Heads per layer, H."""
+    static_heads: tuple[tuple[int, ...], ...]
+    """For each layer the static heads, ascending."""
+
+    def __post_init__(self) -> None:
+        for layer, heads in enumerate(self.static_heads):
+            if list(heads) != sorted(set(heads)) or any(
+                not 0 <= head < self.num_heads for head in heads
+            ):
+                raise InputError(
+                    f"HeadPartition: layer {layer} lists static heads {list(heads)}; they must be "
+                    f"ascending, distinct and within 0..{self.num_heads - 1}"
+                )
+
+    @classmethod
+    def uniform(cls, num_layers: int, num_heads: int, *, static: bool) -> HeadPartition:
+        """Every head static, or every head dynamic."""
+        heads = tuple(range(num_heads)) if static else ()
+        return cls(num_heads, (heads,) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, L."""
+        return len(self.static_heads)
+
+    def dynamic_heads(self, layer: int) -> tuple[int, ...]:
+        """Dynamic heads of `layer`, ascending."""
+        static = set(self.static_heads[layer])
+        return tuple(head for head in range(self.num_heads) if head not in static)
+
+    def head_order(self, layer: int) -> tuple[int, ...]:
+        """Checkpoint head index at each exported position: static heads first."""
+        return self.static_heads[layer] + self.dynamic_heads(layer)
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Heads of one layer that share a capacity: a dense [heads, rows, D] block of the pool."""
+
+    kind: HeadKind
+    first_head: int
+    """First exported head position."""
+    num_heads: int
+    capacity_frames: int
+    row_offset: int
+    """First pool row of the group."""
+    tokens_per_frame: int
+
+    @property
+    def rows_per_head(self) -> int:
+        """Pool rows of one head."""
+        return self.capacity_frames * self.tokens_per_frame
+
+    @property
+    def num_rows(self) -> int:
+        """Pool rows of the whole group."""
+        return self.num_heads * self.rows_per_head
+
+    @property
+    def heads(self) -> slice:
+        """The group's heads in a head-major tensor."""
+        return slice(self.first_head, self.first_head + self.num_heads)
+
+    @property
+    def rows(self) -> slice:
+        """The group's rows in the pool."""
+        return slice(self.row_offset, self.row_offset + self.num_rows)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Packed K (or V) pool of one layer."""
+
+    groups: tuple[HeadGroup, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pool, R; at least 1, so that no binding is empty."""
+        return max(1, sum(group.num_rows for group in self.groups))
+
+    @property
+    def head_offset(self) -> tuple[int, ...]:
+        """First pool row of each exported head position."""
+        return tuple(
+            group.row_offset + head * group.rows_per_head
+            for group in self.groups
+            for head in range(group.num_heads)
+        )
+
+    @property
+    def max_rows_per_head(self) -> int:
+        """Largest capacity of any head."""
+        return max(group.rows_per_head for group in self.groups)
+
+    def group(self, kind: HeadKind) -> HeadGroup | None:
+        """The group of `kind`, or None if the layer has no such head."""
+        return next((group for group in self.groups if group.kind == kind), None)
+
+
+def pool_layouts(
+    policy: CachePolicy, partition: HeadPartition, tokens_per_frame: int
+) -> tuple[LayerLayout, ...]:
+    """Lay out the pool of every layer: static heads first, rows `[sink | local | dynamic]`."""
+    layouts = []
+    for layer in range(partition.num_layers):
+        num_static = len(partition.static_heads[layer])
+        parts: Iterable[tuple[HeadKind, int]] = (
+            ("static", num_static),
+            ("dynamic", partition.num_heads - num_static),
+        )
+        if layer == 0 and not policy.compress_first_layer:
+            parts = (("uncompressed", partition.num_heads),)
+        groups: list[HeadGroup] = []
+        head = row = 0
+        for kind, count in parts:
+            if count == 0:
+                continue
+            capacity = policy.capacity_frames(kind)
+            groups.append(HeadGroup(kind, head, count, capacity, row, tokens_per_frame))
+            head, row = head + count, row + groups[-1].num_rows
+        layouts.append(LayerLayout(tuple(groups)))
+    return tuple(layouts)
+
+
+def pool_nbytes(layouts: Sequence[LayerLayout], head_dim: int, itemsize: int) -> int:
+    """Bytes of every K and V pool together."""
+    return 2 * sum(layout.num_rows for layout in layouts) * head_dim * itemsize
+
+
+def check_policy(policy: CachePolicy, partition: HeadPartition, chunk: ChunkShape) -> None:
+    """Refuse a policy that cannot be run as fixed-shape buffers.
+
+    Raises:
+        InputError: segments without room for candidates, a frame that P does not divide, layer 1
+            without a dynamic head, a budget above the candidates, or a prompt switch that would
+            re-encode more than one chunk.
+    """
+    if policy.num_recached_frames > chunk.num_frames and policy.num_dynamic_frames:
+        raise InputError(
+            f"the policy re-encodes {policy.num_recached_frames} frames at a prompt switch, but "
+            f"a chunk has {chunk.num_frames}; lower the sink, local or dynamic frames"
+        )
+    if policy.num_dynamic_frames == 0:
+        return
+    if not 1 <= policy.num_temporal_frames <= chunk.num_frames:
+        raise InputError(
+            f"segments need 1 <= num_temporal_frames <= {chunk.num_frames} (frames per chunk); "
+            f"found {policy.num_temporal_frames}"
+        )
+    if policy.num_dynamic_frames > chunk.num_frames:
+        raise InputError(
+            f"num_dynamic_frames is {policy.num_dynamic_frames}, but there are only "
+            f"{chunk.num_frames} candidate frames"
+        )
+    if chunk.tokens_per_frame % policy.num_segments:
+        raise InputError(
+            f"a frame has {chunk.tokens_per_frame} tokens, which num_segments "
+            f"{policy.num_segments} does not divide; choose a divisor"
+        )
+    if partition.num_layers < 2 or not partition.dynamic_heads(1):
+        raise InputError(
+            "layer 1 has no dynamic head, so segments cannot be scored; lower the calibration "
+            "threshold's static share or set num_dynamic_frames to 0"
+        )

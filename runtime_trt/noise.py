@@ -1,0 +1,26 @@
+"""Counter-based noise: the same seed gives the same video on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.errors import InputError
+
+
+def draw_noise(seed: int, chunk: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal noise addressed by (seed, chunk, draw), independent of call order.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        chunk: chunk index.
+        draw: 0 is the chunk's initial noise; d > 0 is added after denoise step d - 1.
+        shape: shape of the result.
+
+    Returns:
+        float32 array of `shape`, from a Philox generator keyed by the three numbers.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}; it must be within 0..2**64-1")
+    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, draw, chunk])
+    return np.random.Generator(bits).standard_normal(shape, dtype=np.float32)

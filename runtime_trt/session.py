@@ -1,0 +1,275 @@
+"""The public class: a prompt in, chunks of latents out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
+from forcing_kv.runtime_trt.noise import draw_noise
+from forcing_kv.runtime_trt.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One generated chunk."""
+
+    index: int
+    latents: Float32
+    """[F, C, h, w] float32."""
+    timings_ms: dict[str, float]
+    """Wall-clock time by part: steps, clean, evict, commit."""
+    scores: Float32 | None
+    """[F, P]: similarity of every candidate segment, if this chunk selected."""
+    kept: NDArray[np.int32] | None
+    """[B * P]: kept segments, frame * P + segment, if this chunk selected."""
+    x0_steps: list[Float32] | None = None
+    """x0 of every denoise step, on request."""
+
+
+class Session:
+    """Generates one video, chunk by chunk, on one backend.
+
+    Args:
+        backend: an opened backend; the session closes it.
+
+    Use `Session.open` for a bundle on disk.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.config: RolloutConfig = backend.config
+        self._timeline = Timeline(self.config.policy, self.config.chunk.num_frames)
+        self._has_prompt = False
+        self._closed = False
+        self._failed = False
+        self._recent: list[Float32] = []
+
+    @classmethod
+    def open(
+        cls, bundle: str | os.PathLike[str], backend: str = "auto", *, num_threads: int = 0
+    ) -> Session:
+        """Open a bundle.
+
+        Args:
+            bundle: directory written by `fkv export`.
+            backend: a backend's name, or `auto` for the best that is present.
+            num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+
+        Raises:
+            BundleError: the bundle is missing, altered, or of another version.
+            BackendUnavailableError: the backend cannot run here.
+        """
+        from forcing_kv.runtime_trt.backends import open_backend
+
+        return cls(open_backend(bundle, backend, num_threads=num_threads))
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    @property
+    def backend(self) -> Backend:
+        """The backend itself (buffers and graphs), for checks and benchmarks."""
+        return self._backend
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames generated so far."""
+        return self._timeline.num_frames
+
+    def set_prompt(self, prompt_embeds: ArrayLike) -> None:
+        """Set the prompt before the first chunk, or after `reset`.
+
+        Args:
+            prompt_embeds: [text_len, text_dim] float32, padding rows zero.
+
+        Raises:
+            InputError: wrong shape, dtype or non-finite values, or chunks already generated.
+        """
+        if self._timeline.next_chunk:
+            raise InputError(
+                "set_prompt after the first chunk would leave the cache with the old prompt; "
+                "call switch_prompt to continue this video, or reset to begin another"
+            )
+        self._load_prompt(prompt_embeds)
+
+    def switch_prompt(self, prompt_embeds: ArrayLike) -> None:
+        """Change the prompt at this chunk boundary and re-encode the last frames with it.
+
+        Args:
+            prompt_embeds: [text_len, text_dim] float32.
+
+        Raises:
+            InputError: wrong input, or the policy re-encodes more frames than a chunk has.
+        """
+        policy = self.config.policy
+        if not self.config.switchable:
+            raise InputError(
+                f"this policy re-encodes {policy.num_recached_frames} frames at a prompt switch, "
+                f"more than a chunk's {self.config.chunk.num_frames}; export with a smaller "
+                "sink or local window to switch prompts"
+            )
+        self._require_usable()
+        self._load_prompt(prompt_embeds)
+        plan = self._timeline.switch_prompt()
+        if plan is None:
+            return
+        self._failed = True
+        latents = np.zeros(self.config.latent_shape, np.float32)
+        latents[: plan.num_frames] = np.concatenate(self._recent)[-plan.num_frames :]
+        self._backend.recache(ChunkRequest(plan, latents, np.zeros(0, np.float32)))
+        self._failed = False
+
+    def generate_chunk(
+        self,
+        noise: ArrayLike | None = None,
+        eps: ArrayLike | None = None,
+        *,
+        seed: int = 0,
+        keep_x0: bool = False,
+    ) -> Chunk:
+        """Generate the next chunk.
+
+        Args:
+            noise: [F, C, h, w] initial noise; drawn from `seed` if None.
+            eps: [n - 1, F, C, h, w] re-noise; drawn from `seed` if None.
+            seed: key of the noise generator.
+            keep_x0: return x0 of every denoise step too.
+        """
+        self._require_usable()
+        if not self._has_prompt:
+            raise InputError("no prompt is set; call set_prompt(prompt_embeds) first")
+        index = self._timeline.next_chunk
+        shape = self.config.latent_shape
+        draws = self.config.schedule.num_steps - 1
+        if noise is None:
+            noise = draw_noise(seed, index, 0, shape)
+        if eps is None:
+            eps = np.empty((draws, *shape), np.float32)
+            for draw in range(draws):
+                eps[draw] = draw_noise(seed, index, draw + 1, shape)
+        request_noise = _checked("noise", noise, shape)
+        request_eps = _checked("eps", eps, (draws, *shape))
+        plan = self._timeline.advance()
+        self._failed = True
+        result = self._backend.run_chunk(ChunkRequest(plan, request_noise, request_eps, keep_x0))
+        self._failed = False
+        self._remember(result.latents)
+        return Chunk(
+            plan.index,
+            result.latents,
+            result.timings_ms,
+            result.scores,
+            result.kept,
+            result.x0_steps,
+        )
+
+    def stream(
+        self,
+        num_chunks: int | None = None,
+        *,
+        seed: int = 0,
+        noise: ArrayLike | None = None,
+        eps: ArrayLike | None = None,
+    ) -> Iterator[Chunk]:
+        """Generate chunks one after another; endlessly if `num_chunks` is None.
+
+        Args:
+            num_chunks: chunks to generate.
+            seed: key of the noise generator.
+            noise: [num_chunks, F, C, h, w] explicit initial noise.
+            eps: [num_chunks, n - 1, F, C, h, w] explicit re-noise.
+
+        Yields:
+            Each chunk as soon as it is ready.
+        """
+        if num_chunks is not None and num_chunks < 1:
+            raise InputError(f"num_chunks is {num_chunks}; it must be at least 1, or None")
+        given = [np.asarray(array) for array in (noise, eps) if array is not None]
+        for array in given:
+            if num_chunks is None or len(array) != num_chunks:
+                raise InputError(
+                    f"explicit noise is for {len(array)} chunks but num_chunks is {num_chunks}; "
+                    "give one row a chunk"
+                )
+        for i in itertools.count() if num_chunks is None else range(num_chunks):
+            chunk_noise = None if noise is None else np.asarray(noise)[i]
+            chunk_eps = None if eps is None else np.asarray(eps)[i]
+            yield self.generate_chunk(chunk_noise, chunk_eps, seed=seed)
+
+    def reset(self) -> None:
+        """Forget every frame and the prompt; buffers stay allocated."""
+        self._require_open()
+        self._timeline.reset()
+        self._recent.clear()
+        self._has_prompt = False
+        self._failed = False
+
+    def close(self) -> None:
+        """Release the backend; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ForcingKvError("the session is closed; open the bundle again")
+
+    def _require_usable(self) -> None:
+        self._require_open()
+        if self._failed:
+            raise ForcingKvError(
+                "the last chunk failed half-way, so the cache is not valid; call reset and "
+                "set_prompt to begin again"
+            )
+
+    def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
+        self._require_open()
+        model = self.config.model
+        shape = (model.text_len, model.text_dim)
+        self._backend.set_prompt(_checked("prompt_embeds", prompt_embeds, shape))
+        self._has_prompt = True
+
+    def _remember(self, latents: Float32) -> None:
+        """Keep the clean frames that a prompt switch may re-encode."""
+        self._recent.append(latents)
+        chunks = -(-self.config.policy.num_recached_frames // self.config.chunk.num_frames)
+        del self._recent[: -max(1, chunks)]
+
+
+def _checked(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Float32:
+    """Contiguous float32 array of `shape` with finite values.
+
+    Raises:
+        InputError: what differs.
+    """
+    array = np.asarray(value)
+    if array.dtype not in (np.float32, np.float64, np.float16):
+        raise InputError(f"{name} has dtype {array.dtype}; give float32")
+    if array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}; this bundle needs {shape}")
+    array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds NaN or infinite values; give finite numbers")
+    return array
