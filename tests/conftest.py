@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,10 @@ from hypothesis import settings
 
 settings.register_profile("forcing_kv", deadline=None, print_blob=True)
 settings.load_profile("forcing_kv")
+
+# Output is compared as plain text, also where the environment asks for colours.
+for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(name, None)
 
 HEAVY_MODULES = (
     "PIL",
