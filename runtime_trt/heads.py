@@ -59,7 +59,7 @@ def read_heads(path: Path, model: ModelShape | None = None) -> HeadFile:
         payload = json.loads(content)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such head partition file; {_REMEDY}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not readable as a JSON head partition ({error}); {_REMEDY}"
         ) from error
@@ -84,7 +84,8 @@ def parse_partition(payload: Any, where: str, model: ModelShape | None = None) -
     """
     _check_version(payload, where)
     declared: Mapping[str, Any] = payload if isinstance(payload, Mapping) else {}
-    layers = _layers_by_index(declared.get("layers") if declared else payload, where)
+    layers = declared.get("layers") if isinstance(payload, Mapping) else payload
+    layers = _layers_by_index(layers, where)
     heads = {index: _read_layer(layer, index, where) for index, layer in layers.items()}
     highest = max((head for lists in heads.values() for head in (*lists[0], *lists[1])), default=0)
     num_layers = model.num_layers if model else _count(declared, "num_layers", len(layers), where)
