@@ -34,6 +34,17 @@ class CandidateLayout:
     num_segments: int
     """Segments of a frame, P; divides T."""
 
+    def __post_init__(self) -> None:
+        if self.temporal_frames < 1 or self.tokens_per_frame % self.num_segments:
+            raise ValueError(
+                f"{self}: temporal_frames must be at least 1 and num_segments must divide "
+                "tokens_per_frame"
+            )
+        if self.sink_rows + self.local_rows > self.rows_per_head:
+            raise ValueError(
+                f"{self}: the sink and {self.local_rows} local rows do not fit in rows_per_head"
+            )
+
     @property
     def local_rows(self) -> int:
         """History rows of a head that belong to the chain."""

@@ -15,6 +15,18 @@ from forcing_kv.plugins.similarity_eviction.spec import SPEC as SIMILARITY_EVICT
 if TYPE_CHECKING:
     import onnx
 
+__all__ = [
+    "HEAD_INDEXED_ATTENTION",
+    "OPS",
+    "OPSET",
+    "QK_NORM_ROPE",
+    "SEGMENT_SIMILARITY",
+    "SIMILARITY_EVICTION",
+    "onnx_decompositions",
+    "onnx_functions",
+    "op_module",
+]
+
 OPSET = 20
 """Version of ONNX's standard domain in which the graphs and the function bodies are written."""
 
