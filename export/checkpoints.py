@@ -125,7 +125,8 @@ def check_keys(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], where:
     if lines:
         counts = f"{len(missing)} missing, {len(extra)} unknown, {len(shapes)} mis-shaped keys"
         raise InputError(
-            f"{where}: not a checkpoint of this model ({counts}): " + "; ".join(lines)
+            f"{where}: not a checkpoint of this model ({counts}): "
+            + "; ".join(lines)
             + "; check that the model config belongs to this file"
         )
 

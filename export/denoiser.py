@@ -10,6 +10,7 @@ Legend: N tokens, H heads, D head dim, F frames, T tokens per frame, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,9 @@ class Attention(nn.Module):
     def cross(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from x [..., N, dim] to every row of k, v [..., H, text_len, D]."""
         q = self.split_heads(self.norm_q(self.q(x)))
-        out = F.scaled_dot_product_attention(q, k, v)
+        # The exporter knows this function with one batch axis only.
+        q4, k4, v4 = (heads.reshape(-1, *heads.shape[-3:]) for heads in (q, k, v))
+        out = F.scaled_dot_product_attention(q4, k4, v4).reshape(q.shape)
         return self.o(out.transpose(-3, -2).flatten(-2))
 
 
@@ -195,6 +198,11 @@ class CausalWanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.head = Head(shape)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return cast(list[Block], list(self.blocks))
 
     def cast_(self, dtype: torch.dtype) -> CausalWanModel:
         """Cast the linear weights to `dtype`, keeping Wan's float32 islands; returns self."""

@@ -26,6 +26,7 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One self-attention of heads that share a history, as an observer sees it."""
@@ -76,7 +77,9 @@ class EagerBackend(Backend):
         sorted_model = sort_heads_(copy.deepcopy(model), config.partition)
         sorted_model = sorted_model.cast_(self.dtype).to(self.device).eval()
         self._prompt = PromptGraph(sorted_model)
-        self._step = StepGraph(sorted_model, config, None if observer is None else self._observe).to(self.device)
+        self._step = StepGraph(
+            sorted_model, config, None if observer is None else self._observe
+        ).to(self.device)
         self._evict = EvictGraph(config)
         self._select = select
         self._observer = observer
@@ -146,7 +149,8 @@ class EagerBackend(Backend):
         copy_rows(plan, self.config, self.hist_v, self._new[1], self._dynamic[1])
 
     def _observe(self, layer: int, q: Tensor, k: Tensor) -> None:
-        assert self._observer is not None and self._running is not None
+        assert self._observer is not None
+        assert self._running is not None
         plan, step = self._running
         frames = tuple(range(plan.first_frame, plan.first_frame + plan.num_frames))
         tokens, order = self.config.chunk.tokens_per_frame, self.config.partition.head_order(layer)
@@ -160,6 +164,11 @@ class EagerBackend(Backend):
             self._observer(
                 AttentionCall(plan.index, step, layer, heads, queries, keys, history + frames)
             )
+
+    def close(self) -> None:
+        """Drop buffers."""
+        self.hist_k, self.hist_v = [], []
+        self._cross = self._new = self._dynamic = ([], [])
 
     def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """See base class; float32."""

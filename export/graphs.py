@@ -1,6 +1,6 @@
 """The three graphs that are exported: prompt, step and evict. All are purely functional.
 
-Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, L layers, R pool rows.
+Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, R pool rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.export.denoiser import CausalWanModel, unpatchify
+from forcing_kv.export.denoiser import Attention, CausalWanModel, unpatchify
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.head_indexed_attention.torch_op import head_indexed_attention
 from forcing_kv.plugins.qk_norm_rope.torch_op import qk_norm_rope
@@ -26,16 +26,16 @@ AttentionObserver = Callable[[int, Tensor, Tensor], None]
 
 
 class PromptGraph(nn.Module):
-    """prompt_embeds [text_len, text_dim] -> cross_k of every layer, then cross_v [H, text_len, D]."""
+    """Prompt embeddings to cross-attention K and V of every layer."""
 
     def __init__(self, model: CausalWanModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, prompt_embeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Embed the text once and project it for every layer."""
+        """Embed [text_len, text_dim] once; returns cross_k, cross_v, each [H, text_len, D] a layer."""
         context = self.model.embed_text(prompt_embeds)
-        pairs = [block.cross_attn.context_kv(context) for block in self.model.blocks]
+        pairs = [block.cross_attn.context_kv(context) for block in self.model.layers]
         return [k.contiguous() for k, _ in pairs], [v.contiguous() for _, v in pairs]
 
 
@@ -119,11 +119,11 @@ class StepGraph(nn.Module):
         tokens = model.embed_latents(x)
         new_k: list[Tensor] = []
         new_v: list[Tensor] = []
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(model.layers):
             attn = block.self_attn
 
             def attend(
-                q: Tensor, k: Tensor, v: Tensor, layer: int = layer, attn: nn.Module = attn
+                q: Tensor, k: Tensor, v: Tensor, layer: int = layer, attn: Attention = attn
             ) -> Tensor:
                 q, k = qk_norm_rope(
                     q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin,
@@ -205,12 +205,13 @@ class EvictGraph(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """dyn_k, dyn_v and layer 1's kept segments, given the scores of `score`."""
         layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
+        candidates = [astuple(self._candidates[layer]) for layer in layers]
         outputs = [
             similarity_eviction(
                 scores[i if len(scores) > 1 else 0],
-                hist_k[i], hist_v[i], new_k[i], new_v[i], *astuple(self._candidates[layer]), num_kept,
+                hist_k[i], hist_v[i], new_k[i], new_v[i], *candidates[i], num_kept,
             )
-            for i, layer in enumerate(layers)
+            for i in range(len(layers))
         ]  # fmt: skip
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[layers.index(1)]

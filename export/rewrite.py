@@ -21,7 +21,7 @@ def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanMod
         The model.
     """
     head_dim = model.shape.head_dim
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(model.layers):
         heads = torch.tensor(partition.head_order(layer))
         rows = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
         if torch.equal(rows, torch.arange(model.shape.dim)):

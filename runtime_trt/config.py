@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ class RolloutConfig:
     chunk: ChunkShape
     policy: CachePolicy
     partition: HeadPartition
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     dtype: DType = "float32"
     """Dtype of weights, K/V pools and activations; latents are float32 whatever it is."""
 
@@ -68,9 +68,7 @@ class RolloutConfig:
         """Layers that hold similarity-selected segments; empty when the budget is 0."""
         if self.policy.num_dynamic_frames == 0:
             return ()
-        return tuple(
-            layer for layer, layout in enumerate(self.layouts) if layout.group("dynamic")
-        )
+        return tuple(layer for layer, layout in enumerate(self.layouts) if layout.group("dynamic"))
 
     @property
     def nbytes_kv(self) -> int:

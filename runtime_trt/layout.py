@@ -1,4 +1,4 @@
-"""Frozen data that every part shares: model shape, chunk shape, cache policy, head partition, pools.
+"""Frozen data that every part shares: shapes, cache policy, head partition and pool layout.
 
 Terms: T tokens per latent frame, F latent frames per chunk, H heads, D head dim, s sink frames,
 S local frames of static heads, T_d local frames of dynamic heads, B dynamic budget in frames,
@@ -149,9 +149,14 @@ class CachePolicy:
     """`steady` allocates the steady capacity only and clips the warm-up window to it."""
 
     def __post_init__(self) -> None:
-        names = ("num_sink_frames", "num_static_frames", "num_temporal_frames")
-        names += ("num_dynamic_frames", "last_warmup_chunk")
-        _require_at_least("CachePolicy", {name: getattr(self, name) for name in names}, 0)
+        frames = {
+            "num_sink_frames": self.num_sink_frames,
+            "num_static_frames": self.num_static_frames,
+            "num_temporal_frames": self.num_temporal_frames,
+            "num_dynamic_frames": self.num_dynamic_frames,
+            "last_warmup_chunk": self.last_warmup_chunk,
+        }
+        _require_at_least("CachePolicy", frames, 0)
         _require_at_least("CachePolicy", {"num_segments": self.num_segments}, 1)
         for name, allowed in (("selection", ("layer1", "per_layer")), ("warmup", _WARMUPS)):
             if getattr(self, name) not in allowed:

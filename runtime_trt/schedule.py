@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Schedule:
     def __post_init__(self) -> None:
         steps = tuple(float(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
-        descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        descending = all(a > b for a, b in pairwise(steps))
         lowest = 1.0 if self.warped else 0.0
         if not steps or not descending or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < lowest:
             raise InputError(
@@ -76,9 +77,9 @@ def time_sinusoid(timestep: float, freq_dim: int) -> Float32:
     return np.concatenate([np.cos(angles), np.sin(angles)])[None].astype(np.float32)
 
 
-def rope_table(positions: Sequence[int] | NDArray[np.int64], num_pairs: int) -> tuple[
-    Float32, Float32
-]:
+def rope_table(
+    positions: Sequence[int] | NDArray[np.int64], num_pairs: int
+) -> tuple[Float32, Float32]:
     """Cosines and sines [len(positions), num_pairs] of one rotary axis; positions have no limit."""
     exponents = np.arange(num_pairs, dtype=np.float64) / num_pairs
     angles = np.asarray(positions, np.float64)[:, None] * ROPE_THETA ** -exponents[None]

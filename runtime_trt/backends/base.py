@@ -110,6 +110,7 @@ class Backend(ABC):
     def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V pool [R, D] of `layer`, copied to the host (for checks)."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release engines and buffers; may be called twice."""
 

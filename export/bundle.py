@@ -1,0 +1,158 @@
+"""Writes a bundle: graphs, weights and manifest, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from forcing_kv.export.capture import graph_sources
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
+from forcing_kv.export.rewrite import sort_heads_
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.manifest import (
+    GRAPH_FOLDER,
+    MANIFEST_FILE,
+    WEIGHT_FILE,
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    sha256_of,
+)
+
+Report = Callable[[str], None]
+"""Called with the name of what is being written."""
+
+
+@dataclass(frozen=True)
+class BundleLabels:
+    """What a bundle says about itself beside its configuration."""
+
+    name: str
+    text_encoder: str | None = None
+    decoder: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Hashes and origins of the inputs."""
+
+
+@contextmanager
+def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `target` if the block ends well.
+
+    Raises:
+        InputError: `target` exists and `force` is off, or is not a bundle.
+    """
+    if target.exists() and not force:
+        raise InputError(f"{target}: exists already; choose another path or give --force")
+    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
+        raise InputError(f"{target}: is not a bundle, so it is not replaced; choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_bundle(
+    model: CausalWanModel,
+    config: RolloutConfig,
+    target: Path,
+    labels: BundleLabels,
+    *,
+    force: bool = False,
+    consume: bool = False,
+    report: Report = lambda _: None,
+) -> Manifest:
+    """Export every graph of a deployment.
+
+    Args:
+        model: weights under the official names, heads in checkpoint order.
+        config: rollout configuration.
+        target: directory to write.
+        labels: what the bundle says about itself.
+        force: replace a bundle that is there.
+        consume: rewrite `model` in place instead of copying it (saves its size in memory).
+        report: told the name of each part when it begins.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        InputError: `target` is in the way.
+    """
+    import torch
+
+    with replaced_directory(target, force=force) as folder:
+        model = model if consume else copy.deepcopy(model)
+        model = sort_heads_(model, config.partition).cast_(getattr(torch, config.dtype)).eval()
+        (folder / GRAPH_FOLDER).mkdir()
+        graphs = {}
+        weights_path = folder / WEIGHT_FILE
+        with weights_path.open("wb") as file:
+            store = WeightStore(file, weights_path.name, weights_path.parent)
+            for source in graph_sources(model, config):
+                report(source.name)
+                graph = onnx_model(source)
+                relative = f"{GRAPH_FOLDER}/{source.name}.onnx"
+                write_onnx(graph, folder / relative, store)
+                graphs[source.name] = _graph_info(graph, relative, folder)
+        report("manifest")
+        manifest = Manifest(
+            name=labels.name,
+            config=config,
+            graphs=graphs,
+            weights_sha256=sha256_of(weights_path),
+            weights_nbytes=weights_path.stat().st_size,
+            provenance={**labels.provenance, "tools": tool_versions()},
+            text_encoder=labels.text_encoder,
+            decoder=labels.decoder,
+        )
+        write_manifest(manifest, folder)
+    return manifest
+
+
+def _graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
+    def infos(values: Any) -> tuple[TensorInfo, ...]:
+        return tuple(
+            TensorInfo(value.name, tuple(value.shape.numpy()), value.dtype.name.lower())
+            for value in values
+        )
+
+    return GraphInfo(
+        relative, sha256_of(folder / relative), infos(graph.graph.inputs),
+        infos(graph.graph.outputs),
+    )  # fmt: skip
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` atomically."""
+    import json
+
+    temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    temporary.replace(folder / MANIFEST_FILE)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what wrote the bundle."""
+    return {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}

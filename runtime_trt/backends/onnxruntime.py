@@ -1,0 +1,163 @@
+"""ONNX Runtime on the CPU: works everywhere; for tests, debugging and small models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.backends.base import (
+    Backend,
+    ChunkPositions,
+    Float32,
+    StepScalars,
+    copy_rows,
+)
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
+from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest
+from forcing_kv.runtime_trt.timeline import ChunkPlan
+
+NUMPY_DTYPES = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
+"""Graph dtypes that this backend can run, by their ONNX names."""
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs the bundle's graphs over preallocated numpy buffers, bound once.
+
+    Args:
+        bundle: directory of the bundle; hashes are checked by the caller.
+        manifest: its manifest.
+        num_threads: threads per graph; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        BackendUnavailableError: the bundle's dtype is one that ONNX Runtime has no kernels for.
+        BundleError: a graph does not load, or does not fit the manifest.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int = 0) -> None:
+        super().__init__(manifest.config)
+        if manifest.config.dtype == "bfloat16":
+            raise BackendUnavailableError(
+                "this bundle is bfloat16, which ONNX Runtime on the CPU does not run; build it for "
+                "a GPU, or export it with --dtype float32 (or float16)"
+            )
+        self.buffers: dict[str, NDArray[Any]] = {}
+        self._graphs = {
+            name: _BoundGraph(bundle, name, graph, self.buffers, num_threads)
+            for name, graph in manifest.graphs.items()
+        }
+        layers = range(manifest.config.model.num_layers)
+        self._pools = {
+            part: [self.buffers[f"hist_{part}.{layer}"] for layer in layers] for part in "kv"
+        }
+        self._new = {
+            part: [self.buffers[f"new_{part}.{layer}"] for layer in layers] for part in "kv"
+        }
+        self._dynamic = {
+            part: [self.buffers[f"dyn_{part}.{layer}"] for layer in self.config.evicted_layers]
+            for part in "kv"
+        }
+
+    def set_prompt(self, prompt_embeds: Float32) -> None:
+        """See base class."""
+        self.buffers["prompt_embeds"][...] = prompt_embeds
+        self._graphs["prompt"].run()
+
+    def run_step(
+        self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
+    ) -> tuple[Float32, Float32]:
+        """See base class; returns the output buffers themselves."""
+        buffers = self.buffers
+        buffers["x"][...] = x
+        buffers["eps"][...] = 0 if eps is None else eps
+        buffers["time_sinusoid"][...] = scalars.time_sinusoid
+        buffers["sigma"][...] = scalars.sigma
+        buffers["next_sigma"][...] = scalars.next_sigma
+        buffers["rope_cos"][...] = positions.rope_cos
+        buffers["rope_sin"][...] = positions.rope_sin
+        buffers["hist_len"][...] = positions.hist_len
+        buffers["new_len"][...] = positions.new_len
+        self._graphs["step"].run()
+        return buffers["x0"], buffers["x_next"]
+
+    def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
+        """See base class."""
+        self._graphs["evict"].run()
+        return self.buffers["scores"].copy(), self.buffers["kept"].copy()
+
+    def commit(self, plan: ChunkPlan) -> None:
+        """See base class."""
+        for part in "kv":
+            copy_rows(plan, self.config, self._pools[part], self._new[part], self._dynamic[part])
+
+    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """See base class."""
+        return self._pools["k"][layer].copy(), self._pools["v"][layer].copy()
+
+    def close(self) -> None:
+        """Release sessions and buffers."""
+        self._graphs.clear()
+        self.buffers.clear()
+        for rows in (self._pools, self._new, self._dynamic):
+            rows.clear()
+
+
+class _BoundGraph:
+    """One ONNX Runtime session with all inputs and outputs bound to shared buffers."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        name: str,
+        graph: GraphInfo,
+        buffers: dict[str, NDArray[Any]],
+        num_threads: int,
+    ) -> None:
+        ort = require("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.log_severity_level = 3
+        # Sessions alternate, and a spinning one would hold the cores that the next one needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(
+                str(bundle / graph.file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise BundleError(
+                f"{bundle / graph.file}: ONNX Runtime cannot load it ({error}); export the bundle "
+                "again"
+            ) from error
+        self._check(name, graph)
+        self._binding = self._session.io_binding()
+        for info in (*graph.inputs, *graph.outputs):
+            if info.name not in buffers:
+                buffers[info.name] = np.zeros(info.shape, NUMPY_DTYPES[info.dtype])
+        for info in graph.inputs:
+            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            self._binding.bind_ortvalue_input(info.name, value)
+        for info in graph.outputs:
+            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            self._binding.bind_ortvalue_output(info.name, value)
+
+    def _check(self, name: str, graph: GraphInfo) -> None:
+        actual: Mapping[str, Sequence[Any]] = {
+            "inputs": self._session.get_inputs(),
+            "outputs": self._session.get_outputs(),
+        }
+        for kind, found in actual.items():
+            wanted = getattr(graph, kind)
+            if [(v.name, tuple(v.shape)) for v in found] != [(v.name, v.shape) for v in wanted]:
+                raise BundleError(
+                    f"{graph.file}: the {kind} of graph {name} differ from the manifest; export "
+                    "the bundle again"
+                )
+
+    def run(self) -> None:
+        """Run once; outputs land in the bound buffers."""
+        self._session.run_with_iobinding(self._binding)

@@ -1,0 +1,142 @@
+"""The bundle on disk: manifest schema, hashes, and what opening checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import BundleError, InputError
+from forcing_kv.runtime_trt.layout import from_mapping
+
+MANIFEST_FILE = "manifest.json"
+GRAPH_FOLDER = "graphs"
+WEIGHT_FILE = "graphs/weights.bin"
+SCHEMA_VERSION = 1
+"""Version that this runtime writes and the only one that it reads."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a graph."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One exported graph."""
+
+    file: str
+    """Path within the bundle."""
+    sha256: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime must know about a bundle."""
+
+    name: str
+    """What was exported, for people."""
+    config: RolloutConfig
+    graphs: Mapping[str, GraphInfo]
+    """prompt, step and, with segments, evict."""
+    weights_sha256: str
+    weights_nbytes: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Hashes of checkpoint and head file, and the versions of the tools that exported."""
+    text_encoder: str | None = None
+    """Kind of text encoder that makes this model's prompt embeddings."""
+    decoder: str | None = None
+    """Kind of decoder that turns its latents into pixels."""
+    plugin_abi: int = 1
+    """Version of the custom operators that the graphs use."""
+    engines: tuple[Mapping[str, Any], ...] = ()
+    """One record per built engine."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, schema version first."""
+        data = {**asdict(self), "config": self.config.to_json()}
+        return {"schema_version": SCHEMA_VERSION, **data}
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check the manifest of a bundle.
+
+    Raises:
+        BundleError: missing, malformed, or of a schema version that this runtime cannot read.
+    """
+    path = bundle / MANIFEST_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"{bundle}: not a bundle ({MANIFEST_FILE} is missing); make one with `fkv export`"
+        )
+    try:
+        data = dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: not readable ({error}); export the bundle again") from error
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema version {version!r} found, this runtime reads {SCHEMA_VERSION}; "
+            "export the bundle again with this version of forcing-kv, or install the one that "
+            "wrote it"
+        )
+    try:
+        data["config"] = RolloutConfig.from_json(data["config"], f"{path}: config")
+        data["graphs"] = {
+            name: _graph_info(graph, f"{path}: graphs.{name}")
+            for name, graph in data["graphs"].items()
+        }
+        data["engines"] = tuple(data.get("engines", ()))
+        return from_mapping(Manifest, data, str(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{path}: entry {error} is missing or malformed; export the bundle again"
+        ) from error
+    except InputError as error:
+        raise BundleError(f"{error}; export the bundle again") from error
+
+
+def _graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
+    parts = dict(data)
+    for key in ("inputs", "outputs"):
+        parts[key] = tuple(
+            from_mapping(TensorInfo, {**info, "shape": tuple(info["shape"])}, f"{where}.{key}")
+            for info in parts[key]
+        )
+    return from_mapping(GraphInfo, parts, where)
+
+
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare every graph and the weights with the hashes of the manifest.
+
+    Raises:
+        BundleError: a file is missing or altered.
+    """
+    wanted = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
+    wanted[WEIGHT_FILE] = manifest.weights_sha256
+    for file, sha256 in wanted.items():
+        path = bundle / file
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; export the bundle again with `fkv export`")
+        found = sha256_of(path)
+        if found != sha256:
+            raise BundleError(
+                f"{path}: altered since export (sha256 {found[:12]}... found, {sha256[:12]}... "
+                "recorded); export the bundle again with `fkv export`"
+            )
