@@ -1,0 +1,85 @@
+"""What a head calibration leaves behind: `heads.json`.
+
+The reader is `runtime_trt/heads.py`, so that exporting needs nothing of this package. The file is
+also a partition in the published form: the official code reads its `layers` and ignores the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.calibration.profile import HeadProfile
+from forcing_kv.calibration.stability import Stability, measure_stability
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
+from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.version import project_version
+
+
+def heads_record(
+    profile: HeadProfile,
+    config: RolloutConfig,
+    model_sha256: str,
+    stability: Stability | None = None,
+) -> dict[str, Any]:
+    """The content of `heads.json`.
+
+    Args:
+        profile: what was recorded.
+        config: the dense rollout that was observed.
+        model_sha256: hash of the checkpoint, hexadecimal.
+        stability: computed from the profile if None.
+    """
+    partition, samples = profile.partition, profile.samples
+    stability = stability or measure_stability(profile)
+    return {
+        "format": HEADS_FORMAT,
+        "schema_version": HEADS_SCHEMA_VERSION,
+        "tool": {"name": "forcing-kv", "version": project_version()},
+        "num_layers": partition.num_layers,
+        "num_heads": partition.num_heads,
+        "model": {"sha256": model_sha256, "shape": asdict(config.model)},
+        "rule": asdict(profile.rule),
+        "rollouts": {
+            "prompts": list(dict.fromkeys(sample.prompt for sample in samples)),
+            "seeds": sorted({sample.seed for sample in samples}),
+            "chunks": sorted({sample.chunk for sample in samples}),
+            "steps": sorted({sample.step for sample in samples}),
+            "num_key_frames": profile.num_key_frames,
+            "chunk": asdict(config.chunk),
+            "policy": asdict(config.policy),
+            "schedule": asdict(config.schedule),
+            "dtype": config.dtype,
+        },
+        "num_static": count_static(partition),
+        "num_dynamic": partition.num_layers * partition.num_heads - count_static(partition),
+        "layers": partition_layers(partition),
+        "scores": profile.pooled_LH.tolist(),
+        "stability": stability.to_json(),
+    }
+
+
+def count_static(partition: HeadPartition) -> int:
+    """Static heads of all layers together."""
+    return sum(len(heads) for heads in partition.static_heads)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all; missing folders are made.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
