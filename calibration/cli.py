@@ -1,0 +1,216 @@
+"""`fkv calibrate heads`: profiles the attention heads of a model on real rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forcing_kv.runtime_trt.console import console, print_json, progress, talk
+from forcing_kv.runtime_trt.errors import InputError
+
+_CHECKPOINT_PANEL = "Another model"
+_ROLLOUT_PANEL = "Rollouts"
+_RULE_PANEL = "Rule"
+
+
+def calibrate_heads(
+    out: Annotated[Path, typer.Option(help="Folder that receives heads.json and heads.png.")],
+    model: Annotated[str, typer.Option(help="A shipped model.")] = "digits",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights, .safetensors or .pt.", rich_help_panel=_CHECKPOINT_PANEL),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Official Wan config.json.", rich_help_panel=_CHECKPOINT_PANEL),
+    ] = None,
+    prompt_embeds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Encoded prompts: .npz with one array [text_len, text_dim] a prompt, or .npy.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
+    ] = None,
+    latent_size: Annotated[
+        str, typer.Option(help="Latent rows x columns.", rich_help_panel=_CHECKPOINT_PANEL)
+    ] = "60x104",
+    chunk_frames: Annotated[
+        int, typer.Option(min=1, help="Latent frames.", rich_help_panel=_CHECKPOINT_PANEL)
+    ] = 3,
+    denoise_steps: Annotated[
+        str, typer.Option(help="Denoising step list.", rich_help_panel=_CHECKPOINT_PANEL)
+    ] = "1000,750,500,250",
+    warped: Annotated[
+        bool,
+        typer.Option(
+            help="Whether that list indexes the shifted schedule.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
+    ] = True,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, each with every prompt.", rich_help_panel=_ROLLOUT_PANEL)
+    ] = "0,1",
+    num_chunks: Annotated[
+        int, typer.Option(min=1, help="Chunks of a rollout.", rich_help_panel=_ROLLOUT_PANEL)
+    ] = 7,
+    profile_chunks: Annotated[
+        str | None,
+        typer.Option(
+            help="Chunks to record, such as 5,6. Default: those that see the most frames.",
+            rich_help_panel=_ROLLOUT_PANEL,
+        ),
+    ] = None,
+    profile_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Denoise steps to record; the clean pass is the last. Default: all.",
+            rich_help_panel=_ROLLOUT_PANEL,
+        ),
+    ] = None,
+    window_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames that dense attention sees, sink and own chunk included. Default: all.",
+            rich_help_panel=_ROLLOUT_PANEL,
+        ),
+    ] = None,
+    sink_frames: Annotated[
+        int,
+        typer.Option(
+            min=0, help="First frames that stay in that window.", rich_help_panel=_ROLLOUT_PANEL
+        ),
+    ] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=_ROLLOUT_PANEL),
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)
+    ] = "cpu",
+    threshold: Annotated[
+        float, typer.Option(help="Lowest score of a static head.", rich_help_panel=_RULE_PANEL)
+    ] = 0.8,
+    skip_first: Annotated[
+        int, typer.Option(help="First key frames left out.", rich_help_panel=_RULE_PANEL)
+    ] = 1,
+    last_k: Annotated[
+        int, typer.Option(help="Last key frames compared.", rich_help_panel=_RULE_PANEL)
+    ] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the content of heads.json on stdout.")
+    ] = False,
+) -> None:
+    """Find out which attention heads are static and which dynamic.
+
+    Generates videos with dense attention, measures how much of each head's attention stays on the
+    last frames, and writes the partition with its scores and their stability, and a heat map.
+    """
+    from forcing_kv.calibration.head_profile import HeadRule
+    from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
+    from forcing_kv.calibration.model_source import load_checkpoint, load_shipped
+    from forcing_kv.calibration.rollouts import ProfilePlan
+    from forcing_kv.runtime_trt.schedule import Schedule
+
+    files = [out / HEADS_FILE, out / PICTURE_FILE]
+    existing = [str(file) for file in files if file.exists()]
+    if existing and not force:
+        raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
+    if checkpoint is None:
+        if config or prompt_embeds:
+            raise InputError("--config and --prompt-embeds belong to --checkpoint; give all three")
+        source = load_shipped(model, prompt or [])
+    else:
+        if config is None or prompt_embeds is None or prompt:
+            raise InputError(
+                "--checkpoint needs --config and --prompt-embeds, and takes no --prompt: text is "
+                "encoded beforehand"
+            )
+        schedule = Schedule(_numbers("--denoise-steps", denoise_steps), warped)
+        size = _size("--latent-size", latent_size)
+        source = load_checkpoint(checkpoint, config, prompt_embeds, chunk_frames, size, schedule)
+    calibration = HeadCalibration(
+        source,
+        ProfilePlan(
+            num_chunks,
+            _integers("--profile-chunks", profile_chunks) if profile_chunks else None,
+            _integers("--profile-steps", profile_steps) if profile_steps else None,
+            HeadRule(threshold, skip_first, last_k),
+        ),
+        _integers("--seeds", seeds),
+        window_frames,
+        sink_frames,
+        dtype,  # type: ignore[arg-type]  # checked by the rollout's configuration
+        device,
+    )
+    talk(calibration.description)
+    if dry_run:
+        return
+    with progress("profiling heads", calibration.num_chunks) as bar:
+        profile = calibration.run(bar.advance)
+    record = calibration.write(out, profile)
+    _show(record)
+    talk(f"wrote {files[0]} and {files[1]}")
+    if as_json:
+        print_json(record)
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} is {text!r}; give integers such as 0,3,5") from error
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} is {text!r}; give numbers such as 1000,750") from error
+
+
+def _size(option: str, text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise InputError(f"{option} is {text!r}; give rows x columns such as 60x104")
+    return int(rows), int(columns)
+
+
+def _show(record: Mapping[str, Any]) -> None:
+    """Print the partition, a row a layer, and how stable it is."""
+    from rich.table import Table
+
+    table = Table("layer", "static", "dynamic", "heads (S static)", "score from", "to")
+    for layer, scores in zip(record["layers"], record["scores"], strict=True):
+        static = set(layer["static_head"])
+        table.add_row(
+            str(layer["layer_idx"]),
+            str(len(static)),
+            str(len(layer["dynamic_head"])),
+            "".join("S" if head in static else "." for head in range(record["num_heads"])),
+            f"{min(scores):.3f}",
+            f"{max(scores):.3f}",
+        )
+    console().print(table)
+    stability = record["stability"]
+    talk(f"{record['num_static']} static, {record['num_dynamic']} dynamic heads")
+    talk(
+        f"stability over {stability['num_samples']} passes: a single pass agrees with the pooled "
+        f"class for {stability['agreement']:.1%} of heads, two passes with each other for "
+        f"{stability['pairwise_agreement']:.1%}; {stability['unanimous_heads']:.1%} of heads never "
+        f"change; score deviates by {stability['mean_score_std']:.3f}"
+    )
+    for name, groups in stability["agreement_by"].items():
+        if len(groups) > 1:
+            worst = min(groups, key=groups.__getitem__)
+            talk(f"  by {name}: at least {groups[worst]:.1%} of heads agree ({name} {worst!r})")

@@ -1,0 +1,111 @@
+"""A head calibration from start to end: rollouts, profile, `heads.json` and `heads.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.calibration.artifacts import heads_record, write_json
+from forcing_kv.calibration.heat_map import draw_heads
+from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.profile import HeadProfile
+from forcing_kv.calibration.rollouts import (
+    ProfilePlan,
+    Rollout,
+    dense_config,
+    profile_heads,
+    recorded_chunks,
+)
+from forcing_kv.runtime_trt.config import DType, RolloutConfig
+
+HEADS_FILE = "heads.json"
+PICTURE_FILE = "heads.png"
+
+
+@dataclass(frozen=True)
+class HeadCalibration:
+    """Every prompt of a model with every seed, generated under dense attention."""
+
+    source: ModelSource
+    plan: ProfilePlan
+    seeds: tuple[int, ...] = (0, 1)
+    window_frames: int | None = None
+    """Frames that a query sees, sink and own chunk included; None lets it see all."""
+    num_sink_frames: int = 0
+    """First frames that stay in the window."""
+    dtype: DType = "float32"
+    device: str = "cpu"
+
+    @cached_property
+    def config(self) -> RolloutConfig:
+        """The dense rollout."""
+        window = self.window_frames or self.plan.num_chunks * self.source.chunk.num_frames
+        return dense_config(
+            self.source.model,
+            self.source.chunk,
+            window,
+            self.num_sink_frames,
+            self.source.schedule,
+            self.dtype,
+        )
+
+    @property
+    def num_rollouts(self) -> int:
+        """Videos to generate."""
+        return len(self.source.prompts) * len(self.seeds)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all rollouts together."""
+        return self.num_rollouts * self.plan.num_chunks
+
+    @property
+    def description(self) -> str:
+        """What will run, one line."""
+        return (
+            f"{self.source.name}: {len(self.source.prompts)} prompts x {len(self.seeds)} seeds, "
+            f"{self.plan.num_chunks} chunks each; recording chunks "
+            f"{list(recorded_chunks(self.plan, self.config))} under a dense window of "
+            f"{self.config.policy.num_sink_frames + self.config.policy.warmup_frames} past frames"
+        )
+
+    def run(self, on_chunk: Callable[[], object] | None = None) -> HeadProfile:
+        """Generate and record.
+
+        Args:
+            on_chunk: called after each of `num_chunks` chunks.
+        """
+        rollouts = [
+            Rollout(name, embeds, seed)
+            for name, embeds in self.source.prompts.items()
+            for seed in self.seeds
+        ]
+        return profile_heads(
+            self.source.model,
+            self.config,
+            rollouts,
+            self.plan,
+            device=self.device,
+            on_chunk=on_chunk,
+        )
+
+    def write(self, folder: Path, profile: HeadProfile) -> dict[str, Any]:
+        """Write `heads.json` and `heads.png` to a folder.
+
+        Returns:
+            The content of `heads.json`.
+        """
+        record = heads_record(profile, self.config, self.source.sha256)
+        rule = profile.rule
+        draw_heads(
+            folder / PICTURE_FILE,
+            profile.pooled_LH,
+            rule.threshold,
+            f"{self.source.name}: mass of the last {rule.last_k} of {profile.num_key_frames} "
+            f"key frames, threshold {rule.threshold:g}",
+        )
+        write_json(folder / HEADS_FILE, record)
+        return record
