@@ -21,13 +21,7 @@ HEADS_FORMAT = "forcing_kv.heads"
 HEADS_SCHEMA_VERSION = 1
 """Newest `schema_version` that this reader understands."""
 
-# Official reader: wan/modules/causal_model_forcingkv.py of Forcing-KV at commit 50ac1f4.
-_STATIC_KEYS = tuple(
-    name + plural for name in ("static_head", "local_head", "spatial_head") for plural in ("", "s")
-)
-_DYNAMIC_KEYS = tuple(
-    name + plural for name in ("dynamic_head", "temporal_head") for plural in ("", "s")
-)
+_LISTS = ("static_head", "dynamic_head")
 _REMEDY = "use the partition made for this model, or make one with `fkv calibrate heads`"
 
 
@@ -176,16 +170,12 @@ def _layers_by_index(layers: Any, where: str) -> dict[int, Any]:
 
 def _read_layer(layer: Mapping[str, Any], index: int, where: str) -> tuple[list[int], list[int]]:
     """Static and dynamic heads of a layer, as listed."""
-    known = (*_STATIC_KEYS, *_DYNAMIC_KEYS)
-    if not any(key in layer for key in known):
+    if not any(key in layer for key in _LISTS):
         raise InputError(
             f"{where}: layer {index} has neither `static_head` nor `dynamic_head`; found "
             f"{sorted(map(str, layer))}"
         )
-    static, dynamic = (
-        [head for key in keys for head in _head_list(layer.get(key), key, index, where)]
-        for keys in (_STATIC_KEYS, _DYNAMIC_KEYS)
-    )
+    static, dynamic = (_head_list(layer.get(key), key, index, where) for key in _LISTS)
     return static, dynamic
 
 
