@@ -47,7 +47,9 @@ class Command(NamedTuple):
     """The typer command in that module."""
 
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (
+    Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
+)
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""
 
 GROUPS = {
