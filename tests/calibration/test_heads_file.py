@@ -54,8 +54,6 @@ def test_partition_of_published_layers():
         {"layers": UNSORTED},
         {"layers": {str(layer["layer_idx"]): layer for layer in LAYERS}},
         WITHOUT_INDEX,
-        [{"spatial_heads": x["static_head"], "temporal_heads": x["dynamic_head"]} for x in LAYERS],
-        [{"layer_idx": 0, "static_head": [1, 3], "dynamic_heads": [0, 2]}, *LAYERS[1:]],
         OWN,
     ],
 )
@@ -104,6 +102,10 @@ def changed(layer, **entries):
         ([], r"layers \[0, 1, 2\] are missing: 0 layers found"),
         ([3], "layer 0 is not an object"),
         ([{"static": [0]}], "neither `static_head` nor `dynamic_head`; found .'static'"),
+        (
+            [{"layer_idx": 0, "static_head": [1, 3], "dynamic_heads": [0, 2]}, *LAYERS[1:]],
+            r"layer 0: heads \[0, 2\] are in neither list",
+        ),
         (LAYERS[:2], r"layers \[2\] are missing: 2 layers found, 0 to 2 needed"),
         ([LAYERS[0], LAYERS[2]], r"layers \[1\] are missing"),
         ([*LAYERS, {**LAYERS[0], "layer_idx": 3}], r"layers \[3\] are too many"),
