@@ -10,6 +10,7 @@ import typer
 
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.options import parse_size
 
 _CHECKPOINT_PANEL = "Another model"
 _ROLLOUT_PANEL = "Rollouts"
@@ -137,7 +138,7 @@ def calibrate_heads(
                 "encoded beforehand"
             )
         schedule = Schedule(_numbers("--denoise-steps", denoise_steps), warped)
-        size = _size("--latent-size", latent_size)
+        size = parse_size("--latent-size", latent_size)
         source = load_checkpoint(checkpoint, config, prompt_embeds, chunk_frames, size, schedule)
     calibration = HeadCalibration(
         source,
@@ -177,13 +178,6 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"{option} is {text!r}; give numbers such as 1000,750") from error
-
-
-def _size(option: str, text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal()):
-        raise InputError(f"{option} is {text!r}; give rows x columns such as 60x104")
-    return int(rows), int(columns)
 
 
 def _show(record: Mapping[str, Any]) -> None:

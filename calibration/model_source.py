@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.checkpoints import load_model, model_shape_from_official, read_json
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ChunkShape, ModelShape
+from forcing_kv.runtime_trt.manifest import sha256_of
 from forcing_kv.runtime_trt.schedule import Schedule
-
-SHIPPED_MODELS = {"digits": "forcing_kv.tools.digits.shipped"}
-"""Name of a shipped model -> its module, a `ShippedModel`; by name, for `tools` stands above."""
-
-
-class ShippedModel(Protocol):
-    """What the module of a shipped model offers."""
-
-    CHECKPOINT: Path
-    MODEL: ModelShape
-    CHUNK: ChunkShape
-    SCHEDULE: Schedule
-    CALIBRATION_PROMPTS: Sequence[str]
-    encode_prompt: Callable[[str], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -47,20 +32,6 @@ class ModelSource:
     """Name of each prompt -> embeddings [text_len, text_dim]."""
 
 
-def shipped_model(name: str) -> ShippedModel:
-    """The module of a shipped model.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    if name not in SHIPPED_MODELS:
-        raise InputError(
-            f"no model {name!r} is shipped; there is {list(SHIPPED_MODELS)}; give another model "
-            "with --checkpoint, --config and --prompt-embeds"
-        )
-    return cast(ShippedModel, importlib.import_module(SHIPPED_MODELS[name]))
-
-
 def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
     """Load a shipped model; its own calibration prompts are taken if none is given."""
     shipped = shipped_model(name)
@@ -68,7 +39,7 @@ def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
     return ModelSource(
         name,
         load_model(shipped.CHECKPOINT, shipped.MODEL),
-        _sha256(shipped.CHECKPOINT),
+        sha256_of(shipped.CHECKPOINT),
         shipped.CHUNK,
         shipped.SCHEDULE,
         {text: shipped.encode_prompt(text) for text in texts},
@@ -98,7 +69,7 @@ def load_checkpoint(
     chunk = ChunkShape(chunk_frames, *latent_size, shape.patch_size)
     prompts = read_prompt_embeds(prompt_embeds, shape)
     model = load_model(checkpoint, shape)
-    return ModelSource(checkpoint.stem, model, _sha256(checkpoint), chunk, schedule, prompts)
+    return ModelSource(checkpoint.stem, model, sha256_of(checkpoint), chunk, schedule, prompts)
 
 
 def read_prompt_embeds(path: Path, shape: ModelShape) -> dict[str, NDArray[np.float32]]:
@@ -130,8 +101,3 @@ def read_prompt_embeds(path: Path, shape: ModelShape) -> dict[str, NDArray[np.fl
             key = name if len(stack) == 1 else f"{name}[{place}]"
             prompts[key] = embeds.astype(np.float32)
     return prompts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

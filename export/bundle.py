@@ -46,6 +46,19 @@ class BundleLabels:
     """Hashes and origins of the inputs."""
 
 
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a target that is in the way.
+
+    Raises:
+        InputError: `target` exists and `force` is off, or it is not a bundle.
+    """
+    if target.exists() and not force:
+        raise InputError(f"{target}: exists already; choose another path or give --force")
+    is_bundle = (target / MANIFEST_FILE).is_file()
+    if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
+        raise InputError(f"{target}: is not a bundle, so it is not replaced; choose another path")
+
+
 @contextmanager
 def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
     """A temporary directory that becomes `target` if the block ends well.
@@ -53,10 +66,7 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         InputError: `target` exists and `force` is off, or is not a bundle.
     """
-    if target.exists() and not force:
-        raise InputError(f"{target}: exists already; choose another path or give --force")
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
-        raise InputError(f"{target}: is not a bundle, so it is not replaced; choose another path")
+    check_target(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

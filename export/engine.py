@@ -128,6 +128,10 @@ class EagerBackend(Backend):
         )
         return x0, x_next
 
+    def to_host(self, x: Tensor) -> Float32:
+        """See base class."""
+        return x.cpu().numpy().copy()
+
     @torch.inference_mode()
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """See base class."""

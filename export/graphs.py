@@ -33,7 +33,7 @@ class PromptGraph(nn.Module):
         self.model = model
 
     def forward(self, prompt_embeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Embed [text_len, text_dim] once; returns cross_k, cross_v, each [H, text_len, D] a layer."""
+        """Embed [text_len, text_dim]; returns cross_k and cross_v, [H, text_len, D] a layer."""
         context = self.model.embed_text(prompt_embeds)
         pairs = [block.cross_attn.context_kv(context) for block in self.model.layers]
         return [k.contiguous() for k, _ in pairs], [v.contiguous() for _, v in pairs]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.checkpoints import load_model, model_shape_from_official, read_json
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.engine import eager_session
+from forcing_kv.runtime_trt.backends import choose_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import parse_partition
@@ -21,7 +26,6 @@ from forcing_kv.runtime_trt.session import Chunk, Session
 
 LATENT_ATOL = 1e-4
 """Float32 implementations differ by <= 1.6e-6; one wrong segment moves latents by >= 1.6e-2."""
-SessionFactory = Callable[[CausalWanModel, RolloutConfig], Session]
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,26 @@ class ChunkCheck:
     """Whether the kept segments are exactly the golden ones; None where none are selected."""
 
     @property
+    def worst(self) -> float:
+        """Largest error of any kind."""
+        errors = (self.latent_error, self.x0_error, self.cache_error)
+        return max(error for error in errors if error is not None)
+
+    @property
     def passed(self) -> bool:
         """Within tolerance, and the same segments."""
-        errors = (self.latent_error, self.x0_error, self.cache_error)
-        close = all(error is None or error <= LATENT_ATOL for error in errors)
-        return close and self.kept_equal is not False
+        return self.worst <= LATENT_ATOL and self.kept_equal is not False
+
+    def line(self) -> str:
+        """The check in one line, for people."""
+        parts = [f"latents {self.latent_error:.2e}"]
+        if self.x0_error is not None:
+            parts.append(f"x0 {self.x0_error:.2e}")
+        if self.cache_error is not None:
+            parts.append(f"cache {self.cache_error:.2e}")
+        if self.kept_equal is not None:
+            parts.append("segments equal" if self.kept_equal else "segments DIFFER")
+        return f"chunk {self.chunk}: {', '.join(parts)} -> {'ok' if self.passed else 'FAIL'}"
 
 
 @dataclass
@@ -60,6 +79,18 @@ class GoldenReport:
     def passed(self) -> bool:
         """Every chunk and the schedule within tolerance."""
         return self.schedule_error <= 1e-6 and all(check.passed for check in self.chunks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an infinite error (another shape, or NaN) is the word `infinite`."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(entry) for key, entry in value.items()}
+            if isinstance(value, list):
+                return [plain(entry) for entry in value]
+            return "infinite" if value == float("inf") else value
+
+        return plain({**asdict(self), "tolerance": LATENT_ATOL, "passed": self.passed})
 
 
 @dataclass(frozen=True)
@@ -144,6 +175,30 @@ def _policy_from_settings(
     )
     partition = parse_partition(settings["head_partition"], "head_partition", model)
     return policy, partition
+
+
+@contextmanager
+def golden_session(
+    case: GoldenCase, backend: str, checkpoint: Path | None = None
+) -> Iterator[Session]:
+    """A session on `case`'s model and settings; engines are exported to a temporary bundle.
+
+    Args:
+        case: the golden case.
+        backend: `eager`, or a backend of the runtime.
+        checkpoint: weights to use instead of the case's own.
+    """
+    model, config = case.load_model(checkpoint), case.config
+    if backend == "eager":
+        with eager_session(model, config) as session:
+            yield session
+        return
+    choose_backend(backend)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
+        with Session.open(bundle, backend) as session:
+            yield session
 
 
 def verify_golden(case: GoldenCase, session: Session) -> Iterator[ChunkCheck]:

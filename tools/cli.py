@@ -48,6 +48,10 @@ class Command(NamedTuple):
 
 
 COMMANDS: tuple[Command, ...] = (
+    Command("export", "forcing_kv.export.cli", "export"),
+    Command("run", "forcing_kv.tools.run", "run"),
+    Command("verify", "forcing_kv.export.cli", "verify"),
+    Command("inspect", "forcing_kv.tools.inspect", "inspect"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
 )
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""

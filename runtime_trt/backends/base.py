@@ -98,6 +98,10 @@ class Backend(ABC):
     ) -> tuple[Any, Any]:
         """Run the step graph; keeps the new rows and returns (x0, x_next) as the backend's own."""
 
+    def to_host(self, x: Any) -> Float32:
+        """Copy what `run_step` returned to host memory."""
+        return np.array(x)
+
     @abstractmethod
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """Run the evict graph; keeps the dynamic rows and returns (scores, kept)."""
@@ -125,8 +129,8 @@ class Backend(ABC):
             last = i + 1 == len(self.step_scalars)
             x0, x = self.run_step(x, None if last else request.eps[i], scalars, positions)
             if request.keep_x0:
-                x0_steps.append(np.array(x0))
-        result = ChunkResult(np.array(x0), x0_steps=x0_steps if request.keep_x0 else None)
+                x0_steps.append(self.to_host(x0))
+        result = ChunkResult(self.to_host(x0), x0_steps=x0_steps if request.keep_x0 else None)
         after_steps = perf_counter()
         self.run_step(x0, None, self.clean_scalars, positions)
         after_clean = perf_counter()

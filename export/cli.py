@@ -1,0 +1,197 @@
+"""`fkv export` and `fkv verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.console import ExitCode, console, print_json, progress, talk
+from forcing_kv.runtime_trt.options import parse_size
+
+if TYPE_CHECKING:
+    from forcing_kv.export.verify import GoldenReport
+
+_MODEL = "Model"
+_POLICY = "Cache policy (default: the model's own)"
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    model: Annotated[str, typer.Option(help="A shipped model.", rich_help_panel=_MODEL)] = "digits",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights, .safetensors or .pt.", rich_help_panel=_MODEL),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Official Wan config.json.", rich_help_panel=_MODEL)
+    ] = None,
+    latent_size: Annotated[
+        str | None, typer.Option(help="Latent rows x columns.", rich_help_panel=_MODEL)
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=_MODEL),
+    ] = "float32",
+    heads: Annotated[
+        Path | None, typer.Option(help="Head partition file.", rich_help_panel=_POLICY)
+    ] = None,
+    dense_window: Annotated[
+        int | None,
+        typer.Option(
+            help="No compression: attend this many frames, sink and own chunk included.",
+            rich_help_panel=_POLICY,
+        ),
+    ] = None,
+    sink_frames: Annotated[
+        int | None, typer.Option(help="First frames kept for ever.", rich_help_panel=_POLICY)
+    ] = None,
+    static_frames: Annotated[
+        int | None,
+        typer.Option(help="Last frames that static heads keep.", rich_help_panel=_POLICY),
+    ] = None,
+    temporal_frames: Annotated[
+        int | None,
+        typer.Option(help="Last frames that dynamic heads keep.", rich_help_panel=_POLICY),
+    ] = None,
+    dynamic_frames: Annotated[
+        int | None,
+        typer.Option(help="Budget of selected segments, in frames.", rich_help_panel=_POLICY),
+    ] = None,
+    segments: Annotated[
+        int | None, typer.Option(help="Segments per frame.", rich_help_panel=_POLICY)
+    ] = None,
+    warmup_chunk: Annotated[
+        int | None, typer.Option(help="Last chunk before compression.", rich_help_panel=_POLICY)
+    ] = None,
+    warmup: Annotated[
+        str | None, typer.Option(help="exact or steady.", rich_help_panel=_POLICY)
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option(help="layer1 or per_layer.", rich_help_panel=_POLICY)
+    ] = None,
+    compress_first_layer: Annotated[
+        bool | None,
+        typer.Option(help="Split layer 0 into static and dynamic.", rich_help_panel=_POLICY),
+    ] = None,
+    global_sink: Annotated[
+        bool | None,
+        typer.Option(help="Keep the sink at a prompt switch.", rich_help_panel=_POLICY),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be written, stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """Export a checkpoint as a bundle: prompt, step and evict graphs with fixed shapes."""
+    from forcing_kv.export.bundle import check_target, export_bundle
+    from forcing_kv.export.request import ExportRequest, resolve
+
+    changes = {
+        "num_sink_frames": sink_frames,
+        "num_static_frames": static_frames,
+        "num_temporal_frames": temporal_frames,
+        "num_dynamic_frames": dynamic_frames,
+        "num_segments": segments,
+        "last_warmup_chunk": warmup_chunk,
+        "warmup": warmup,
+        "selection": selection,
+        "compress_first_layer": compress_first_layer,
+        "global_sink": global_sink,
+    }
+    request = ExportRequest(
+        model=model,
+        checkpoint=checkpoint,
+        config=config,
+        heads=heads,
+        latent_size=None if latent_size is None else parse_size("--latent-size", latent_size),
+        dense_window=dense_window,
+        policy_changes=tuple((key, value) for key, value in changes.items() if value is not None),
+        dtype=cast(Any, dtype),
+    )
+    resolved = resolve(request)
+    check_target(out, force=force)
+    talk(describe(resolved.labels.name, resolved.config))
+    if dry_run:
+        talk(f"dry run: {out} would be written")
+        return
+    num_parts = 4 if resolved.config.evicted_layers else 3
+    with progress("loading weights", num_parts + 1) as bar:
+        weights = resolved.load()
+
+        def report(part: str) -> None:
+            bar.advance()
+            bar.describe(f"exporting {part}")
+
+        manifest = export_bundle(
+            weights, resolved.config, out, resolved.labels, force=force, consume=True, report=report
+        )
+    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
+    if as_json:
+        print_json(manifest.to_json())
+
+
+def describe(name: str, config: RolloutConfig) -> str:
+    """One paragraph on what a configuration is, for people."""
+    model, chunk, policy = config.model, config.chunk, config.policy
+    static = sum(len(heads) for heads in config.partition.static_heads)
+    total = model.num_layers * model.num_heads
+    kept = (
+        f"sink {policy.num_sink_frames}, static heads keep {policy.num_static_frames}, dynamic "
+        f"heads {policy.num_temporal_frames} frames + {policy.num_kept_segments} segments"
+    )
+    return (
+        f"{name}: {model.num_layers} layers of {model.num_heads} heads ({static} static, "
+        f"{total - static} dynamic), {chunk.latent_height}x{chunk.latent_width} latents, "
+        f"{chunk.tokens_per_frame} tokens a frame, {config.dtype}\n"
+        f"cache: {kept}; {config.nbytes_kv / 1e6:.2f} MB"
+    )
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def verify(
+    golden: Annotated[
+        Path, typer.Option(help="Case directory: config.json and golden.npz, weights beside it.")
+    ],
+    backend: Annotated[str, typer.Option(help="eager or onnxruntime.")] = "eager",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights to use instead of the case's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
+) -> None:
+    """Compare a backend with numerical truth; exit 0 within tolerance, 1 not, 2 bad use."""
+    from forcing_kv.export.verify import (
+        GoldenCase,
+        GoldenReport,
+        golden_session,
+        schedule_error,
+        verify_golden,
+    )
+
+    case = GoldenCase.load(golden)
+    with golden_session(case, backend, checkpoint) as session:
+        report = GoldenReport(
+            golden.name, session.backend_name, schedule_error(case, session.config.schedule)
+        )
+        for check in verify_golden(case, session):
+            report.chunks.append(check)
+            talk(check.line(), style=None if check.passed else "red")
+    _verdict(report)
+    if as_json:
+        print_json(report.to_json())
+    if not report.passed:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _verdict(report: GoldenReport) -> None:
+    worst = max((check.worst for check in report.chunks), default=0.0)
+    verdict = "PASS" if report.passed else "FAIL"
+    console().print(
+        f"[bold]{verdict}[/bold] {report.case} on {report.backend}: worst error {worst:.2e}"
+    )

@@ -1,0 +1,33 @@
+"""The shipped small model as the other packages see it; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.tools.digits.text import DIRECTIONS, TEXT_DIM, TEXT_LEN, caption_of, encode_prompt
+
+__all__ = ["CALIBRATION_PROMPTS", "CHECKPOINT", "CHUNK", "HEADS", "MODEL", "POLICY", "SCHEDULE"]
+__all__ += ["encode_prompt"]
+
+CHECKPOINT = Path(__file__).with_name("model.safetensors")
+"""Weights under the official names, float32."""
+HEADS = Path(__file__).with_name("heads.json")
+"""Its calibrated head partition."""
+MODEL = ModelShape(
+    num_layers=4,
+    dim=160,
+    ffn_dim=640,
+    num_heads=5,
+    in_channels=16,
+    text_len=TEXT_LEN,
+    text_dim=TEXT_DIM,
+)
+CHUNK = ChunkShape(num_frames=3, latent_height=8, latent_width=8)
+SCHEDULE = Schedule()
+POLICY = CachePolicy(num_segments=4)
+"""The Self Forcing preset; four segments, for a frame has 16 tokens."""
+CALIBRATION_PROMPTS = tuple(
+    caption_of(digit, direction) for digit, direction in zip((0, 3, 5, 8), DIRECTIONS, strict=True)
+)

@@ -1,0 +1,113 @@
+"""`fkv inspect`: what is inside a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forcing_kv.runtime_trt.config import ITEMSIZES
+from forcing_kv.runtime_trt.console import print_json
+from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
+from forcing_kv.runtime_trt.manifest import Manifest, check_files, read_manifest
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    check: Annotated[bool, typer.Option(help="Compare every file with its recorded hash.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """Show what is inside a bundle: shapes, policy, heads, graphs, engines, hashes, sizes."""
+    manifest = read_manifest(bundle)
+    if check:
+        check_files(bundle, manifest)
+    if as_json:
+        print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
+        return
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    for table in (_summary(manifest), _heads(manifest), _graphs(bundle, manifest)):
+        out.print(table)
+    if manifest.engines:
+        out.print(_engines(manifest))
+    else:
+        out.print("engines: none built (`fkv build` makes them; ONNX Runtime needs none)")
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", title_style="bold")
+
+
+def _summary(manifest: Manifest) -> Any:
+    config = manifest.config
+    model, chunk, policy = config.model, config.chunk, config.policy
+    dense = CachePolicy.dense(max(21, chunk.num_frames), chunk.num_frames)
+    dense_rows = model.num_layers * model.num_heads * dense.num_static_frames
+    dense_nbytes = 2 * dense_rows * chunk.tokens_per_frame * model.head_dim
+    dense_nbytes *= ITEMSIZES[config.dtype]
+    table = _table(manifest.name, "what", "value")
+    shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}"
+    table.add_row("model", f"{shape}, ffn {model.ffn_dim}, text {model.text_len}x{model.text_dim}")
+    table.add_row(
+        "chunk",
+        f"{chunk.num_frames} frames of {chunk.latent_height}x{chunk.latent_width} latents, "
+        f"{chunk.tokens_per_frame} tokens a frame",
+    )
+    steps = ", ".join(f"{t:.4g}" for t in config.schedule.timesteps.tolist())
+    table.add_row("timesteps", f"{steps}, then a clean pass")
+    table.add_row("dtype", config.dtype)
+    table.add_row(
+        "policy",
+        f"sink {policy.num_sink_frames}, static {policy.num_static_frames}, temporal "
+        f"{policy.num_temporal_frames}, dynamic {policy.num_dynamic_frames} frames of "
+        f"{policy.num_segments} segments, warm-up to chunk {policy.last_warmup_chunk}",
+    )
+    table.add_row("K/V cache", f"{config.nbytes_kv / 1e6:.3f} MB allocated")
+    table.add_row(
+        "dense 21-frame cache", f"{dense_nbytes / 1e6:.3f} MB (history alone, for comparison)"
+    )
+    table.add_row("weights", f"{manifest.weights_nbytes / 1e6:.1f} MB")
+    for key, value in manifest.provenance.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key, str(text))
+    return table
+
+
+def _heads(manifest: Manifest) -> Any:
+    """A row a layer: kinds of heads and bytes of their pools."""
+    config = manifest.config
+    table = _table(
+        "cache by layer", "layer", "heads (S static, D dynamic, U uncompressed)", "rows", "K+V MB"
+    )
+    for layer, layout in enumerate(config.layouts):
+        marks = {}
+        for group in layout.groups:
+            for position in range(group.first_head, group.first_head + group.num_heads):
+                marks[config.partition.head_order(layer)[position]] = group.kind[0].upper()
+        nbytes = pool_nbytes([layout], config.model.head_dim, ITEMSIZES[config.dtype])
+        heads = "".join(marks[head] for head in sorted(marks))
+        table.add_row(str(layer), heads, str(layout.num_rows), f"{nbytes / 1e6:.3f}")
+    return table
+
+
+def _graphs(bundle: Path, manifest: Manifest) -> Any:
+    table = _table("graphs", "graph", "inputs", "outputs", "file", "kB", "sha256")
+    for name, graph in manifest.graphs.items():
+        size = (bundle / graph.file).stat().st_size / 1e3
+        table.add_row(
+            name, str(len(graph.inputs)), str(len(graph.outputs)), graph.file, f"{size:.0f}",
+            graph.sha256[:12],
+        )  # fmt: skip
+    return table
+
+
+def _engines(manifest: Manifest) -> Any:
+    keys = sorted({key for engine in manifest.engines for key in engine})
+    table = _table("engines", *keys)
+    for engine in manifest.engines:
+        table.add_row(*(str(engine.get(key, "")) for key in keys))
+    return table

@@ -1,0 +1,160 @@
+"""Writes generated frames: mp4, gif or npz, frame by frame, all or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.errors import InputError, require
+
+Uint8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+
+
+CODECS = {".mp4": ("libx264", "yuv420p"), ".gif": ("gif", "rgb8")}
+"""Suffix -> codec and pixel format."""
+
+
+class Writer(Protocol):
+    """Takes chunks as they are made."""
+
+    def write(self, latents: Float32, frames: Uint8 | None) -> None:
+        """Add latents [F, C, h, w] and, if decoded, frames [F', height, width, 3]."""
+
+
+class VideoWriter:
+    """Encodes frames with PyAV as they come.
+
+    Args:
+        path: `.mp4` (H.264) or `.gif`.
+        fps: frames per second of the file.
+        scale: whole factor by which pixels are enlarged.
+    """
+
+    def __init__(self, path: Path, fps: int, scale: int = 1, *, container: str) -> None:
+        av = require("av")
+        codec, pixel_format = CODECS[container]
+        self._scale = scale
+        self._av = av
+        self._file = av.open(str(path), "w", format=container[1:])
+        self._stream: Any = self._file.add_stream(codec, rate=fps)
+        self._stream.pix_fmt = pixel_format
+        self._sized = False
+
+    def write(self, latents: Float32, frames: Uint8 | None) -> None:
+        """See `Writer`."""
+        assert frames is not None, "a video needs decoded frames"
+        large = frames.repeat(self._scale, axis=1).repeat(self._scale, axis=2)
+        if not self._sized:
+            self._stream.height, self._stream.width = large.shape[1:3]
+            self._sized = True
+        for image in large:
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._sized:
+            self._file.mux(self._stream.encode())
+        self._file.close()
+
+
+class LatentWriter:
+    """Collects latents, and frames if there are any, for one `.npz`."""
+
+    def __init__(self) -> None:
+        self._latents: list[Float32] = []
+        self._frames: list[Uint8] = []
+
+    def write(self, latents: Float32, frames: Uint8 | None) -> None:
+        """See `Writer`."""
+        self._latents.append(latents)
+        if frames is not None:
+            self._frames.append(frames)
+
+    def save(self, path: Path) -> None:
+        """Write `latents` [frames, C, h, w] and, if decoded, `frames` [frames, H, W, 3]."""
+        arrays: dict[str, Any] = {"latents": np.concatenate(self._latents)}
+        if self._frames:
+            arrays["frames"] = np.concatenate(self._frames)
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+
+SUFFIXES = (*CODECS, ".npz")
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that cannot be written.
+
+    Raises:
+        InputError: unknown suffix, missing folder, or no permission.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: suffix {path.suffix!r}; give one of {list(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"{path}: cannot be written; choose another path")
+
+
+@contextmanager
+def open_writer(path: Path, fps: int, scale: int = 1) -> Iterator[Writer]:
+    """A writer whose file appears at `path` only if the block ends well.
+
+    Raises:
+        InputError: the path cannot be written, or `fps` is not positive.
+    """
+    check_output(path)
+    if fps < 1:
+        raise InputError(f"--fps is {fps}; it must be at least 1")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".npz":
+            collector = LatentWriter()
+            yield collector
+            collector.save(temporary)
+        else:
+            video = VideoWriter(temporary, fps, scale, container=path.suffix)
+            with _Closing(video):
+                yield video
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Closing:
+    """Closes a video also when the block fails, without hiding its error."""
+
+    def __init__(self, video: VideoWriter) -> None:
+        self._video = video
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._video.close()
+            return
+        try:
+            self._video.close()
+        except Exception as second:
+            error.add_note(f"closing the unfinished video failed too: {second}")
+
+
+def gray_to_rgb(video: Float32) -> Uint8:
+    """Grayscale video [F, H, W] in 0..1 to [F, H, W, 3] bytes."""
+    gray = np.rint(np.clip(video, 0.0, 1.0) * 255).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=-1)
