@@ -1,0 +1,88 @@
+"""Train the digits model: `python -m forcing_kv.tools.train_digits --out DIR`.
+
+Stop it at any time and run the same command again to resume. The averaged weights stand in
+`DIR/average.safetensors`, the log in `DIR/log.jsonl`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from forcing_kv.tools.digits.training import Progress, TrainConfig
+
+
+def train_command(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")],
+    steps: Annotated[int, typer.Option(help="Planned optimiser steps.")] = 12000,
+    budget_minutes: Annotated[
+        float, typer.Option(help="Wall-clock budget; whichever of both ends first. 0: no limit.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences per shard; a step has two shards.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    processes: Annotated[int, typer.Option(help="Single-threaded processes, 1 or 2.")] = 2,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+) -> None:
+    """Train the small model of moving handwritten digits (resumable)."""
+    from forcing_kv.tools.digits.training import TrainConfig
+
+    config = TrainConfig(
+        seed=seed,
+        steps=steps,
+        budget_minutes=budget_minutes,
+        batch=batch,
+        lr=lr,
+        precision=precision,
+        compile=compile_model,
+    )
+    if processes == 1:
+        _train(0, 1, config, out)
+        return
+    from torch.multiprocessing.spawn import spawn
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rendezvous").unlink(missing_ok=True)
+    spawn(_train, args=(processes, config, out), nprocs=processes)
+
+
+def _train(rank: int, processes: int, config: TrainConfig, out: Path) -> None:
+    """Run one process of the training."""
+    import torch
+    from torch import distributed
+
+    from forcing_kv.tools.digits.training import Trainer
+
+    if processes > 1:
+        torch.set_num_threads(1)
+        meeting = f"file://{(out / 'rendezvous').absolute()}"
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    trainer = Trainer(config, out)
+    if rank == 0:
+        _with_bar(trainer)
+    else:
+        trainer.run(lambda progress, record: None)
+
+
+def _with_bar(trainer: Any) -> None:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console) as bar:
+        task = bar.add_task("training", total=1.0)
+
+        def report(progress: Progress, record: dict[str, Any]) -> None:
+            text = f"step {progress.step} chunk 0 {record['loss_chunk0']:.4f} later "
+            text += f"{record['loss_later']:.4f}"
+            bar.update(task, completed=progress.fraction(trainer.config), description=text)
+
+        trainer.run(report)
+
+
+if __name__ == "__main__":
+    typer.run(train_command)
