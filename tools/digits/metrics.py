@@ -104,6 +104,7 @@ def fit_line(path: Float, direction: str) -> BouncingLine:
     """
     early, lowest, best = path[:FIT_FRAMES], np.inf, None
     frames = np.arange(len(early), dtype=np.float64)
+    shown = ~np.isnan(early[:, 0])
     velocity = data.VELOCITY[direction]
     axis = 0 if velocity[0] else 1
     middle = (data.DIGIT_SIZE - 1) / 2
@@ -112,7 +113,7 @@ def fit_line(path: Float, direction: str) -> BouncingLine:
         start[axis] = offset if velocity[axis] > 0 else data.TRAVEL - offset
         motion = data.Motion((start[0], start[1]), velocity)
         line = BouncingLine(motion, (0.0, 0.0)).positions(frames)
-        shift = np.nan_to_num(np.nanmedian(early - line, axis=0), nan=middle)
+        shift = np.median((early - line)[shown], axis=0) if shown.any() else np.full(2, middle)
         shift[axis] = np.clip(shift[axis], middle - FIT_OFFSET, middle + FIT_OFFSET)
         error = float(np.nan_to_num(np.abs(early - line - shift), nan=data.TRAVEL).mean())
         if best is None or error < lowest:
