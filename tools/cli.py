@@ -48,6 +48,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: tuple[Command, ...] = (
+    Command("demo", "forcing_kv.tools.demo", "demo"),
     Command("export", "forcing_kv.export.cli", "export"),
     Command("run", "forcing_kv.tools.run", "run"),
     Command("verify", "forcing_kv.export.cli", "verify"),

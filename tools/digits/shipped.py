@@ -8,8 +8,17 @@ from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.tools.digits.text import DIRECTIONS, TEXT_DIM, TEXT_LEN, caption_of, encode_prompt
 
-__all__ = ["CALIBRATION_PROMPTS", "CHECKPOINT", "CHUNK", "HEADS", "MODEL", "POLICY", "SCHEDULE"]
-__all__ += ["encode_prompt"]
+__all__ = [
+    "CALIBRATION_PROMPTS",
+    "CHECKPOINT",
+    "CHUNK",
+    "HEADS",
+    "HEAD_THRESHOLD",
+    "MODEL",
+    "POLICY",
+    "SCHEDULE",
+    "encode_prompt",
+]
 
 CHECKPOINT = Path(__file__).with_name("model.safetensors")
 """Weights under the official names, float32."""
@@ -28,6 +37,8 @@ CHUNK = ChunkShape(num_frames=3, latent_height=8, latent_width=8)
 SCHEDULE = Schedule()
 POLICY = CachePolicy(num_segments=4)
 """The Self Forcing preset; four segments, for a frame has 16 tokens."""
+HEAD_THRESHOLD = 0.8
+"""Lowest score of a static head, as published."""
 CALIBRATION_PROMPTS = tuple(
     caption_of(digit, direction) for digit, direction in zip((0, 3, 5, 8), DIRECTIONS, strict=True)
 )
