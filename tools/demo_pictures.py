@@ -19,7 +19,12 @@ from forcing_kv.tools.video import Uint8, gray_to_rgb
 
 LABEL_HEIGHT = 28
 GAP = 12
-KIND_COLOURS = {"uncompressed": "#888888", "static": "#3b6fb6", "dynamic": "#e08a2e"}
+KIND_COLOURS = {
+    "every": "#4c9a6a",
+    "uncompressed": "#888888",
+    "static": "#3b6fb6",
+    "dynamic": "#e08a2e",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def draw_cost(clips: Sequence[Clip], path: Path) -> None:
         for kind, nbytes in kv_nbytes_by_kind(clip.config).items():
             memory.bar(
                 place, nbytes / 1e6, bottom=base, color=KIND_COLOURS[kind],
-                label=None if kind in labelled else f"{kind} heads",
+                label=None if kind in labelled else f"{kind} head{'s' * (kind != 'every')}",
             )  # fmt: skip
             labelled.add(kind)
             base += nbytes / 1e6
@@ -131,7 +136,9 @@ def draw_cost(clips: Sequence[Clip], path: Path) -> None:
 
 
 def kv_nbytes_by_kind(config: RolloutConfig) -> dict[str, int]:
-    """Bytes of the K/V pools by kind of head; kinds without heads are left out."""
+    """Bytes of the K/V pools by kind of head, `every` where kinds make no difference."""
+    if config.policy.num_dynamic_frames == 0:
+        return {"every": config.nbytes_kv}
     totals: dict[str, int] = {}
     per_row = pool_nbytes(config.layouts[:1], config.model.head_dim, ITEMSIZES[config.dtype])
     per_row //= config.layouts[0].num_rows

@@ -52,7 +52,8 @@ def write_report(path: Path, prompt: str, seed: int, clips: Sequence[Clip], fold
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>forcing_kv demo</title>"
         f"<style>{_STYLE}</style><h1>forcing_kv demo</h1>"
         f"<p>Prompt: <b>{escape(prompt)}</b>, seed {seed}. The shipped model was profiled, "
-        "exported dense and compressed, and run by ONNX Runtime; no PyTorch takes part in generation.</p>"
+        "exported dense and compressed, and run by ONNX Runtime; no PyTorch takes part in "
+        "generation.</p>"
         f"{_table(clips)}{figures}</html>\n"
     )
 
