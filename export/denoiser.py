@@ -100,6 +100,23 @@ class Attention(nn.Module):
         self.o = nn.Linear(shape.dim, shape.dim)
         self.norm_q = RMSNorm(shape.dim, shape.eps)
         self.norm_k = RMSNorm(shape.dim, shape.eps)
+        self.qkv: nn.Linear | None = None
+        """q, k and v in one matrix, in place of the three (`export.fusion.fuse_qkv_`)."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q, k and v [..., N, dim] of x [..., N, dim]."""
+        if self.qkv is None:
+            return self.q(x), self.k(x), self.v(x)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return q, k, v
+
+    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw k and v alone."""
+        if self.qkv is None:
+            return self.k(x), self.v(x)
+        rows = slice(x.shape[-1], None)
+        k, v = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows]).chunk(2, dim=-1)
+        return k, v
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[..., N, dim] -> [..., H, N, D]."""
@@ -109,12 +126,16 @@ class Attention(nn.Module):
         """Cross-attention K and V [..., H, text_len, D] of embedded text [..., text_len, dim]."""
         return self.split_heads(self.norm_k(self.k(context))), self.split_heads(self.v(context))
 
-    def cross(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from x [..., N, dim] to every row of k, v [..., H, text_len, D]."""
+    def cross(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend from x [..., N, dim] to the rows of k, v [..., H, text_len, D].
+
+        `bias` [text_len] in x's dtype is added to every score, if given.
+        """
         q = self.split_heads(self.norm_q(self.q(x)))
         # The exporter knows this function with one batch axis only.
         q4, k4, v4 = (heads.reshape(-1, *heads.shape[-3:]) for heads in (q, k, v))
-        out = F.scaled_dot_product_attention(q4, k4, v4).reshape(q.shape)
+        mask = None if bias is None else bias.expand(1, 1, q4.shape[-2], -1)
+        out = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask).reshape(q.shape)
         return self.o(out.transpose(-3, -2).flatten(-2))
 
 
@@ -137,8 +158,19 @@ class Block(nn.Module):
     def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return (layer_norm(x, self.eps, None, None) * (1 + scale) + shift).to(x.dtype)
 
+    def attention_input(self, x: Tensor, time: Tensor) -> Tensor:
+        """What the self-attention projects: x [..., N, dim], normalised and modulated."""
+        shift, scale, *_ = (self.modulation.float() + time).unbind(-2)
+        return self._modulated(x, shift, scale)
+
     def forward(
-        self, x: Tensor, time: Tensor, attend: Attend, cross_k: Tensor, cross_v: Tensor
+        self,
+        x: Tensor,
+        time: Tensor,
+        attend: Attend,
+        cross_k: Tensor,
+        cross_v: Tensor,
+        text_bias: Tensor | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -148,15 +180,16 @@ class Block(nn.Module):
             attend: self-attention from raw q, k, v [..., N, dim] to [..., N, dim].
             cross_k: text keys [..., H, text_len, D].
             cross_v: text values, same shape.
+            text_bias: added to the scores of the text rows [text_len], compute dtype; None for 0.
 
         Returns:
             Tokens of the same shape and dtype.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(-2)
         attn, h = self.self_attn, self._modulated(x, shift1, scale1)
-        y = attn.o(attend(attn.q(h), attn.k(h), attn.v(h)))
+        y = attn.o(attend(*attn.project(h)))
         x = (x.float() + y.float() * gate1).to(x.dtype)
-        x = x + self.cross_attn.cross(self.norm3(x), cross_k, cross_v)
+        x = x + self.cross_attn.cross(self.norm3(x), cross_k, cross_v, text_bias)
         y = self.ffn(self._modulated(x, shift2, scale2))
         return (x.float() + y.float() * gate2).to(x.dtype)
 
@@ -204,11 +237,15 @@ class CausalWanModel(nn.Module):
         """The blocks, typed."""
         return cast(list[Block], list(self.blocks))
 
+    def is_island(self, name: str) -> bool:
+        """Whether Wan keeps the parameter `name` in float32 whatever the compute dtype."""
+        norm = "norm" in name or name.endswith("modulation")
+        return norm or name.startswith(self.FLOAT32_PREFIXES)
+
     def cast_(self, dtype: torch.dtype) -> CausalWanModel:
         """Cast the linear weights to `dtype`, keeping Wan's float32 islands; returns self."""
         for name, parameter in self.named_parameters():
-            island = name.startswith(self.FLOAT32_PREFIXES) or "norm" in name
-            if not island and not name.endswith("modulation"):
+            if not self.is_island(name):
                 parameter.data = parameter.data.to(dtype)
         return self
 

@@ -1,4 +1,4 @@
-"""The three graphs that are exported: prompt, step and evict. All are purely functional.
+"""The graphs that are exported: prompt, step and evict, and on request clean. All are functional.
 
 Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, R pool rows.
 """
@@ -6,13 +6,21 @@ Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, R
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.export.denoiser import Attention, CausalWanModel, unpatchify
+from forcing_kv.export.denoiser import (
+    Attend,
+    Attention,
+    CausalWanModel,
+    rms_norm,
+    rotate_pairs,
+    unpatchify,
+)
+from forcing_kv.export.fusion import PLAIN, FusionOptions, time_tables
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.head_indexed_attention.torch_op import head_indexed_attention
 from forcing_kv.plugins.qk_norm_rope.torch_op import qk_norm_rope
@@ -39,10 +47,32 @@ class PromptGraph(nn.Module):
         return [k.contiguous() for k, _ in pairs], [v.contiguous() for _, v in pairs]
 
 
-class StepGraph(nn.Module):
-    """One forward of the denoiser over one chunk, with x0 and the next step's input.
+@dataclass
+class ChunkInputs:
+    """What a pass over the chunk reads beside its latents and its time."""
 
-    The model's heads must be in exported order (`export.rewrite.sort_heads_`).
+    rope_cos: Tensor
+    """[F, temporal pairs] float32."""
+    rope_sin: Tensor
+    hist_len: Tensor
+    """[L, H] int32, valid history rows of every head."""
+    new_len: Tensor
+    """[1] int32, valid rows of the chunk."""
+    hist_k: Sequence[Tensor]
+    """Per layer [R, D], compute dtype."""
+    hist_v: Sequence[Tensor]
+    cross_k: Sequence[Tensor]
+    """Per layer [H, text rows, D], compute dtype."""
+    cross_v: Sequence[Tensor]
+    text_bias: Tensor | None = None
+    """[text rows] float32, added to the scores of folded text; None for plain text."""
+
+
+class ChunkGraph(nn.Module):
+    """The blocks over one chunk: what a denoise step and a clean pass share.
+
+    The model's heads must be in exported order (`export.rewrite.sort_heads_`), and its q, k and v
+    fused if `fusion.qkv` says so (`export.fusion.fuse_qkv_`).
     """
 
     def __init__(
@@ -50,10 +80,12 @@ class StepGraph(nn.Module):
         model: CausalWanModel,
         config: RolloutConfig,
         observer: AttentionObserver | None = None,
+        fusion: FusionOptions = PLAIN,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.fusion = fusion
         self._observer = observer
         _, height_pairs, width_pairs = config.model.rope_pairs
         rows, columns = config.chunk.grid
@@ -66,21 +98,92 @@ class StepGraph(nn.Module):
         for layer, layout in enumerate(config.layouts):
             offset = torch.tensor(layout.head_offset, dtype=torch.int32)
             self.register_buffer(f"head_offset_{layer}", offset, persistent=False)
+        if fusion.time_tables:
+            time, projection = time_tables(model, config.schedule)
+            self.register_buffer("time_table", time, persistent=False)
+            self.register_buffer("projection_table", projection, persistent=False)
 
-    def _angles(self, temporal: Tensor, spatial: Tensor) -> Tensor:
-        """[F, temporal pairs] and [T, spatial pairs] -> [N, D/2]."""
-        frames, tokens = temporal.shape[0], spatial.shape[0]
-        parts = (
-            temporal[:, None, :].expand(frames, tokens, -1),
-            spatial[None].expand(frames, tokens, -1),
-        )
-        return torch.cat(parts, dim=-1).flatten(0, 1)
+    def angles(self, inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D/2] of every token."""
+        pairs = ((inputs.rope_cos, "spatial_cos"), (inputs.rope_sin, "spatial_sin"))
+        cos, sin = (_outer_angles(temporal, self.get_buffer(name)) for temporal, name in pairs)
+        return cos, sin
+
+    def embed_time(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding [1, dim] and projection [1, 6, dim] of a sinusoid, or of a step's index."""
+        if not self.fusion.time_tables:
+            return self.model.embed_time(time)
+        tables = self.get_buffer("time_table"), self.get_buffer("projection_table")
+        embedding, projection = (table.index_select(0, time) for table in tables)
+        return embedding, projection
+
+    def run_blocks(
+        self, tokens: Tensor, projected: Tensor, inputs: ChunkInputs, num_layers: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run the first `num_layers` blocks; returns tokens, and new_k and new_v of each."""
+        model = self.model
+        cos, sin = self.angles(inputs)
+        text_bias = None if inputs.text_bias is None else inputs.text_bias.to(tokens.dtype)
+        new_k: list[Tensor] = []
+        new_v: list[Tensor] = []
+        for layer, block in enumerate(model.layers[:num_layers]):
+            attend = self._attention(layer, block.self_attn, cos, sin, inputs, new_k, new_v)
+            tokens = block(
+                tokens, projected, attend, inputs.cross_k[layer], inputs.cross_v[layer], text_bias
+            )
+        return tokens, new_k, new_v
+
+    def _attention(
+        self,
+        layer: int,
+        attn: Attention,
+        cos: Tensor,
+        sin: Tensor,
+        inputs: ChunkInputs,
+        new_k: list[Tensor],
+        new_v: list[Tensor],
+    ) -> Attend:
+        """Self-attention of one layer; appends the chunk's rows to `new_k` and `new_v`."""
+        shape = self.config.model
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = qk_norm_rope(
+                q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin,
+                shape.num_heads, shape.eps,
+            )  # fmt: skip
+            v = attn.split_heads(v).contiguous()
+            new_k.append(k)
+            new_v.append(v)
+            if self._observer is not None:
+                self._observer(layer, q, k)
+            out = head_indexed_attention(
+                q, k, v, inputs.hist_k[layer], inputs.hist_v[layer],
+                self.get_buffer(f"head_offset_{layer}"), inputs.hist_len[layer], inputs.new_len,
+                self.config.layouts[layer].max_rows_per_head,
+            )  # fmt: skip
+            return out.flatten(1)
+
+        return attend
+
+
+def _outer_angles(temporal: Tensor, spatial: Tensor) -> Tensor:
+    """[F, temporal pairs] and [T, spatial pairs] -> [N, D/2]."""
+    frames, tokens = temporal.shape[0], spatial.shape[0]
+    parts = (
+        temporal[:, None, :].expand(frames, tokens, -1),
+        spatial[None].expand(frames, tokens, -1),
+    )
+    return torch.cat(parts, dim=-1).flatten(0, 1)
+
+
+class StepGraph(ChunkGraph):
+    """One forward of the denoiser over one chunk, with x0 and the next step's input."""
 
     def forward(
         self,
         x: Tensor,
         eps: Tensor,
-        time_sinusoid: Tensor,
+        time: Tensor,
         sigma: Tensor,
         next_sigma: Tensor,
         rope_cos: Tensor,
@@ -91,63 +194,83 @@ class StepGraph(nn.Module):
         hist_v: Sequence[Tensor],
         cross_k: Sequence[Tensor],
         cross_v: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        text_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | tuple[Tensor, Tensor]:
         """Run one step.
 
         Args:
             x: [F, C, h, w] float32, noisy latents.
             eps: [F, C, h, w] float32, noise for the next step's input.
-            time_sinusoid: [1, freq_dim] float32.
+            time: sinusoid [1, freq_dim] float32, or with time tables the step [1] int32.
             sigma: [1] float32, noise level of x.
             next_sigma: [1] float32, noise level of the next step's input.
-            rope_cos: [F, temporal pairs] float32.
-            rope_sin: same.
-            hist_len: [L, H] int32, valid history rows of every head.
-            new_len: [1] int32, valid rows of the chunk.
-            hist_k: per layer [R, D], compute dtype.
-            hist_v: same.
-            cross_k: per layer [H, text_len, D], compute dtype.
-            cross_v: same.
+            rope_cos: see `ChunkInputs`, as are the others.
+            rope_sin: see `ChunkInputs`.
+            hist_len: see `ChunkInputs`.
+            new_len: see `ChunkInputs`.
+            hist_k: see `ChunkInputs`.
+            hist_v: see `ChunkInputs`.
+            cross_k: see `ChunkInputs`.
+            cross_v: see `ChunkInputs`.
+            text_bias: see `ChunkInputs`.
 
         Returns:
-            x0 and x_next [F, C, h, w] float32; new_k and new_v per layer [H, N, D].
+            x0 and x_next [F, C, h, w] float32; then, unless there is a clean graph for them, new_k
+            and new_v per layer [H, N, D].
         """
-        model, shape = self.model, self.config.model
-        cos = self._angles(rope_cos, self.get_buffer("spatial_cos"))
-        sin = self._angles(rope_sin, self.get_buffer("spatial_sin"))
-        time, projected = model.embed_time(time_sinusoid)
-        tokens = model.embed_latents(x)
-        new_k: list[Tensor] = []
-        new_v: list[Tensor] = []
-        for layer, block in enumerate(model.layers):
-            attn = block.self_attn
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, layer: int = layer, attn: Attention = attn
-            ) -> Tensor:
-                q, k = qk_norm_rope(
-                    q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin,
-                    shape.num_heads, shape.eps,
-                )  # fmt: skip
-                v = attn.split_heads(v).contiguous()
-                new_k.append(k)
-                new_v.append(v)
-                if self._observer is not None:
-                    self._observer(layer, q, k)
-                out = head_indexed_attention(
-                    q, k, v, hist_k[layer], hist_v[layer],
-                    self.get_buffer(f"head_offset_{layer}"), hist_len[layer], new_len,
-                    self.config.layouts[layer].max_rows_per_head,
-                )  # fmt: skip
-                return out.flatten(1)
-
-            tokens = block(tokens, projected, attend, cross_k[layer], cross_v[layer])
-        chunk = self.config.chunk
-        patches = model.head(tokens, time).float()
-        flow = unpatchify(patches, chunk.num_frames, chunk.grid, shape.patch_size)
+        inputs = ChunkInputs(
+            rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
+        )
+        model, chunk = self.model, self.config.chunk
+        embedding, projected = self.embed_time(time)
+        tokens, new_k, new_v = self.run_blocks(
+            model.embed_latents(x), projected, inputs, len(model.layers)
+        )
+        patches = model.head(tokens, embedding).float()
+        flow = unpatchify(patches, chunk.num_frames, chunk.grid, chunk.patch_size)
         x0 = x - sigma * flow
         x_next = (1 - next_sigma) * x0 + next_sigma * eps
+        if self.fusion.clean_graph:
+            return x0, x_next
         return x0, x_next, new_k, new_v
+
+
+class CleanGraph(ChunkGraph):
+    """The clean pass, cut after the last layer's keys and values: nothing reads what follows."""
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        hist_len: Tensor,
+        new_len: Tensor,
+        hist_k: Sequence[Tensor],
+        hist_v: Sequence[Tensor],
+        cross_k: Sequence[Tensor],
+        cross_v: Sequence[Tensor],
+        text_bias: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute new_k and new_v per layer [H, N, D] of clean latents; arguments as `StepGraph`.
+
+        Pools and text of the last layer are not needed and not given.
+        """
+        inputs = ChunkInputs(
+            rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
+        )
+        model = self.model
+        _, projected = self.embed_time(time)
+        tokens, new_k, new_v = self.run_blocks(
+            model.embed_latents(x), projected, inputs, len(model.layers) - 1
+        )
+        block = model.layers[-1]
+        attn = block.self_attn
+        k, v = attn.project_kv(block.attention_input(tokens, projected))
+        k_HND = attn.split_heads(rms_norm(k, attn.norm_k.weight, attn.norm_k.eps))
+        new_k.append(rotate_pairs(k_HND, *self.angles(inputs)).contiguous())
+        new_v.append(attn.split_heads(v).contiguous())
+        return new_k, new_v
 
 
 class EvictGraph(nn.Module):

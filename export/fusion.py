@@ -1,0 +1,100 @@
+"""Exact fusions of the exported graphs, each an option: same numbers up to rounding, less work.
+
+The plain graphs are what `fkv export` writes as ONNX; a compiler that gains by a fusion asks for it
+here and records which one it used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.schedule import Schedule, time_sinusoid
+from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """Which fusions a graph is captured with; the default is the plain graph."""
+
+    qkv: bool = False
+    """One matrix product for self-attention's q, k and v."""
+    time_tables: bool = False
+    """Time embeddings of every step from a table: the step input `time_sinusoid` [1, freq_dim]
+    becomes `step_index` [1] int32."""
+    clean_graph: bool = False
+    """A fourth graph `clean` for the clean pass, cut after the last layer's K and V; `step` then
+    returns x0 and x_next alone."""
+    text_rows: int | None = None
+    """Cross-attention over this many text rows: all padding rows folded into a few keys with a
+    log-count bias. `prompt` then takes the folded rows, and `step` a further input `text_bias`."""
+
+    def check(self, text_len: int) -> None:
+        """Refuse a number of text rows that cannot hold a prompt.
+
+        Raises:
+            InputError: too few or too many rows.
+        """
+        if self.text_rows is not None and not MAX_PAD_ROWS < self.text_rows <= text_len:
+            raise InputError(
+                f"text_rows is {self.text_rows}; give {MAX_PAD_ROWS + 1} to {text_len} (text_len), "
+                "or none to keep every row"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an engine record."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> FusionOptions:
+        """Read what `to_json` wrote."""
+        return from_mapping(cls, data, where)
+
+
+PLAIN = FusionOptions()
+"""The graphs as they are exported to ONNX."""
+
+FUSED = FusionOptions(qkv=True, time_tables=True, clean_graph=True)
+"""What needs nothing of the prompt."""
+
+
+def fuse_qkv_(model: CausalWanModel) -> CausalWanModel:
+    """Stack every self-attention's q, k and v matrices into one; changes and returns `model`."""
+    for block in model.layers:
+        attn = block.self_attn
+        if attn.qkv is not None:
+            continue
+        parts = (attn.q, attn.k, attn.v)
+        weight = torch.cat([part.weight.detach() for part in parts])
+        fused = nn.Linear(1, 1, device="meta")
+        fused.in_features, fused.out_features = weight.shape[1], weight.shape[0]
+        fused.weight = nn.Parameter(weight, requires_grad=False)
+        bias = torch.cat([part.bias.detach() for part in parts])
+        fused.bias = nn.Parameter(bias, requires_grad=False)
+        attn.qkv = fused
+        del attn.q, attn.k, attn.v
+    return model
+
+
+@torch.no_grad()
+def time_tables(model: CausalWanModel, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Time embeddings of every step of a schedule, the clean pass (t = 0) last.
+
+    Returns:
+        Embeddings [n + 1, dim] and projections [n + 1, 6, dim], float32, on the model's device.
+    """
+    device = model.patch_embedding.weight.device
+    timesteps = [*schedule.timesteps.tolist(), 0.0]
+    rows = [time_sinusoid(timestep, model.shape.freq_dim) for timestep in timesteps]
+    # One row at a time, as the plain graph has it: a product of several rows may round otherwise.
+    pairs = [model.embed_time(torch.from_numpy(np.asarray(row)).to(device)) for row in rows]
+    embeddings, projections = zip(*pairs, strict=True)
+    return torch.cat(embeddings), torch.cat(projections)
