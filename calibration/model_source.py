@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.checkpoints import load_model, model_shape_from_official, read_json
+from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ChunkShape, ModelShape

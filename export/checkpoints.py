@@ -1,108 +1,108 @@
-"""Checkpoint files to models: formats, prefixes and key checks."""
+"""Checkpoints to models: any supported layout, adapters merged, every key checked."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from forcing_kv.export.checkpoint_files import RawCheckpoint, Weights, read_checkpoint
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.export.lora import Adapter, adapter_from_tensors, check_adapter, read_adapter
+from forcing_kv.runtime_trt.config import DType
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ModelShape
 
-WRAPPER_KEYS = ("generator_ema", "generator", "model", "state_dict")
-"""Entries under which trainers nest the denoiser's state dict, best first."""
-PREFIXES = ("model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""Name parts that wrappers leave in keys."""
-
-_OFFICIAL_FIELDS = {
-    "in_dim": "in_channels",
-    "dim": "dim",
-    "ffn_dim": "ffn_dim",
-    "freq_dim": "freq_dim",
-    "text_dim": "text_dim",
-    "text_len": "text_len",
-    "num_heads": "num_heads",
-    "num_layers": "num_layers",
-    "eps": "eps",
+_OTHER_MODELS = {
+    "img_emb.": "an image-to-video Wan model",
+    "vace_blocks.": "a VACE Wan model",
+    "token_embedding.": "the UMT5 text encoder",
+    "encoder.": "an auto-encoder",
+    "decoder.": "an auto-encoder",
+    "input_blocks.": "a U-Net",
+    "transformer_blocks.": "another diffusion transformer",
 }
+"""First parts of parameter names that give other models away."""
 
 
-def model_shape_from_official(config: Mapping[str, Any], where: str) -> ModelShape:
-    """Read the official `config.json` of a Wan2.1 model (`dim`, `num_layers`, `in_dim`, ...).
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where the weights of a model come from."""
 
-    Raises:
-        InputError: a field is missing or has a value that this project does not implement.
-    """
-    missing = [name for name in ("dim", "ffn_dim", "num_heads", "num_layers") if name not in config]
-    if missing:
-        raise InputError(f"{where}: fields {missing} are missing; give an official Wan config")
-    fixed = {"qk_norm": True, "cross_attn_norm": True, "model_type": "t2v"}
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise InputError(f"{where}: {name} is {config[name]!r}; only {value!r} is supported")
-    patch = list(config.get("patch_size", [1, 2, 2]))
-    if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-        raise InputError(f"{where}: patch_size is {patch}; only [1, p, p] is supported")
-    known = {ours: config[name] for name, ours in _OFFICIAL_FIELDS.items() if name in config}
-    if config.get("out_dim", known.get("in_channels", 16)) != known.get("in_channels", 16):
-        raise InputError(f"{where}: out_dim {config['out_dim']} differs from in_dim")
-    return ModelShape(patch_size=patch[1], **known)
+    path: Path
+    """File, index or folder; see `read_checkpoint`."""
+    weights: Weights = "auto"
+    """Which state dict, where a trainer saved several."""
+    lora: Path | None = None
+    """Adapter to merge."""
+    lora_alpha: float | None = None
+    """Alpha of an adapter whose file does not state it; None for its rank (a scale of 1)."""
 
 
-def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a `.safetensors` or `.pt` file into the official names; never unpickles code.
+def load_state_dict(path: Path, weights: Weights = "auto") -> dict[str, Tensor]:
+    """Read a checkpoint of any supported layout into the official names, mapped to its file.
 
     Raises:
         InputError: the file is missing, unreadable, or of another type.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
-        if path.suffix == ".safetensors":
-            raw = require("safetensors.torch").load_file(path)
-        elif path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        else:
-            raise InputError(f"{path}: type {path.suffix!r}; give .safetensors or .pt")
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint ({error})") from error
-    return _unwrap(raw)
+    return read_checkpoint(path, weights).tensors
 
 
-def _unwrap(raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in WRAPPER_KEYS:
-        if isinstance(raw.get(key), Mapping):
-            return _unwrap(raw[key])
-    state: dict[str, Tensor] = {}
-    for key, value in raw.items():
-        if not isinstance(value, Tensor):
-            continue
-        for prefix in PREFIXES:
-            key = key.replace(prefix, "") if prefix[0] == "_" else key.removeprefix(prefix)
-        state[key] = value
-    return state
+def load_model(
+    source: Path | CheckpointSource, shape: ModelShape, dtype: DType = "float32"
+) -> CausalWanModel:
+    """Load a checkpoint, one tensor at a time: never more than one model in memory.
 
+    Args:
+        source: checkpoint, with an adapter or not.
+        shape: the model's architecture.
+        dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
 
-def load_model(path: Path, shape: ModelShape) -> CausalWanModel:
-    """Load a checkpoint into a float32 model.
+    Returns:
+        The model in eval mode, without gradients. Tensors that the file holds in the wanted dtype
+        stay mapped to the file.
 
     Raises:
         InputError: missing, extra or mis-shaped keys, with the nearest names.
     """
-    state = load_state_dict(path)
+    if isinstance(source, Path):
+        source = CheckpointSource(source)
+    checkpoint = read_checkpoint(source.path, source.weights)
+    adapter, tensors = _adapter(source, checkpoint)
     with torch.device("meta"):
         model = CausalWanModel(shape)
-    check_keys(state, model.state_dict(), str(path))
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    check_keys(tensors, model.state_dict(), f"{source.path} ({checkpoint.layout})")
+    _check_dtypes(tensors, str(source.path))
+    if adapter is not None:
+        check_adapter(adapter, tensors)
+    wanted: torch.dtype = getattr(torch, dtype)
+    for name in list(tensors):
+        value = tensors[name]
+        layer = name.removesuffix(".weight")
+        if adapter is not None and name.endswith(".weight") and layer in adapter.down:
+            value = value.float() + adapter.delta(layer, source.lora_alpha)
+        tensors[name] = value.to(torch.float32 if model.is_island(name) else wanted)
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _adapter(
+    source: CheckpointSource, checkpoint: RawCheckpoint
+) -> tuple[Adapter | None, dict[str, Tensor]]:
+    """The adapter to merge, if any, and the base weights."""
+    packed = any(".lora_A." in name for name in checkpoint.tensors)
+    if packed and source.lora is not None:
+        raise InputError(
+            f"{source.path}: holds an adapter already, so {source.lora} cannot be merged too; "
+            "leave one of them out"
+        )
+    if packed:
+        return adapter_from_tensors(checkpoint.tensors, str(source.path))
+    return (None if source.lora is None else read_adapter(source.lora)), checkpoint.tensors
 
 
 def check_keys(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], where: str) -> None:
@@ -125,21 +125,38 @@ def check_keys(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], where:
     if lines:
         counts = f"{len(missing)} missing, {len(extra)} unknown, {len(shapes)} mis-shaped keys"
         raise InputError(
-            f"{where}: not a checkpoint of this model ({counts}): "
+            f"{where}: not a checkpoint of this model ({counts}{_guess(found, needed)}): "
             + "; ".join(lines)
             + "; check that the model config belongs to this file"
         )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+def _guess(found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> str:
+    """What the file seems to be instead, for the message; empty where it is not known."""
+    for part, model in _OTHER_MODELS.items():
+        if any(name.startswith(part) for name in found):
+            return f"; it looks like {model}"
+    width = "patch_embedding.bias"
+    if width not in found or width not in needed:
+        return ""
+    sizes = [
+        (len(tensors[width]), len({n.split(".")[1] for n in tensors if n.startswith("blocks.")}))
+        for tensors in (found, needed)
+    ]
+    if sizes[0] == sizes[1]:
+        return ""
+    (dim, layers), (wanted_dim, wanted_layers) = sizes
+    return (
+        f"; it is a Wan model of width {dim} with {layers} layers, needed {wanted_dim} with "
+        f"{wanted_layers}"
+    )
 
-    Raises:
-        InputError: missing or malformed.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+
+def _check_dtypes(tensors: Mapping[str, Tensor], where: str) -> None:
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    wrong = [name for name, value in tensors.items() if value.dtype not in allowed]
+    if wrong:
+        raise InputError(
+            f"{where}: {len(wrong)} tensors are quantised, such as {wrong[0]} "
+            f"({tensors[wrong[0]].dtype}); give the unquantised checkpoint"
+        )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.checkpoints import load_model, model_shape_from_official, read_json
+from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.bundle import BundleLabels, export_bundle
-from forcing_kv.export.checkpoints import load_model, model_shape_from_official, read_json
+from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
+from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.runtime_trt.backends import choose_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError

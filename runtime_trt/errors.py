@@ -21,6 +21,8 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
     {
         "av": "video",
         "cuda": "trt",
+        "diffusers": "vae",
+        "ftfy": "text",
         "matplotlib": "calibration",
         "onnx": "export",
         "onnx_ir": "export",
@@ -29,10 +31,12 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
         "PIL": "video",
         "polygraphy": "trt",
         "safetensors": "export",
+        "sentencepiece": "text",
         "sklearn": "train",
         "tensorrt": "trt",
         "tensorrt_rtx": "rtx",
         "torch": "export",
+        "transformers": "text",
     }
 )
 """Import name of every optional dependency → the extra of `forcing-kv` that installs it."""

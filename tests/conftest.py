@@ -23,6 +23,8 @@ HEAVY_MODULES = (
     "PIL",
     "av",
     "cuda",
+    "diffusers",
+    "ftfy",
     "matplotlib",
     "onnx",
     "onnx_ir",
@@ -31,10 +33,12 @@ HEAVY_MODULES = (
     "polygraphy",
     "safetensors",
     "scipy",
+    "sentencepiece",
     "sklearn",
     "tensorrt",
     "tensorrt_rtx",
     "torch",
+    "transformers",
     "triton",
 )
 """Everything that the core install does not bring."""

@@ -1,0 +1,152 @@
+"""Weight files to named tensors: single files, sharded folders, and what trainers nest them in.
+
+Tensors stay mapped to their file, so reading costs no memory until they are converted.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
+from forcing_kv.runtime_trt.errors import InputError, require
+
+Weights = Literal["auto", "ema", "plain"]
+"""Which of the state dicts that a trainer saved side by side."""
+WEIGHT_CHOICES = ("auto", "ema", "plain")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_WRAPPERS = {
+    "auto": ("generator_ema", "generator", "model", "state_dict"),
+    "ema": ("generator_ema",),
+    "plain": ("generator", "model", "state_dict"),
+}
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """Tensors as a file names them, wrappers stripped."""
+
+    path: Path
+    layout: str
+    """What the file was found to be, for people."""
+    tensors: dict[str, Tensor]
+    """Under the official names, mapped to the file, in the file's dtype."""
+
+
+def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
+    """Read a denoiser checkpoint of any supported layout; never unpickles code.
+
+    Args:
+        path: `.safetensors` or `.pt` file, a `.safetensors.index.json`, or a folder with one.
+        weights: which state dict, where a trainer saved both: the averaged (`ema`) or the `plain`
+            one; `auto` takes the averaged one if there is one.
+
+    Raises:
+        InputError: missing, unreadable, truncated, or of another type.
+    """
+    if weights not in WEIGHT_CHOICES:
+        raise InputError(f"weights is {weights!r}; choose one of {list(WEIGHT_CHOICES)}")
+    file = _resolve(path)
+    raw: Mapping[str, Any]
+    if file.name.endswith(INDEX_SUFFIX):
+        raw, container = _read_shards(file)
+    else:
+        raw, container = read_tensor_file(file), file.suffix
+    nesting: list[str] = []
+    while key := next((k for k in _WRAPPERS[weights] if isinstance(raw.get(k), Mapping)), None):
+        nesting.append(key)
+        raw = cast(Mapping[str, Any], raw[key])
+    if weights == "ema" and not nesting:
+        raise InputError(
+            f"{path}: holds no averaged weights (`generator_ema`); use --weights plain"
+        )
+    tensors = {strip_wrappers(k): v for k, v in raw.items() if isinstance(v, Tensor)}
+    names = "official names"
+    if is_diffusers(tensors):
+        tensors = {official_from_diffusers(name): value for name, value in tensors.items()}
+        names = "diffusers names"
+    if not tensors:
+        raise InputError(
+            f"{path}: holds no tensors (entries: {sorted(map(str, raw))[:8]}); give a denoiser "
+            "checkpoint"
+        )
+    layout = ", ".join((container, *(f"entry {key}" for key in nesting), names))
+    return RawCheckpoint(path, layout, tensors)
+
+
+def _resolve(path: Path) -> Path:
+    """The file to read: `path`, or the one weight file of a folder."""
+    if path.is_dir():
+        for folder in (path, path / "transformer"):
+            for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors"):
+                found = sorted(folder.glob(pattern))
+                if len(found) == 1:
+                    return found[0]
+        raise InputError(
+            f"{path}: this folder has no single .safetensors file and no {INDEX_SUFFIX}; "
+            "name the file"
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    return path
+
+
+def read_tensor_file(path: Path) -> Mapping[str, Any]:
+    """Read one weight file as it is, mapped rather than loaded.
+
+    Raises:
+        InputError: missing, unreadable, truncated, or of another type.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix in SAFETENSORS_SUFFIXES:
+            loaded: Any = require("safetensors.torch").load_file(path)
+        elif path.suffix in TORCH_SUFFIXES:
+            mapped = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        else:
+            raise InputError(f"{path}: type {path.suffix!r}; give .safetensors or .pt")
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint ({reason}); it may be truncated or hold more "
+            "than tensors: download it again and compare its size and checksum"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise InputError(f"{path}: holds a {type(loaded).__name__}, not named tensors")
+    return loaded
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
+    """All shards that an index names, and how many there are."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
+    missing = [name for name in files if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(f"{index}: shards {missing} are missing beside it; download them too")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors.update(read_tensor_file(index.parent / name))
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise InputError(
+            f"{index}: {len(absent)} tensors are in no shard, such as {absent[:3]}; the files are "
+            "of different downloads"
+        )
+    return tensors, f"{len(files)} safetensors shards"

@@ -1,0 +1,76 @@
+"""Parameter names: what wrappers leave in them, and the diffusers layout, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+WRAPPER_PARTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""Name parts that FSDP, activation checkpointing and torch.compile leave anywhere in a name."""
+LEADING_PARTS = ("base_model.", "generator.", "module.", "diffusion_model.", "model.")
+"""Names of enclosing modules: PEFT, trainers, data parallelism, and the official wrapper."""
+
+_LINEAR = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "patch_embedding": "patch_embedding",
+}
+_BLOCK = {
+    f"{ours}.{part}": f"{theirs}.{renamed}"
+    for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+    for part, renamed in (
+        ("q", "to_q"),
+        ("k", "to_k"),
+        ("v", "to_v"),
+        ("o", "to_out.0"),
+        ("norm_q", "norm_q"),
+        ("norm_k", "norm_k"),
+    )
+} | {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+# diffusers 0.42: WanTransformer3DModel's state dict.
+_OFFICIAL_OF_MODULE = {theirs: ours for ours, theirs in (_LINEAR | _BLOCK).items()}
+_DIFFUSERS_OF_MODULE = _LINEAR | _BLOCK
+_BLOCK_NAME = re.compile(r"(blocks\.\d+)\.(.+)")
+
+
+def strip_wrappers(name: str) -> str:
+    """The name of a parameter without what trainers and wrappers put around the model."""
+    for part in WRAPPER_PARTS:
+        name = name.replace(part, "")
+    while True:
+        for part in LEADING_PARTS:
+            if name.startswith(part):
+                name = name.removeprefix(part)
+                break
+        else:
+            return name
+
+
+def is_diffusers(names: Iterable[str]) -> bool:
+    """Whether names are those of diffusers' `WanTransformer3DModel`."""
+    return any(name.startswith("condition_embedder.") for name in names)
+
+
+def official_from_diffusers(name: str) -> str:
+    """Official name of a diffusers parameter; a name that is not one comes back unchanged."""
+    return _rename(name, _OFFICIAL_OF_MODULE, "scale_shift_table", "modulation")
+
+
+def diffusers_from_official(name: str) -> str:
+    """Diffusers' name of an official parameter; a name that is not one comes back unchanged."""
+    return _rename(name, _DIFFUSERS_OF_MODULE, "modulation", "scale_shift_table")
+
+
+def _rename(name: str, modules: Mapping[str, str], table: str, renamed_table: str) -> str:
+    match = _BLOCK_NAME.fullmatch(name)
+    block, rest = (f"{match[1]}.", match[2]) if match else ("", name)
+    if match and rest == table:
+        return f"{block}{renamed_table}"
+    if not match and table in (rest, rest.removeprefix("head.")):
+        return renamed_table if table == "modulation" else f"head.{renamed_table}"
+    module, _, kind = rest.rpartition(".")
+    return f"{block}{modules[module]}.{kind}" if module in modules else name
