@@ -55,7 +55,7 @@ class GraphEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what this session holds; may be called twice. Weights go with the last sibling."""
+        """Release what this session holds; may be called twice. The last sibling frees weights."""
         ...
 
 

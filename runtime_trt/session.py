@@ -11,11 +11,11 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32
+from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.noise import draw_noise
-from forcing_kv.runtime_trt.timeline import Timeline
+from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Chunk:
     latents: Float32
     """[F, C, h, w] float32."""
     timings_ms: dict[str, float]
-    """Wall-clock time by part: steps, clean, evict, commit."""
+    """Wall-clock time by part (steps, clean, evict, commit); a captured chunk has `chunk` alone."""
     scores: Float32 | None
     """[F, P]: similarity of every candidate segment, if this chunk selected."""
     kept: NDArray[np.int32] | None
@@ -51,7 +51,7 @@ class Session:
         self._has_prompt = False
         self._closed = False
         self._failed = False
-        self._recent: list[Float32] = []
+        self._recent: list[PendingChunk] = []
 
     @classmethod
     def open(
@@ -126,7 +126,8 @@ class Session:
             return
         self._failed = True
         latents = np.zeros(self.config.latent_shape, np.float32)
-        latents[: plan.num_frames] = np.concatenate(self._recent)[-plan.num_frames :]
+        recent = np.concatenate([chunk.result().latents for chunk in self._recent])
+        latents[: plan.num_frames] = recent[-plan.num_frames :]
         self._backend.recache(ChunkRequest(plan, latents, np.zeros(0, np.float32)))
         self._failed = False
 
@@ -146,6 +147,12 @@ class Session:
             seed: key of the noise generator.
             keep_x0: return x0 of every denoise step too.
         """
+        return self._finish(*self._begin(noise, eps, seed, keep_x0))
+
+    def _begin(
+        self, noise: ArrayLike | None, eps: ArrayLike | None, seed: int, keep_x0: bool = False
+    ) -> tuple[ChunkPlan, PendingChunk]:
+        """Hand the next chunk to the backend."""
         self._require_usable()
         if not self._has_prompt:
             raise InputError("no prompt is set; call set_prompt(prompt_embeds) first")
@@ -162,9 +169,17 @@ class Session:
         request_eps = _checked("eps", eps, (draws, *shape))
         plan = self._timeline.advance()
         self._failed = True
-        result = self._backend.run_chunk(ChunkRequest(plan, request_noise, request_eps, keep_x0))
+        pending = self._backend.submit(ChunkRequest(plan, request_noise, request_eps, keep_x0))
         self._failed = False
-        self._remember(result.latents)
+        self._remember(pending)
+        return plan, pending
+
+    def _finish(self, plan: ChunkPlan, pending: PendingChunk) -> Chunk:
+        """Wait for a chunk."""
+        self._require_open()
+        self._failed = True
+        result = pending.result()
+        self._failed = False
         return Chunk(
             plan.index,
             result.latents,
@@ -181,6 +196,7 @@ class Session:
         seed: int = 0,
         noise: ArrayLike | None = None,
         eps: ArrayLike | None = None,
+        run_ahead: bool = False,
     ) -> Iterator[Chunk]:
         """Generate chunks one after another; endlessly if `num_chunks` is None.
 
@@ -189,6 +205,9 @@ class Session:
             seed: key of the noise generator.
             noise: [num_chunks, F, C, h, w] explicit initial noise.
             eps: [num_chunks, n - 1, F, C, h, w] explicit re-noise.
+            run_ahead: begin the next chunk before this one is handed out, so that a device computes
+                while the caller works and results are copied out meanwhile. A prompt switch then
+                takes effect one chunk later. The chunks are the same.
 
         Yields:
             Each chunk as soon as it is ready.
@@ -202,10 +221,30 @@ class Session:
                     f"explicit noise is for {len(array)} chunks but num_chunks is {num_chunks}; "
                     "give one row a chunk"
                 )
+        running: tuple[ChunkPlan, PendingChunk] | None = None
         for i in itertools.count() if num_chunks is None else range(num_chunks):
             chunk_noise = None if noise is None else np.asarray(noise)[i]
             chunk_eps = None if eps is None else np.asarray(eps)[i]
-            yield self.generate_chunk(chunk_noise, chunk_eps, seed=seed)
+            begun = self._begin(chunk_noise, chunk_eps, seed)
+            if not run_ahead:
+                yield self._finish(*begun)
+                continue
+            if running is not None:
+                yield self._finish(*running)
+            running = begun
+        if running is not None:
+            yield self._finish(*running)
+
+    def sibling(self) -> Session:
+        """Another session, of another video, on the same loaded weights.
+
+        Close each; the last one frees the weights.
+
+        Raises:
+            InputError: this backend cannot share its weights.
+        """
+        self._require_open()
+        return Session(self._backend.sibling())
 
     def reset(self) -> None:
         """Forget every frame and the prompt; buffers stay allocated."""
@@ -251,9 +290,9 @@ class Session:
         self._backend.set_prompt(_checked("prompt_embeds", prompt_embeds, shape))
         self._has_prompt = True
 
-    def _remember(self, latents: Float32) -> None:
+    def _remember(self, pending: PendingChunk) -> None:
         """Keep the clean frames that a prompt switch may re-encode."""
-        self._recent.append(latents)
+        self._recent.append(pending)
         chunks = -(-self.config.policy.num_recached_frames // self.config.chunk.num_frames)
         del self._recent[: -max(1, chunks)]
 

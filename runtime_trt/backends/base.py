@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.timeline import ChunkPlan
@@ -59,6 +60,25 @@ class ChunkResult:
     """[F, P]: segment similarities, if the chunk selected."""
     kept: NDArray[np.int32] | None = None
     """[B * P]: kept segments (frame * P + segment), ascending, if the chunk selected."""
+
+
+class PendingChunk(ABC):
+    """A chunk that has been handed to a backend."""
+
+    @abstractmethod
+    def result(self) -> ChunkResult:
+        """Wait for the chunk; may be called again and then returns the same object."""
+
+
+class _DoneChunk(PendingChunk):
+    """A chunk of a backend that works while it is called."""
+
+    def __init__(self, result: ChunkResult) -> None:
+        self._result = result
+
+    def result(self) -> ChunkResult:
+        """See base class."""
+        return self._result
 
 
 class Backend(ABC):
@@ -117,6 +137,24 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release engines and buffers; may be called twice."""
+
+    def read_tensor(self, name: str) -> NDArray[Any]:
+        """Input or output of a graph by its manifest name, copied to the host (for checks)."""
+        raise NotImplementedError(f"{self.name} does not show single tensors")
+
+    def sibling(self) -> Backend:
+        """Another backend for another session on the same loaded weights.
+
+        Raises:
+            InputError: this backend cannot share its weights.
+        """
+        raise InputError(
+            f"the {self.name} backend loads its weights for each session; open the bundle again"
+        )
+
+    def submit(self, request: ChunkRequest) -> PendingChunk:
+        """Begin a chunk; a backend that works beside the host returns before it is done."""
+        return _DoneChunk(self.run_chunk(request))
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """Denoise one chunk, run the clean pass, evict and commit."""

@@ -99,6 +99,10 @@ class OnnxRuntimeBackend(Backend):
         """See base class."""
         return self._pools["k"][layer].copy(), self._pools["v"][layer].copy()
 
+    def read_tensor(self, name: str) -> NDArray[Any]:
+        """See base class."""
+        return self.buffers[name].copy()
+
     def close(self) -> None:
         """Release sessions and buffers."""
         self._graphs.clear()

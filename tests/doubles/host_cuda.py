@@ -1,0 +1,296 @@
+"""A CPU double of `runtime_trt.cuda.Cuda`, strict where the real one is silent.
+
+Work is queued and runs as late as the rules of streams and events allow, so that a missing wait
+shows as a wrong result. Memory is filled with 0xFF (NaN) when allocated. Use after free, copies
+across an allocation's end, work on another stream during a capture, allocation during a capture and
+releases of what is in use are errors.
+"""
+
+import ctypes
+import itertools
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+
+from forcing_kv.runtime_trt.cuda import CudaError, DeviceInfo
+
+
+class _Stream:
+    def __init__(self):
+        self.queue = []
+        self.capture = None
+
+
+class _Event:
+    def __init__(self):
+        self.records = self.passed = 0
+
+
+class HostCuda:
+    """Device memory is host memory; one process-wide device."""
+
+    def __init__(self, free_nbytes=1 << 30, sm=89, name="CPU double"):
+        self.device = DeviceInfo(name, sm, free_nbytes, "13.0")
+        self._free_nbytes = free_nbytes
+        self._handles = itertools.count(0x1000)
+        self.memory = {}  # address -> array
+        self.pinned = {}
+        self.streams, self.events, self.graphs, self.executables = {}, {}, {}, {}
+        self.calls = Counter()
+        self.fail_at = None  # (call name, how many calls from now on)
+
+    # --- what tests ask -------------------------------------------------------------------------
+
+    @property
+    def live(self):
+        """Everything allocated and not released."""
+        kinds = ("memory", "pinned", "streams", "events", "graphs", "executables")
+        return {kind: len(getattr(self, kind)) for kind in kinds if getattr(self, kind)}
+
+    def view(self, address, nbytes):
+        """Bytes of device or pinned memory as an array."""
+        self._check(address, nbytes)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+    def enqueue_kernel(self, stream, work):
+        """What an engine does: queue a function, captured as one kernel."""
+        self._enqueue("kernel", stream, work)
+
+    # --- the interface of Cuda ------------------------------------------------------------------
+
+    def bind_thread(self):
+        self._count("bind_thread")
+
+    def free_nbytes(self):
+        return self._free_nbytes - sum(array.nbytes for array in self.memory.values())
+
+    def malloc(self, nbytes):
+        return self._allocate(self.memory, nbytes, "malloc")
+
+    def malloc_host(self, nbytes):
+        return self._allocate(self.pinned, nbytes, "malloc_host")
+
+    def free(self, address):
+        self._idle("free")
+        del self.memory[address]
+
+    def free_host(self, address):
+        self._idle("free_host")
+        del self.pinned[address]
+
+    def copy(self, target, source, nbytes, stream):
+        self._check(target, nbytes, strict=False)
+        self._check(source, nbytes, strict=False)
+        self._enqueue("memcpy", stream, lambda: ctypes.memmove(target, source, nbytes))
+
+    def copy_rows(self, target, target_pitch, source, source_pitch, width, height, stream):
+        assert 0 < width <= min(target_pitch, source_pitch) or height == 1
+        self._check(target, target_pitch * (height - 1) + width)
+        self._check(source, source_pitch * (height - 1) + width)
+
+        def work():
+            for row in range(height):
+                ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+        self._enqueue("memcpy", stream, work)
+
+    def fill(self, address, value, nbytes, stream):
+        self._check(address, nbytes)
+        self._enqueue("memset", stream, lambda: ctypes.memset(address, value, nbytes))
+
+    def create_stream(self):
+        return self._create(self.streams, _Stream(), "create_stream")
+
+    def destroy_stream(self, stream):
+        assert not self.streams[stream].queue, "destroyed a busy stream"
+        del self.streams[stream]
+
+    def synchronize(self, stream):
+        self._count("synchronize")
+        assert self.streams[stream].capture is None, "synchronised a stream under capture"
+        self._drain(stream, None)
+
+    def create_event(self):
+        return self._create(self.events, _Event(), "create_event")
+
+    def destroy_event(self, event):
+        del self.events[event]
+
+    def record(self, event, stream):
+        found = self.events[event]
+        found.records += 1
+        number = found.records
+
+        def work():
+            found.passed = number
+
+        self._enqueue("eventrecord", stream, work)
+
+    def wait(self, stream, event):
+        found, number = self.events[event], self.events[event].records
+        self._enqueue("waitevent", stream, lambda: self._run_until(found, number))
+
+    def synchronize_event(self, event):
+        self._count("synchronize_event")
+        self._run_until(self.events[event], self.events[event].records)
+
+    def elapsed_ms(self, start, end):
+        for event in (start, end):
+            found = self.events[event]
+            assert found.records, "asked for the time of an event that was never recorded"
+            assert found.passed == found.records, "asked for the time of an event on its way"
+        return 1.0
+
+    def begin_capture(self, stream):
+        self._count("begin_capture")
+        assert not self.streams[stream].queue, "began a capture on a busy stream"
+        self.streams[stream].capture = []
+
+    def end_capture(self, stream):
+        found = self.streams[stream]
+        graph = self._create(self.graphs, found.capture, "end_capture")
+        found.capture = None
+        return graph
+
+    def graph_nodes(self, graph):
+        return Counter(kind for kind, _ in self.graphs[graph])
+
+    def instantiate(self, graph):
+        return self._create(self.executables, list(self.graphs[graph]), "instantiate")
+
+    def destroy_graph(self, graph):
+        del self.graphs[graph]
+
+    def launch(self, executable, stream):
+        nodes = self.executables[executable]
+        self._enqueue("graph", stream, lambda: [work() for _, work in nodes])
+
+    def destroy_executable(self, executable):
+        self._idle("destroy_executable")
+        del self.executables[executable]
+
+    # --- inner workings -------------------------------------------------------------------------
+
+    def _count(self, name):
+        self.calls[name] += 1
+        if self.fail_at and self.fail_at[0] == name:
+            self.fail_at = (name, self.fail_at[1] - 1)
+            if self.fail_at[1] <= 0:
+                self.fail_at = None
+                raise CudaError(name, "cudaErrorUnknown", "made to fail")
+
+    def _create(self, table, value, name):
+        self._count(name)
+        handle = next(self._handles)
+        table[handle] = value
+        return handle
+
+    def _allocate(self, table, nbytes, name):
+        self._count(name)
+        assert not any(s.capture is not None for s in self.streams.values()), "malloc in a capture"
+        array = np.full(nbytes + 256, 0xFF, np.uint8)
+        address = -(-array.ctypes.data // 256) * 256
+        table[address] = array
+        return address
+
+    def _check(self, address, nbytes, strict=True):
+        for begin, array in (*self.memory.items(), *self.pinned.items()):
+            end = array.ctypes.data + array.nbytes
+            if begin <= address < end:
+                assert address + nbytes <= end, f"{nbytes} bytes cross the end of an allocation"
+                return
+        assert not strict, f"{address:#x} is not device memory (freed?)"
+
+    def _enqueue(self, kind, stream, work):
+        self._count(kind)
+        found = self.streams[stream]
+        if found.capture is not None:
+            found.capture.append((kind, work))
+            return
+        assert not any(s.capture is not None for s in self.streams.values()), "escaped a capture"
+        found.queue.append((kind, work))
+
+    def _drain(self, stream, until):
+        """Run a stream's queue until `until()` holds, or to its end."""
+        queue = self.streams[stream].queue
+        while queue and not (until and until()):
+            queue.pop(0)[1]()
+
+    def _run_until(self, event, number):
+        """Run whatever streams are needed for an event to pass."""
+        for stream in list(self.streams):
+            if event.passed >= number:
+                return
+            if any(kind == "eventrecord" for kind, _ in self.streams[stream].queue):
+                self._drain(stream, lambda: event.passed >= number)
+        assert event.passed >= number, "waited for an event that nothing records"
+
+    def _idle(self, what):
+        busy = [s for s, found in self.streams.items() if found.queue]
+        assert not busy, f"{what} while streams {busy} are busy"
+
+
+class HostEngine:
+    """A `GraphEngine` that runs ONNX graphs with ONNX Runtime over the double's memory."""
+
+    def __init__(self, cuda, bundle, manifest, name="host", shared=None):
+        import onnxruntime as ort
+
+        self.name, self._cuda, self._manifest, self._bundle = name, cuda, manifest, bundle
+        self.closed = 0
+        self.enqueued = Counter()
+        self.fail_at = None
+        self.shared = shared or {"users": 0, "sessions": {}}
+        self.shared["users"] += 1
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for graph, info in manifest.graphs.items():
+            if graph not in self.shared["sessions"]:
+                self.shared["sessions"][graph] = ort.InferenceSession(
+                    str(bundle / info.file), options, providers=["CPUExecutionProvider"]
+                )
+
+    @property
+    def scratch_nbytes(self):
+        return {"step": 1000, "evict": 300}
+
+    def enqueue(self, graph, bindings, stream):
+        self.enqueued[graph] += 1
+        if self.fail_at == graph:
+            self.fail_at = None
+            raise RuntimeError(f"{graph} was made to fail")
+        info, session = self._manifest.graphs[graph], self.shared["sessions"][graph]
+        dtypes = {"float": np.float32, "float16": np.float16, "int32": np.int32}
+        assert bindings["scratch"] % 256 == 0
+
+        def array(tensor):
+            address = bindings[tensor.name]
+            assert address % 256 == 0, f"{tensor.name} is not aligned"
+            dtype = np.dtype(dtypes[tensor.dtype])
+            nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
+            return self._cuda.view(address, nbytes).view(dtype).reshape(tensor.shape)
+
+        inputs = {tensor.name: array(tensor) for tensor in info.inputs}
+        outputs = [array(tensor) for tensor in info.outputs]
+        names = [tensor.name for tensor in info.outputs]
+
+        def work():
+            for target, value in zip(outputs, session.run(names, inputs), strict=True):
+                target[...] = value
+
+        self._cuda.enqueue_kernel(stream, work)
+
+    def capturing(self, stream):
+        return nullcontext()
+
+    def sibling(self):
+        return HostEngine(self._cuda, self._bundle, self._manifest, self.name, self.shared)
+
+    def close(self):
+        self.closed += 1
+        if self.closed == 1:
+            self.shared["users"] -= 1
+            if not self.shared["users"]:
+                self.shared["sessions"].clear()
