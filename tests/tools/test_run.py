@@ -1,0 +1,94 @@
+"""`fkv run` and `fkv inspect` on a small bundle: files that appear, and mistakes that are named."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+PROMPT = "a digit 3 moving left ."
+
+
+def run(run_fkv, bundle, out, *options, prompt=PROMPT):
+    return run_fkv(
+        "run", bundle, "--out", out, "--prompt", prompt, "--num-chunks", 2, "--num-threads", 1,
+        *options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif"])
+def test_a_video_holds_every_frame_at_the_asked_size(run_fkv, digits_bundle, tmp_path, name):
+    done = run(run_fkv, digits_bundle, tmp_path / name, "--scale", 4, "--fps", 6)
+    assert done.code == 0, done.err
+    with av.open(str(tmp_path / name)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 6
+    assert frames[0].shape == (128, 128, 3)
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_latents_and_frames_land_in_an_npz_and_follow_the_seed(run_fkv, digits_bundle, tmp_path):
+    made = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.npz"
+        assert run(run_fkv, digits_bundle, out, "--seed", seed).code == 0
+        with np.load(out) as data:
+            made.append(data["latents"])
+            assert data["frames"].shape == (6, 32, 32, 3)
+    assert made[0].shape == (6, 16, 8, 8)
+    assert np.array_equal(made[0], made[1])
+    assert not np.allclose(made[0], made[2])
+
+
+def test_json_reports_a_time_for_every_chunk(run_fkv, digits_bundle, tmp_path):
+    done = run(run_fkv, digits_bundle, tmp_path / "v.npz", "--decode", "none", "--json")
+    record = json.loads(done.out)
+    assert len(record["denoiser_chunk_ms"]) == 2
+    assert record["backend"] == "onnxruntime"
+    with np.load(tmp_path / "v.npz") as data:
+        assert data.files == ["latents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "name", "told"),
+    [
+        ((), "a cat .", "v.mp4", "knows"),
+        (("--fps", 0), PROMPT, "v.mp4", "--fps is 0"),
+        ((), PROMPT, "v.avi", ".mp4"),
+        ((), PROMPT, "missing/v.mp4", "does not exist"),
+        (("--decode", "none"), PROMPT, "v.mp4", ".npz"),
+        (("--decode", "magic"), PROMPT, "v.mp4", "magic"),
+        (("--backend", "magic"), PROMPT, "v.mp4", "onnxruntime"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(
+    run_fkv, digits_bundle, tmp_path, options, prompt, name, told
+):
+    done = run(run_fkv, digits_bundle, tmp_path / name, *options, prompt=prompt)
+    assert done.code == 2
+    assert told in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_the_cache_of_every_layer(run_fkv, digits_bundle):
+    done = run_fkv("inspect", digits_bundle, "--json")
+    assert done.code == 0, done.err
+    manifest = json.loads(done.out)
+    assert set(manifest["graphs"]) == {"prompt", "step", "evict"}
+    # Layer 0: 5 heads of 2 frames; then (static 2 + dynamic 3 frames), all static, all dynamic.
+    frames = 5 * 2 + (2 * 2 + 3 * 3) + 5 * 2 + 5 * 3
+    assert manifest["nbytes_kv"] == 2 * frames * 16 * 32 * 4
+    assert run_fkv("inspect", digits_bundle).code == 0
+
+
+def test_inspect_finds_an_altered_file(run_fkv, digits_bundle, tmp_path):
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(digits_bundle, copy)
+    with (copy / "graphs" / "step.onnx").open("ab") as file:
+        file.write(b"x")
+    done = run_fkv("inspect", copy)
+    assert done.code == 2
+    assert "step.onnx" in done.err
+    assert "fkv export" in done.err
