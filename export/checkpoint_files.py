@@ -9,6 +9,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
 from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.manifest import sha256_of
 
 Weights = Literal["auto", "ema", "plain"]
 """Which of the state dicts that a trainer saved side by side."""
@@ -56,7 +58,7 @@ def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
     """
     if weights not in WEIGHT_CHOICES:
         raise InputError(f"weights is {weights!r}; choose one of {list(WEIGHT_CHOICES)}")
-    file = _resolve(path)
+    file = weight_file(path)
     raw: Mapping[str, Any]
     if file.name.endswith(INDEX_SUFFIX):
         raw, container = _read_shards(file)
@@ -84,8 +86,12 @@ def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
     return RawCheckpoint(path, layout, tensors)
 
 
-def _resolve(path: Path) -> Path:
-    """The file to read: `path`, or the one weight file of a folder."""
+def weight_file(path: Path) -> Path:
+    """The file to read: `path`, or the one weight file or index of a folder.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
     if path.is_dir():
         for folder in (path, path / "transformer"):
             for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors"):
@@ -99,6 +105,22 @@ def _resolve(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     return path
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Every file that holds tensors of a checkpoint, shards in order.
+
+    Raises:
+        InputError: one is missing.
+    """
+    file = weight_file(path)
+    return _shards(file)[1] if file.name.endswith(INDEX_SUFFIX) else [file]
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Hash of a checkpoint, hexadecimal; of shards, the hash of their hashes."""
+    hashes = [sha256_of(file) for file in weight_files(path)]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_tensor_file(path: Path) -> Mapping[str, Any]:
@@ -130,19 +152,25 @@ def read_tensor_file(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
-    """All shards that an index names, and how many there are."""
+def _shards(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """Tensor name -> shard, and the shards, all of them present."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not an index of safetensors shards ({error})") from error
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        files = sorted(index.parent / name for name in set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error!r})") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
         raise InputError(f"{index}: shards {missing} are missing beside it; download them too")
+    return weight_map, files
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], str]:
+    """All tensors that an index names, and how many shards there are."""
+    weight_map, files = _shards(index)
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        tensors.update(read_tensor_file(index.parent / name))
+    for file in files:
+        tensors.update(read_tensor_file(file))
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise InputError(

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, progress, talk
-from forcing_kv.runtime_trt.options import parse_size
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 if TYPE_CHECKING:
     from forcing_kv.export.verify import GoldenReport
@@ -20,16 +21,53 @@ _POLICY = "Cache policy (default: the model's own)"
 
 def export(
     out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-    model: Annotated[str, typer.Option(help="A shipped model.", rich_help_panel=_MODEL)] = "digits",
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"The shipped model (digits), one of {', '.join(PRESETS)}, or a .json file.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "digits",
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights, .safetensors or .pt.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Weights: .safetensors or .pt file, index of shards, or folder.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Official Wan config.json.", rich_help_panel=_MODEL)
+        Path | None,
+        typer.Option(
+            help="Official Wan config.json, for an architecture that --model does not name.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="ema, plain or auto: which of the weights that a trainer saved side by side. "
+            "Default: the model's own.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Adapter to merge.", rich_help_panel=_MODEL)
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Alpha of the adapter. Default: the model's own, or its rank.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     latent_size: Annotated[
-        str | None, typer.Option(help="Latent rows x columns.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    chunk_frames: Annotated[
+        int | None, typer.Option(min=1, help="Latent frames a chunk.", rich_help_panel=_MODEL)
     ] = None,
     dtype: Annotated[
         str,
@@ -38,6 +76,12 @@ def export(
     heads: Annotated[
         Path | None, typer.Option(help="Head partition file.", rich_help_panel=_POLICY)
     ] = None,
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense", help="No compression: the model's own window.", rich_help_panel=_POLICY
+        ),
+    ] = False,
     dense_window: Annotated[
         int | None,
         typer.Option(
@@ -106,28 +150,35 @@ def export(
         model=model,
         checkpoint=checkpoint,
         config=config,
+        weights=cast(Any, weights),
+        lora=lora,
+        lora_alpha=lora_alpha,
         heads=heads,
-        latent_size=None if latent_size is None else parse_size("--latent-size", latent_size),
+        latent_size=None
+        if latent_size is None
+        else parse_latent_size("--latent-size", latent_size),
+        chunk_frames=chunk_frames,
+        dense=dense,
         dense_window=dense_window,
         policy_changes=tuple((key, value) for key, value in changes.items() if value is not None),
         dtype=cast(Any, dtype),
     )
     resolved = resolve(request)
     check_target(out, force=force)
-    talk(describe(resolved.labels.name, resolved.config))
+    talk(describe(resolved.name, resolved.config))
     if dry_run:
         talk(f"dry run: {out} would be written")
         return
     num_parts = 4 if resolved.config.evicted_layers else 3
     with progress("loading weights", num_parts + 1) as bar:
-        weights = resolved.load()
+        loaded = resolved.load()
 
         def report(part: str) -> None:
             bar.advance()
             bar.describe(f"exporting {part}")
 
         manifest = export_bundle(
-            weights, resolved.config, out, resolved.labels, force=force, consume=True, report=report
+            loaded, resolved.config, out, resolved.labels, force=force, consume=True, report=report
         )
     talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
     if as_json:

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.checkpoints import load_model
+from forcing_kv.export.checkpoint_files import Weights, checkpoint_sha256, weight_files
+from forcing_kv.export.checkpoints import CheckpointSource, load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.model_config import model_shape_from_official, read_json
-from forcing_kv.export.shipped import shipped_model
+from forcing_kv.export.presets import PRESETS, Preset, load_preset
+from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
 from forcing_kv.runtime_trt.manifest import sha256_of
+from forcing_kv.runtime_trt.resolution import check_latent_size
 from forcing_kv.runtime_trt.schedule import Schedule
+
+SHIPPED_DEFAULT = "digits"
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """Options of an export; None takes the model's own value."""
 
-    model: str = "digits"
-    """A shipped model, unless a checkpoint is given."""
+    model: str = SHIPPED_DEFAULT
+    """A shipped model, a preset, or a preset in a `.json` file."""
     checkpoint: Path | None = None
+    """Weights of a preset's model, or of the model that `config` describes."""
     config: Path | None = None
-    """Official Wan `config.json` of the checkpoint."""
+    """Official Wan `config.json` of the checkpoint, in place of the preset's architecture."""
+    weights: Weights | None = None
+    """Which state dict of the checkpoint."""
+    lora: Path | None = None
+    lora_alpha: float | None = None
     heads: Path | None = None
     latent_size: tuple[int, int] | None = None
     chunk_frames: int | None = None
+    dense: bool = False
+    """Export the uncompressed model, with the window that its authors use."""
     dense_window: int | None = None
     """Frames of a dense window, sink and own chunk included; None compresses."""
     policy_changes: tuple[tuple[str, Any], ...] = ()
@@ -44,10 +57,32 @@ class ExportRequest:
 class ResolvedExport:
     """Everything that `export_bundle` needs."""
 
+    preset: Preset
     config: RolloutConfig
-    labels: BundleLabels
-    load: Callable[[], CausalWanModel]
-    """Reads the weights; not called by a dry run."""
+    source: CheckpointSource
+    heads: Path | None
+    """Head partition file; None for a dense export."""
+
+    @property
+    def name(self) -> str:
+        """What is exported, for people."""
+        return self.preset.name
+
+    @cached_property
+    def labels(self) -> BundleLabels:
+        """What the bundle says about itself; hashes every input file."""
+        provenance = {"checkpoint_sha256": checkpoint_sha256(self.source.path)}
+        if self.source.lora is not None:
+            provenance["lora_sha256"] = sha256_of(self.source.lora)
+        if self.heads is not None:
+            provenance["heads_sha256"] = sha256_of(self.heads)
+        preset = self.preset
+        return BundleLabels(preset.name, preset.text_encoder, preset.decoder, provenance)
+
+    @property
+    def load(self) -> Callable[[], CausalWanModel]:
+        """Reads the weights; not called by a dry run."""
+        return lambda: load_model(self.source, self.config.model, self.config.dtype)
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:
@@ -56,63 +91,82 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     Raises:
         InputError: a file is missing or does not fit, or the settings contradict each other.
     """
-    if request.checkpoint is None:
-        shipped = shipped_model(request.model)
-        if request.config is not None:
-            raise InputError("--config belongs to --checkpoint; give both, or neither")
-        name, checkpoint = request.model, shipped.CHECKPOINT
-        shape, chunk, schedule = shipped.MODEL, shipped.CHUNK, shipped.SCHEDULE
-        policy, heads = shipped.POLICY, request.heads or shipped.HEADS
-        kinds: dict[str, str | None] = {"text_encoder": name, "decoder": name}
+    preset, source, own_heads = _model(request)
+    weight_files(source.path)
+    if source.lora is not None and not source.lora.is_file():
+        raise InputError(f"{source.lora}: no such adapter file")
+    frames = request.chunk_frames or preset.chunk_frames
+    dense = request.dense or request.dense_window is not None
+    policy = _policy(request, preset, frames)
+    size = request.latent_size or preset.latent_size
+    segments = policy.num_segments if policy.num_dynamic_frames else 1
+    check_latent_size(size, preset.model.patch_size, segments)
+    chunk = ChunkShape(frames, *size, preset.model.patch_size)
+    heads = None if dense else request.heads or own_heads
+    if heads is not None:
+        partition = read_heads(heads, preset.model).partition
+    elif dense:
+        shape = preset.model
+        partition = HeadPartition.uniform(shape.num_layers, shape.num_heads, static=True)
     else:
-        if request.config is None:
-            raise InputError("--checkpoint needs --config, the model's official config.json")
-        name, checkpoint, heads_given = request.checkpoint.stem, request.checkpoint, request.heads
+        raise InputError(
+            "a compressed export needs --heads; make the file with `fkv calibrate heads`, "
+            "download a published one, or export the uncompressed model with --dense"
+        )
+    config = RolloutConfig(
+        preset.model, chunk, policy, partition, request.schedule or preset.schedule, request.dtype
+    )
+    return ResolvedExport(preset, config, source, heads)
+
+
+def _model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+    """The model asked for, its weights, and the head partition that comes with it, if any."""
+    if request.checkpoint is None:
+        return _shipped(request)
+    preset = None
+    if request.model != SHIPPED_DEFAULT:
+        preset = load_preset(request.model)
+    if request.config is not None:
         content = read_json(request.config)
         shape = model_shape_from_official(content.get("model", content), str(request.config))
-        schedule, policy = Schedule(), CachePolicy()
-        chunk = ChunkShape(3, 60, 104, shape.patch_size)
-        if heads_given is None and request.dense_window is None:
-            raise InputError(
-                "a compressed export needs --heads; make the file with `fkv calibrate heads`, "
-                "download a published one, or export dense with --dense-window"
-            )
-        heads = heads_given or Path()
-        kinds = {"text_encoder": "umt5-xxl", "decoder": "wan-vae"}
-    if not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such checkpoint file")
-    chunk = _resized(chunk, request)
-    policy, partition, provenance = _policy(request, policy, shape, chunk, heads)
-    config = RolloutConfig(
-        shape, chunk, policy, partition, request.schedule or schedule, request.dtype
-    )
-    provenance = {"checkpoint_sha256": sha256_of(checkpoint), **provenance}
-    labels = BundleLabels(name, provenance=provenance, **kinds)
-    return ResolvedExport(config, labels, lambda: load_model(checkpoint, shape))
+        name = request.checkpoint.stem
+        preset = replace(preset, model=shape) if preset else Preset(name, name, shape)
+    if preset is None:
+        raise InputError(
+            f"--checkpoint needs --model, one of {list(PRESETS)} or a .json file, or --config, "
+            "the official config.json of the model"
+        )
+    alpha = preset.lora_alpha if request.lora_alpha is None else request.lora_alpha
+    weights: Any = request.weights or preset.weights
+    source = CheckpointSource(request.checkpoint, weights, request.lora, alpha)
+    return preset, source, None
 
 
-def _resized(chunk: ChunkShape, request: ExportRequest) -> ChunkShape:
-    height, width = request.latent_size or (chunk.latent_height, chunk.latent_width)
-    frames = request.chunk_frames or chunk.num_frames
-    return replace(chunk, num_frames=frames, latent_height=height, latent_width=width)
+def _shipped(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+    if request.config is not None or request.lora is not None:
+        raise InputError("--config and --lora belong to --checkpoint; give it too, or neither")
+    if request.model not in SHIPPED_MODELS:
+        preset = load_preset(request.model)
+        hint = f"; download it with: {preset.download}" if preset.download else ""
+        raise InputError(f"--model {request.model} needs --checkpoint, its weights{hint}")
+    shipped, name = shipped_model(request.model), request.model
+    chunk = shipped.CHUNK
+    preset = Preset(
+        name, name, shipped.MODEL, shipped.SCHEDULE, shipped.POLICY, chunk_frames=chunk.num_frames,
+        latent_size=(chunk.latent_height, chunk.latent_width), text_encoder=name, decoder=name,
+    )  # fmt: skip
+    return preset, CheckpointSource(shipped.CHECKPOINT), shipped.HEADS
 
 
-def _policy(
-    request: ExportRequest,
-    policy: CachePolicy,
-    shape: ModelShape,
-    chunk: ChunkShape,
-    heads: Path,
-) -> tuple[CachePolicy, HeadPartition, dict[str, Any]]:
+def _policy(request: ExportRequest, preset: Preset, chunk_frames: int) -> CachePolicy:
     changes = dict(request.policy_changes)
-    if request.dense_window is not None:
-        sink = changes.pop("num_sink_frames", 0)
-        if changes:
-            raise InputError(
-                f"--dense-window keeps every frame of the window, so {sorted(changes)} cannot be "
-                "set with it; leave out one or the other"
-            )
-        policy = CachePolicy.dense(request.dense_window, chunk.num_frames, sink)
-        return policy, HeadPartition.uniform(shape.num_layers, shape.num_heads, static=True), {}
-    head_file = read_heads(heads, shape)
-    return replace(policy, **changes), head_file.partition, {"heads_sha256": head_file.sha256}
+    if not request.dense and request.dense_window is None:
+        return replace(preset.policy, **changes)
+    sink = changes.pop("num_sink_frames", preset.dense_sink if request.dense else 0)
+    if changes:
+        raise InputError(
+            f"a dense export keeps every frame of its window, so {sorted(changes)} cannot be set "
+            "with it; leave out one or the other"
+        )
+    window = request.dense_window or preset.dense_window
+    return CachePolicy.dense(window, chunk_frames, sink)

@@ -32,6 +32,8 @@ class Schedule:
     """Whether entries index the shifted schedule (750 -> t = 937.5) or are timesteps themselves."""
     shift: float = 5.0
     """Timestep shift of the flow-match schedule."""
+    exact_sigma: bool = False
+    """Whether a step's noise level is t / 1000 itself (RAVEN), not the nearest schedule entry."""
 
     def __post_init__(self) -> None:
         steps = tuple(float(step) for step in self.steps)
@@ -62,6 +64,8 @@ class Schedule:
     @property
     def sigmas(self) -> Float32:
         """Noise level of each step, [n] float32: the schedule entry nearest to t / 1000."""
+        if self.exact_sigma:
+            return (self.timesteps.astype(np.float64) / NUM_TRAIN_TIMESTEPS).astype(np.float32)
         u = np.arange(NUM_TRAIN_TIMESTEPS, 0, -1, dtype=np.float64) / NUM_TRAIN_TIMESTEPS
         table = shifted_sigma(u, self.shift)
         wanted = self.timesteps.astype(np.float64) / NUM_TRAIN_TIMESTEPS
