@@ -40,8 +40,9 @@ def nearest_valid_sizes(
 ) -> list[tuple[int, int]]:
     """The valid latent sizes closest to `size` (rows, columns), nearest first."""
     height, width = size
-    # Rows divisible by patch_size * num_segments are always valid, so this radius finds some.
-    radius = patch_size * num_segments
+    # Rows divisible by patch_size * num_segments are valid with any whole number of patches in a
+    # row, so twice that distance holds several sizes, also where no smaller ones exist.
+    radius = 2 * patch_size * num_segments
     found = [
         (rows, columns)
         for rows in range(max(1, height - radius), height + radius + 1)
