@@ -43,10 +43,9 @@ def output_dtype(spec: OpSpec, tensor: TensorSpec, inputs: Sequence[Tensor]) -> 
 
 
 def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
-    """Define the torch operator of `spec` with `reference` as its body on every device.
+    """Define the torch operator of `spec`: the Triton kernel on CUDA, `reference` elsewhere.
 
-    Shapes are checked when the operator is traced; a kernel for one device is added by
-    `register_kernel` on the result.
+    Shapes are checked when the operator is traced and when the kernel is launched.
     """
     operator = torch.library.custom_op(
         f"{DOMAIN}::{spec.torch_name}", reference, mutates_args=(), schema=torch_schema(spec)
@@ -64,7 +63,14 @@ def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
         )
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def on_cuda(*arguments: Any) -> Any:
+        from forcing_kv.plugins.triton_run import run_on_cuda
+
+        outputs = run_on_cuda(spec, *arguments)
+        return outputs if len(outputs) > 1 else outputs[0]
+
     operator.register_fake(fake)
+    operator.register_kernel("cuda")(on_cuda)
     return operator
 
 

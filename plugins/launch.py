@@ -1,0 +1,108 @@
+"""How a Triton kernel is launched: the same plan for torch, for PTX and for TensorRT.
+
+A kernel's arguments are the operator's inputs, then its outputs, then compile-time constants.
+Shapes are compile-time constants, so that a plan needs no scalars at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from forcing_kv.plugins.op_spec import Attributes
+
+SAFE_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that every CUDA device grants without being asked."""
+
+SHARED_LIMIT_BYTES = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+"""Supported devices by compute capability, and the dynamic shared memory that a thread block can be
+granted there (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+
+PTX_VERSION = 87
+"""PTX version to write, 87 for 8.7: the oldest that knows every supported device, so that it asks
+for no newer driver than the device does (r570)."""
+
+PORTABLE_SM = 80
+"""Target of the portable tactics: their PTX runs on every device from here on."""
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One way to run an operator's kernel."""
+
+    name: str
+    """Short name, for listings and benchmarks."""
+    num_warps: int
+    """Warps of a thread block."""
+    num_stages: int = 2
+    """Depth of the software pipeline."""
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Tile sizes, by the kernel's constant names."""
+    portable: bool = False
+    """Compiled for PORTABLE_SM and within SAFE_SHARED_BYTES, whatever the device."""
+
+    def target_sm(self, device_sm: int) -> int:
+        """Compute capability to compile for (90 for 9.0) on a device."""
+        return PORTABLE_SM if self.portable else device_sm
+
+    def shared_limit(self, device_sm: int) -> int:
+        """Most bytes of dynamic shared memory that it may take on a device."""
+        return SAFE_SHARED_BYTES if self.portable else SHARED_LIMIT_BYTES[device_sm]
+
+
+def default_tactic(tactics: Sequence[Tactic], device_sm: int) -> Tactic:
+    """The tactic to use where none was measured.
+
+    Hopper and data-centre Blackwell, whose shared memory all tactics are sized for, take the first
+    that is made for the device; the others take the first portable one.
+    """
+    wants_portable = SHARED_LIMIT_BYTES.get(device_sm, 0) < SHARED_LIMIT_BYTES[90]
+    return next(tactic for tactic in tactics if tactic.portable == wants_portable)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything static about one call of an operator."""
+
+    sizes: Mapping[str, int]
+    """Size of every named axis."""
+    attributes: Attributes
+    """The operator's attributes."""
+    dtype: str
+    """Compute dtype: float16, bfloat16 or float32."""
+    num_sms: int
+    """Streaming multiprocessors of the device."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its constants and its launch geometry."""
+
+    kernel: Any
+    """The `triton.jit` function."""
+    constants: Mapping[str, Any]
+    """Compile-time constants by name."""
+    grid: tuple[int, int, int]
+    """Thread blocks."""
+    num_warps: int
+    """Warps of a thread block."""
+    num_stages: int
+    """Depth of the software pipeline."""
+
+
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """`value / divisor`, rounded up."""
+    return -(-value // divisor)

@@ -1,0 +1,187 @@
+"""Compiles an operator's kernel to PTX, on any machine, in the form that TensorRT embeds.
+
+Triton appends two hidden parameters to every kernel, pointers to scratch memory, which a launch by
+anybody else than Triton does not pass. They are unread when the scratch sizes are 0; that is
+checked and they are removed, so that the parameters are the operator's inputs and outputs and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from forcing_kv.plugins.launch import PTX_VERSION, SHARED_LIMIT_BYTES, Launch, Problem, Tactic
+from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
+from forcing_kv.plugins.registry import op_module
+
+_TRITON_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+_ALIGNMENT_BYTES = 16
+_NUM_HIDDEN = 2
+_PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\s+)?)?(\w+)")
+
+
+class PtxError(RuntimeError):
+    """A compiled kernel that must not be embedded, and why."""
+
+
+class SharedMemoryError(PtxError):
+    """A tactic that does not fit the device."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel ready to be launched with the operator's inputs and outputs as its parameters."""
+
+    name: str
+    """Entry point."""
+    ptx: str
+    """PTX text, hidden parameters removed."""
+    launch: Launch
+    """Geometry."""
+    shared_bytes: int
+    """Dynamic shared memory of a thread block."""
+    sm: int
+    """Compute capability that it was compiled for, 90 for 9.0."""
+
+    @property
+    def arch(self) -> str:
+        """Target as the PTX assembler names it."""
+        return f"sm_{self.sm}a" if self.sm >= 90 else f"sm_{self.sm}"
+
+    @property
+    def block_threads(self) -> int:
+        """Threads of a thread block."""
+        return self.launch.num_warps * 32
+
+
+def tensor_dtypes(spec: OpSpec, dtype: str, weight_dtype: str = "float32") -> tuple[str, ...]:
+    """Dtypes of the inputs and then the outputs in a compute dtype."""
+
+    def resolve(tensor: TensorSpec) -> str:
+        return {"T": dtype, "W": weight_dtype}.get(tensor.dtype, tensor.dtype)
+
+    return tuple(resolve(tensor) for tensor in (*spec.inputs, *spec.outputs))
+
+
+def compile_kernel(
+    spec: OpSpec,
+    problem: Problem,
+    dtypes: Sequence[str],
+    tactic: Tactic,
+    device_sm: int,
+    ptx_version: int = PTX_VERSION,
+) -> CompiledKernel:
+    """Compile one tactic for one device; needs no GPU.
+
+    Args:
+        spec: the operator.
+        problem: sizes, attributes, compute dtype.
+        dtypes: dtypes of the inputs and then the outputs, see `tensor_dtypes`.
+        tactic: one of the kernel's tactics.
+        device_sm: compute capability of the device, 90 for 9.0.
+        ptx_version: PTX version to write, 87 for 8.7; the driver must know it.
+
+    Returns:
+        The kernel for `tactic.target_sm(device_sm)`.
+
+    Raises:
+        SharedMemoryError: it takes more shared memory than the tactic may on the device.
+        PtxError: it wants scratch memory or has other parameters than the operator.
+        ValueError: the device is not supported.
+    """
+    if device_sm not in SHARED_LIMIT_BYTES:
+        raise ValueError(
+            f"no kernels for compute capability {device_sm}; supported are "
+            f"{sorted(SHARED_LIMIT_BYTES)}"
+        )
+    plan = op_module(spec, "kernel").launch(problem, tactic)
+    names = plan.kernel.arg_names[: len(dtypes)]
+    signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
+    signature |= dict.fromkeys(plan.constants, "constexpr")
+    # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
+    aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(names))}
+    target_sm = tactic.target_sm(device_sm)
+    options = {
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "ptx_version": ptx_version,
+    }
+    with triton.knobs.compilation.scope():
+        # Line information would carry this machine's paths into the engine.
+        triton.knobs.compilation.disable_line_info = True
+        compiled = triton.compile(
+            ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
+            target=GPUTarget("cuda", target_sm, 32),
+            options=options,
+        )
+    metadata = compiled.metadata
+    where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise PtxError(f"{where}: the kernel wants scratch memory, which a plugin cannot give")
+    limit = tactic.shared_limit(device_sm)
+    if metadata.shared > limit:
+        raise SharedMemoryError(
+            f"{where}: takes {metadata.shared} bytes of shared memory, {limit} are allowed"
+        )
+    ptx = strip_hidden_parameters(compiled.asm["ptx"], metadata.name, len(names), where)
+    if re.search(r"^\s*\.(file|loc|section)\b", ptx, re.MULTILINE):
+        raise PtxError(f"{where}: the PTX carries debug information, which may hold paths")
+    return CompiledKernel(metadata.name, ptx, plan, metadata.shared, target_sm)
+
+
+def entry_parameters(ptx: str, name: str) -> tuple[str, ...]:
+    """Names of the entry point's parameters, in order.
+
+    Raises:
+        PtxError: there is no such entry point, or a parameter is not a 64-bit pointer.
+    """
+    listing = _parameter_list(ptx, name)
+    found = tuple(_PARAMETER.findall(listing))
+    if len(found) != listing.count(".param"):
+        raise PtxError(f"{name}: a parameter is not a 64-bit pointer:{listing}")
+    return found
+
+
+def strip_hidden_parameters(ptx: str, name: str, num_visible: int, where: str) -> str:
+    """Remove Triton's hidden parameters from the entry point.
+
+    Args:
+        ptx: PTX as Triton wrote it.
+        name: entry point.
+        num_visible: parameters that the operator has.
+        where: what is compiled, for messages.
+
+    Returns:
+        PTX whose entry point has `num_visible` parameters.
+
+    Raises:
+        PtxError: the number of hidden parameters is not the known one, or one of them is read.
+    """
+    parameters = entry_parameters(ptx, name)
+    hidden = parameters[num_visible:]
+    if len(hidden) != _NUM_HIDDEN:
+        raise PtxError(
+            f"{where}: {len(parameters)} parameters, expected {num_visible} and {_NUM_HIDDEN} "
+            f"hidden ones; Triton {triton.__version__} is not a version that this code knows"
+        )
+    listing = _parameter_list(ptx, name)
+    visible = ",".join(listing.split(",")[:num_visible]) + "\n"
+    body = ptx.replace(listing, "", 1)
+    read = [parameter for parameter in hidden if re.search(rf"\b{parameter}\b", body)]
+    if read:
+        raise PtxError(f"{where}: the kernel reads its hidden parameters {read}")
+    return ptx.replace(listing, visible, 1)
+
+
+def _parameter_list(ptx: str, name: str) -> str:
+    """Text between the parentheses of the entry point."""
+    match = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)", ptx)
+    if match is None:
+        raise PtxError(f"the PTX has no entry point {name}")
+    return match.group(1)

@@ -1,0 +1,89 @@
+"""Runs an operator's kernel on torch tensors, by Triton's own launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
+from forcing_kv.plugins.op_spec import Attributes, OpSpec
+from forcing_kv.plugins.registry import op_module
+from forcing_kv.plugins.torch_library import output_dtype
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def problem_of(
+    spec: OpSpec, inputs: Sequence[Tensor], attributes: Attributes, num_sms: int
+) -> Problem:
+    """The static part of a call.
+
+    Raises:
+        ValueError: an input's shape is not what the specification says.
+    """
+    shapes = [tuple(x.shape) for x in inputs]
+    spec.check(shapes, attributes)
+    compute = next(x for x, s in zip(inputs, spec.inputs, strict=True) if s.dtype == "T").dtype
+    sizes = spec.read_sizes(shapes, attributes)
+    return Problem(sizes, attributes, str(compute).removeprefix("torch."), num_sms)
+
+
+def empty_outputs(
+    spec: OpSpec, inputs: Sequence[Tensor], attributes: Attributes
+) -> tuple[Tensor, ...]:
+    """Uninitialised outputs on the inputs' device."""
+    shapes = spec.output_shapes([x.shape for x in inputs], attributes)
+    return tuple(
+        inputs[0].new_empty(shape, dtype=output_dtype(spec, tensor, inputs))
+        for tensor, shape in zip(spec.outputs, shapes, strict=True)
+    )
+
+
+def run_kernel(
+    spec: OpSpec,
+    inputs: Sequence[Tensor],
+    attributes: Attributes,
+    outputs: Sequence[Tensor],
+    tactic: Tactic,
+    num_sms: int,
+) -> None:
+    """Launch an operator's kernel on the current stream.
+
+    Args:
+        spec: the operator.
+        inputs: tensors of the specification's inputs; copied if not contiguous.
+        attributes: attributes by name.
+        outputs: contiguous tensors of the specification's outputs; written.
+        tactic: one of the kernel's tactics.
+        num_sms: multiprocessors to schedule for.
+    """
+    problem = problem_of(spec, inputs, attributes, num_sms)
+    plan = op_module(spec, "kernel").launch(problem, tactic)
+    dense = [x.contiguous() for x in inputs]
+    plan.kernel[plan.grid](
+        *dense,
+        *outputs,
+        **plan.constants,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+
+
+def run_on_cuda(spec: OpSpec, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator on CUDA tensors, with the default tactic of the device."""
+    inputs, attributes = spec.split_arguments(arguments)
+    outputs = empty_outputs(spec, inputs, attributes)
+    device = inputs[0].device.index or 0
+    major, minor = torch.cuda.get_device_capability(device)
+    tactic = default_tactic(op_module(spec, "kernel").TACTICS, 10 * major + minor)
+    with torch.cuda.device(device):
+        run_kernel(spec, inputs, attributes, outputs, tactic, multiprocessors(device))
+    return outputs

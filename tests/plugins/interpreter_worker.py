@@ -1,0 +1,48 @@
+"""Runs every kernel on every case in Triton's interpreter; started with TRITON_INTERPRET=1.
+
+Usage: python interpreter_worker.py OUT, where OUT is the file that receives the outputs by
+(operator, case, dtype, tactic).
+"""
+
+import os
+import sys
+
+import torch
+
+from forcing_kv.plugins.cases import CASES, attention_case
+from forcing_kv.plugins.launch import default_tactic
+from forcing_kv.plugins.registry import op_module
+from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
+
+# Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height.
+WAVES = attention_case("waves", 200, 32, [(70, 70), (70, 66), (100, 3), (100, 100)])
+NUM_SMS = 3
+
+
+def tactics(case, dtype):
+    """All in float32; in float16 the portable and the default one."""
+    every = op_module(case.spec, "kernel").TACTICS
+    if dtype == torch.float32:
+        return every
+    return every[0], default_tactic(every, 90)
+
+
+def run(case, dtype, tactic):
+    inputs = case.build(dtype)
+    outputs = empty_outputs(case.spec, inputs, case.attributes)
+    for output in outputs:
+        output.fill_(torch.nan if output.is_floating_point() else -1)
+    run_kernel(case.spec, inputs, case.attributes, outputs, tactic, NUM_SMS)
+    return outputs
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    torch.set_num_threads(1)
+    results = {
+        (case.spec.name, case.name, str(dtype), tactic.name): run(case, dtype, tactic)
+        for case in (*CASES, WAVES)
+        for dtype in (torch.float32, torch.float16)
+        for tactic in tactics(case, dtype)
+    }
+    torch.save(results, sys.argv[1])

@@ -1,0 +1,87 @@
+"""The Triton kernels in the interpreter (no GPU) against the truth, and how they are scheduled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+
+from forcing_kv.plugins.cases import attention_case
+from forcing_kv.plugins.head_indexed_attention.kernel import tile_counts
+from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic
+from forcing_kv.plugins.registry import OPS, op_module
+
+WORKER = Path(__file__).parent / "interpreter_worker.py"
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory):
+    """Outputs of every kernel on every case, from one process in interpreter mode."""
+    out = tmp_path_factory.mktemp("interpreter") / "outputs.pt"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(out)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def outputs_of(results, case, dtype):
+    """Outputs of the case by every tactic that was run."""
+    wanted = (case.spec.name, case.name, str(dtype))
+    found = [outputs for key, outputs in results.items() if key[:3] == wanted]
+    assert len(found) >= 2
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_kernel_equals_reference(case, dtype, interpreted, check):
+    inputs = case.build(dtype)
+    for outputs in outputs_of(interpreted, case, dtype):
+        check(case, inputs, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_attention_with_a_tail_of_smaller_tiles(dtype, interpreted, check):
+    case = attention_case("waves", 200, 32, [(70, 70), (70, 66), (100, 3), (100, 100)])
+    assert all(tile_counts(200, 4, 128, 64, 3))
+    inputs = case.build(dtype)
+    for outputs in outputs_of(interpreted, case, dtype):
+        check(case, inputs, outputs)
+
+
+@given(
+    num_tokens=st.integers(1, 20000),
+    num_heads=st.integers(1, 40),
+    tile=st.sampled_from([64, 128]),
+    num_sms=st.integers(1, 148),
+)
+def test_tiles_cover_every_query_once(num_tokens, num_heads, tile, num_sms):
+    full, tail_tiles = tile_counts(num_tokens, num_heads, tile, 64, num_sms)
+    assert full >= 0
+    assert tail_tiles >= 0
+    covered = full * tile + tail_tiles * 64
+    # Nothing is left over and no tile is empty.
+    last = 64 if tail_tiles else tile
+    assert covered - last < num_tokens <= covered
+
+
+def test_full_tiles_fill_whole_waves_at_480p():
+    full, tail = tile_counts(4680, 12, 128, 64, 132)
+    assert 12 * full == 3 * 132
+    assert 12 * tail <= 132
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_every_operator_has_a_portable_and_a_fast_tactic(spec):
+    tactics = op_module(spec, "kernel").TACTICS
+    assert len({tactic.name for tactic in tactics}) == len(tactics)
+    assert tactics[0].portable
+    for sm in SHARED_LIMIT_BYTES:
+        assert default_tactic(tactics, sm).portable == (sm not in (90, 100))

@@ -1,0 +1,141 @@
+"""PTX for every device without a GPU: what TensorRT would embed."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+
+from forcing_kv.plugins.cases import cases_of  # noqa: E402
+from forcing_kv.plugins.launch import (  # noqa: E402
+    SAFE_SHARED_BYTES,
+    SHARED_LIMIT_BYTES,
+    Problem,
+    default_tactic,
+)
+from forcing_kv.plugins.ptx import (  # noqa: E402
+    PtxError,
+    compile_kernel,
+    entry_parameters,
+    strip_hidden_parameters,
+    tensor_dtypes,
+)
+from forcing_kv.plugins.registry import OPS, op_module  # noqa: E402
+
+DEVICES = tuple(SHARED_LIMIT_BYTES)
+
+
+def problem_of(spec, dtype):
+    case = cases_of(spec)[-1]
+    shapes = [tensor.shape(case.sizes) for tensor in spec.inputs]
+    return Problem(spec.read_sizes(shapes, case.attributes), case.attributes, dtype, 132)
+
+
+def build(spec, tactic, sm, dtype="bfloat16"):
+    return compile_kernel(spec, problem_of(spec, dtype), tensor_dtypes(spec, dtype), tactic, sm)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Triton's cache in a folder of the test, so that every run compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def assemble(kernel, tmp_path, arch=None) -> str:
+    """Assemble PTX with the assembler in Triton's wheel; returns what it says."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = folder / "ptxas-blackwell"
+    is_blackwell = kernel.sm >= 100 and blackwell.exists()
+    assembler = shutil.which("ptxas-blackwell" if is_blackwell else "ptxas", path=str(folder))
+    assert assembler
+    source = tmp_path / "kernel.ptx"
+    source.write_text(kernel.ptx)
+    done = subprocess.run(
+        [assembler, "-v", f"-arch={arch or kernel.arch}", str(source), "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def check_kernel(kernel, spec, tactic, device, tmp_path):
+    parameters = entry_parameters(kernel.ptx, kernel.name)
+    assert len(parameters) == len(spec.inputs) + len(spec.outputs)
+    assert kernel.shared_bytes <= tactic.shared_limit(device)
+    assert f".target {kernel.arch}" in kernel.ptx
+    assert re.search(r"\.version 8\.7\b", kernel.ptx)
+    assert ".py" not in kernel.ptx
+    assert "registers" in assemble(kernel, tmp_path)
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_portable_tactic_compiles_for_every_device(spec, tmp_path):
+    tactic = op_module(spec, "kernel").TACTICS[0]
+    kernel = build(spec, tactic, 90)
+    assert kernel.sm == 80
+    assert kernel.shared_bytes <= SAFE_SHARED_BYTES
+    check_kernel(kernel, spec, tactic, 90, tmp_path)
+    # Every other device compiles the same PTX just in time.
+    assemble(kernel, tmp_path, "sm_90")
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_default_tactic_compiles_for_hopper(spec, tmp_path):
+    tactic = default_tactic(op_module(spec, "kernel").TACTICS, 90)
+    check_kernel(build(spec, tactic, 90), spec, tactic, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_every_tactic_compiles_for_every_device(spec, dtype, device, tmp_path):
+    for tactic in op_module(spec, "kernel").TACTICS:
+        check_kernel(build(spec, tactic, device, dtype), spec, tactic, device, tmp_path)
+
+
+def test_unknown_device_is_refused_with_the_known_ones():
+    spec = OPS[0]
+    with pytest.raises(ValueError, match="compute capability 75; supported are"):
+        build(spec, op_module(spec, "kernel").TACTICS[0], 75)
+
+
+PTX = """
+.visible .entry run(
+	.param .u64 .ptr .global .align 16 run_param_0,
+	.param .u64 .ptr .global .align 1 run_param_1,
+	.param .u64 .ptr .global .align 1 run_param_2
+)
+.reqntid 128
+{{
+	ld.param.b64 %rd1, [{read}];
+	ret;
+}}
+"""
+
+
+def test_hidden_parameters_are_removed():
+    stripped = strip_hidden_parameters(PTX.format(read="run_param_0"), "run", 1, "here")
+    assert entry_parameters(stripped, "run") == ("run_param_0",)
+    assert "run_param_1" not in stripped
+
+
+def test_read_hidden_parameter_is_refused():
+    with pytest.raises(PtxError, match=r"here: the kernel reads .*run_param_2"):
+        strip_hidden_parameters(PTX.format(read="run_param_2"), "run", 1, "here")
+
+
+def test_unknown_number_of_hidden_parameters_is_refused():
+    with pytest.raises(PtxError, match="expected 2 and 2 hidden ones"):
+        strip_hidden_parameters(PTX.format(read="run_param_0"), "run", 2, "here")
+
+
+def test_parameter_that_is_no_pointer_is_refused():
+    with pytest.raises(PtxError, match="not a 64-bit pointer"):
+        entry_parameters(".visible .entry run(\n.param .u32 run_param_0\n)\n{}", "run")
