@@ -26,6 +26,9 @@ Mark = Callable[[str], None]
 NO_NOISE = "eps/none"
 """Re-noise of the last step and of the clean pass: zeros, times a noise level of zero."""
 
+STEP_SCALARS = ("time_sinusoid", "step_index", "sigma", "next_sigma")
+"""Inputs that differ from step to step and never change; a graph takes those that it needs."""
+
 SLOTS = ("slot/0", "slot/1")
 """Where results wait for their copy to the host while the next chunk runs."""
 
@@ -132,12 +135,18 @@ def upload_names(config: RolloutConfig) -> tuple[str, ...]:
 def result_names(config: RolloutConfig) -> tuple[str, ...]:
     """Buffers that one copy brings back after every chunk."""
     selected = ("scores", "kept") if config.evicted_layers else ()
-    return (x0_name(config, config.schedule.num_steps - 1), *selected)
+    return (x0_name(config.schedule.num_steps - 1), *selected)
 
 
-def x0_name(config: RolloutConfig, step: int) -> str:
+def x0_name(step: int) -> str:
     """Buffer that holds x0 of a denoise step until the next chunk; n is the clean pass."""
     return f"x0/{step}"
+
+
+def scalar_names(graphs: Mapping[str, GraphInfo]) -> tuple[str, ...]:
+    """Those of `STEP_SCALARS` that the step graph takes."""
+    inputs = {info.name for info in graphs["step"].inputs}
+    return tuple(name for name in STEP_SCALARS if name in inputs)
 
 
 def plan_memory(
@@ -147,7 +156,7 @@ def plan_memory(
 
     Args:
         config: rollout configuration.
-        graphs: inputs and outputs of the prompt, step and evict graphs.
+        graphs: inputs and outputs of the graphs.
         scratch_nbytes: largest scratch of any graph.
     """
     known = {
@@ -159,12 +168,12 @@ def plan_memory(
     aliases = {
         **dict.fromkeys(("noise", "x/0", "x/1"), "x"),
         **{name: "eps" for name in (*upload_names(config), NO_NOISE) if name.startswith("eps/")},
-        **{x0_name(config, i): "x0" for i in range(steps + 1)},
+        **{x0_name(i): "x0" for i in range(steps + 1)},
     }
-    for name in ("time_sinusoid", "sigma", "next_sigma"):
+    for name in scalar_names(graphs):
         aliases |= {f"{name}/{i}": name for i in range(steps + 1)}
     specs = {name: replace(known[like], name=name) for name, like in aliases.items()}
-    replaced = {"x", "eps", "x0", "x_next", "time_sinusoid", "sigma", "next_sigma"}
+    replaced = {"x", "eps", "x0", "x_next", *STEP_SCALARS}
     specs |= {name: spec for name, spec in known.items() if name not in replaced}
     ordered = (*upload_names(config), *result_names(config))
     first = [specs.pop(name) for name in ordered]
@@ -177,6 +186,8 @@ def plan_memory(
 
 class ChunkProgram:
     """Enqueues prompt, denoise steps, clean pass, eviction and commit.
+
+    The clean pass is the step graph with other scalars, or a graph of its own where there is one.
 
     Args:
         cuda: the device.
@@ -204,6 +215,10 @@ class ChunkProgram:
             }
             for name, graph in graphs.items()
         }
+        self._tensors = {
+            name: {info.name for info in (*graph.inputs, *graph.outputs)}
+            for name, graph in graphs.items()
+        }
         if SCRATCH in offsets:
             for bindings in self._bindings.values():
                 bindings[SCRATCH] = memory.address(SCRATCH)
@@ -218,12 +233,24 @@ class ChunkProgram:
         Returns:
             Name of the buffer that receives x0.
         """
-        x0 = x0_name(self._config, index)
+        x0 = x0_name(index)
         names = {"x": x, "eps": eps, "x0": x0, "x_next": x_next}
-        names |= {name: f"{name}/{index}" for name in ("time_sinusoid", "sigma", "next_sigma")}
-        own = {graph_name: self._memory.address(name) for graph_name, name in names.items()}
-        self._engine.enqueue("step", self._bindings["step"] | own, stream)
+        self._pass("step", stream, index, names)
         return x0
+
+    def clean(self, stream: int, x: str) -> None:
+        """The pass at t = 0 that encodes the final latents in buffer `x`."""
+        index = self._config.schedule.num_steps
+        if "clean" in self._bindings:
+            self._pass("clean", stream, index, {"x": x})
+        else:
+            self.step(stream, index, x, NO_NOISE, "x/0")
+
+    def _pass(self, graph: str, stream: int, index: int, names: Mapping[str, str]) -> None:
+        wanted = {**{name: f"{name}/{index}" for name in STEP_SCALARS}, **names}
+        tensors = self._tensors[graph]
+        own = {key: self._memory.address(name) for key, name in wanted.items() if key in tensors}
+        self._engine.enqueue(graph, self._bindings[graph] | own, stream)
 
     def evict(self, stream: int) -> None:
         """Scores, kept segments and dynamic rows from the last pass."""
@@ -250,7 +277,7 @@ class ChunkProgram:
                 clean_input = self.step(stream, i, x, eps, x_next)
                 x = x_next
             mark("steps")
-        self.step(stream, num_steps, clean_input, NO_NOISE, "x/0")
+        self.clean(stream, clean_input)
         mark("clean")
         if variant.evict:
             self.evict(stream)

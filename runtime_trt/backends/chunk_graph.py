@@ -27,6 +27,7 @@ from forcing_kv.runtime_trt.chunk_program import (
     Mark,
     expected_variants,
     result_names,
+    scalar_names,
     upload_names,
     x0_name,
 )
@@ -37,6 +38,7 @@ from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.graph import CapturedGraph, capture
 from forcing_kv.runtime_trt.graph_engine import GraphEngine
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.text_fold import fold_text
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
 MAX_PREPARED = 16
@@ -112,13 +114,16 @@ class ChunkGraphBackend(Backend):
 
     def _write_constants(self) -> None:
         for scalars in (*self.step_scalars, self.clean_scalars):
-            for name in ("time_sinusoid", "sigma", "next_sigma"):
-                self._write(f"{name}/{scalars.index}", getattr(scalars, name))
+            for name in scalar_names(self._graph_infos):
+                index = np.asarray([scalars.index], np.int32)
+                value = index if name == "step_index" else getattr(scalars, name)
+                self._write(f"{name}/{scalars.index}", value)
 
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
         self._program.prompt(self._stream)
-        self._program.step(self._stream, self.clean_scalars.index, "noise", "eps/0", "x/0")
+        self._program.step(self._stream, 0, "noise", "eps/0", "x/0")
+        self._program.clean(self._stream, "noise")
         if self.config.evicted_layers:
             self._program.evict(self._stream)
         self._cuda.synchronize(self._stream)
@@ -158,6 +163,11 @@ class ChunkGraphBackend(Backend):
     def set_prompt(self, prompt_embeds: Float32) -> None:
         """See base class."""
         self._enter()
+        specs = self.memory.plan.specs
+        if "text_bias" in specs:
+            rows = specs["prompt_embeds"].shape[0]
+            prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
+            self._write("text_bias", bias)
         self._write("prompt_embeds", prompt_embeds)
         self._program.prompt(self._stream)
         self._cuda.synchronize(self._stream)
@@ -230,7 +240,7 @@ class ChunkGraphBackend(Backend):
             result.scores, result.kept = arrays["scores"], arrays["kept"]
         if pending.request.keep_x0:
             steps = range(self.config.schedule.num_steps)
-            result.x0_steps = [self.read_tensor(x0_name(self.config, i)) for i in steps]
+            result.x0_steps = [self.read_tensor(x0_name(i)) for i in steps]
         return result
 
     def _timings(self, slot: Slot, parts: list[str]) -> dict[str, float]:
