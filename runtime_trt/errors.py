@@ -37,6 +37,7 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
         "tensorrt_rtx": "rtx",
         "torch": "export",
         "transformers": "text",
+        "triton": "plugins",
     }
 )
 """Import name of every optional dependency → the extra of `forcing-kv` that installs it."""
