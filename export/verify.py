@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -122,7 +124,7 @@ class GoldenCase:
             try:
                 with np.load(file, allow_pickle=False) as data:
                     arrays.append({key: data[key] for key in data.files})
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise InputError(f"{file}: cannot be read ({error})") from error
         return cls(path, read_json(needed[0]), *arrays)
 
