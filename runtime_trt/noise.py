@@ -22,5 +22,7 @@ def draw_noise(seed: int, chunk: int, draw: int, shape: tuple[int, ...]) -> NDAr
     """
     if not 0 <= seed < 2**64:
         raise InputError(f"seed is {seed}; it must be within 0..2**64-1")
-    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, draw, chunk])
+    # A list with an entry above 2**63 would pass through float64 and lose its value.
+    key, counter = np.array([seed, 0], np.uint64), np.array([0, 0, draw, chunk], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
     return np.random.Generator(bits).standard_normal(shape, dtype=np.float32)

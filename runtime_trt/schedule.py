@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,13 +40,12 @@ class Schedule:
         steps = tuple(float(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
         descending = all(a > b for a, b in pairwise(steps))
-        lowest = 1.0 if self.warped else 0.0
-        if not steps or not descending or steps[0] > NUM_TRAIN_TIMESTEPS or steps[-1] < lowest:
+        if not (steps and descending and steps[0] <= NUM_TRAIN_TIMESTEPS and steps[-1] >= 0):
             raise InputError(
                 f"Schedule.steps is {list(steps)}; give descending entries within "
-                f"[{lowest:g}, {NUM_TRAIN_TIMESTEPS}]"
+                f"[0, {NUM_TRAIN_TIMESTEPS}]"
             )
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise InputError(f"Schedule.shift is {self.shift}; it must be positive")
 
     @property
