@@ -1,1 +1,6 @@
-"""Lean runtime: opens a bundle and generates video; needs neither torch nor the exporter."""
+"""The runtime: opens a bundle and generates video, without PyTorch."""
+
+from forcing_kv.runtime_trt.errors import ForcingKvError
+from forcing_kv.runtime_trt.session import Chunk, Session
+
+__all__ = ["Chunk", "ForcingKvError", "Session"]

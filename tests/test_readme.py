@@ -4,6 +4,7 @@ Every ```bash and ```python block has an HTML comment on the line above its fenc
 
 - `<!-- test: NAME -->`: the block is run. All of them run in one empty folder, top to bottom, so a
   block may use what an earlier one made. `<!-- test: NAME, slow -->` leaves it to `pytest -m slow`.
+  A leading `pip install ... &&` is left out: the environment of the tests has it all.
 - `<!-- not tested: REASON -->`: the block is not run.
 """
 
@@ -83,8 +84,9 @@ def test_readme_tells_how_the_tests_are_run(repository):
 
 @pytest.mark.parametrize("block", parameters())
 def test_block_runs(block: Block, folder: Path):
+    script = re.sub(r"^pip install .* && ", "", block.code)
     commands = {
-        "bash": ["bash", "-euo", "pipefail", "-c", block.code],
+        "bash": ["bash", "-euo", "pipefail", "-c", script],
         "python": [sys.executable, "-c", block.code],
     }
     here = Path(sys.executable).parent
