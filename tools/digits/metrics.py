@@ -177,25 +177,43 @@ def _direction_right(path: Float, direction: str) -> float:
     return float(np.argmax(np.abs(moved)) == np.argmax(np.abs(velocity)) and moved @ velocity > 0)
 
 
+@dataclass(frozen=True)
+class FrameMeasures:
+    """Measures of every frame of a clip."""
+
+    digit_right: NDArray[np.bool_]
+    """Whether the frame is read as the asked digit, [F]."""
+    position_error: Float
+    """Distance from the bouncing line, pixels, [F]."""
+
+
+def measure_frames(video: Float32, caption: str) -> FrameMeasures:
+    """Measure every frame of a video [F, 32, 32] that a caption asked for."""
+    digit, direction = text.parse_caption(caption)
+    path = centres(video)
+    wanted = fit_line(path, direction).positions(np.arange(len(video), dtype=np.float64))
+    error = np.nan_to_num(np.linalg.norm(path - wanted, axis=1), nan=float(data.TRAVEL))
+    return FrameMeasures(read_digits(video) == digit, error)
+
+
 def measure_clip(video: Float32, caption: str, chunk_frames: int = 3) -> ClipMeasures:
     """Measure a video [F, 32, 32] in 0..1 that a caption asked for.
 
     A blank frame counts as a wrong digit and as a distance of half the frame.
     """
-    digit, direction = text.parse_caption(caption)
+    _, direction = text.parse_caption(caption)
     axis = 0 if data.VELOCITY[direction][0] else 1
-    path, frames = centres(video), np.arange(len(video), dtype=np.float64)
+    by_frame, path = measure_frames(video, caption), centres(video)
     line = fit_line(path, direction)
-    wanted = line.positions(frames)
-    lost = float(data.TRAVEL)
-    error = np.nan_to_num(np.linalg.norm(path - wanted, axis=1), nan=lost)
+    wanted = line.positions(np.arange(len(video), dtype=np.float64))
+    lost, error = float(data.TRAVEL), by_frame.position_error
     steps, wanted_steps = np.diff(path, axis=0), np.diff(wanted, axis=0)
     step_error = np.nan_to_num(np.linalg.norm(steps - wanted_steps, axis=1), nan=lost)
     across = np.arange(1, len(video)) % chunk_frames == 0
     moving = np.abs(wanted_steps[:, axis]) > 0.5
     agree = steps[moving, axis] * wanted_steps[moving, axis] > 0
     return ClipMeasures(
-        digit=float((read_digits(video) == digit).mean()),
+        digit=float(by_frame.digit_right.mean()),
         direction=_direction_right(path, direction),
         displacement=float(np.nan_to_num(np.abs(steps[:, axis]), nan=lost).mean()),
         step_error_inside=float(step_error[~across].mean()),

@@ -1,0 +1,201 @@
+"""The digits model under several cache policies on the same prompts and noise.
+
+Legend: F frames, C latent channels, P segments per frame, B dynamic budget in frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.engine import SelectSegments, eager_session
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.tools.digits import codec, metrics, text
+from forcing_kv.tools.digits.sequences import HELDOUT_CAPTIONS
+from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE, encode_prompt
+
+DENSE_WINDOW = 21
+"""Frames that the dense row sees, as in Self Forcing."""
+FIRST_SEED = 1000
+"""Seed of the first clip; each clip has its own, the same in every row."""
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache policy to compare."""
+
+    name: str
+    policy: CachePolicy
+    partition: HeadPartition
+    random_segments: bool = False
+    """Whether segments are drawn at random instead of by similarity."""
+
+    @property
+    def config(self) -> RolloutConfig:
+        """The row's rollout configuration."""
+        return RolloutConfig(MODEL, CHUNK, self.policy, self.partition, SCHEDULE)
+
+
+def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
+    """Dense, Forcing-KV with `partition`, and what it must beat.
+
+    `recency-only` spends the segments' memory on later frames: T_d + B local frames, no segments.
+    """
+    dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
+    static = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=True)
+    local = POLICY.num_temporal_frames + POLICY.num_dynamic_frames
+    no_segments = replace(POLICY, num_dynamic_frames=0)
+    recency = replace(no_segments, num_temporal_frames=local)
+    return (
+        Row("dense", CachePolicy.dense(DENSE_WINDOW, CHUNK.num_frames), dynamic),
+        Row("forcing-kv", POLICY, partition),
+        Row("recency-only", recency, partition),
+        Row("random segments", POLICY, partition, random_segments=True),
+        Row("all-static", no_segments, static),
+        Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
+    )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What to generate."""
+
+    caption: str
+    seed: int
+
+
+def clips_of(count: int) -> list[Clip]:
+    """`count` clips that go through all forty captions, each with a new seed."""
+    captions = [
+        text.caption_of(digit, direction) for digit in range(10) for direction in text.DIRECTIONS
+    ]
+    return [Clip(captions[i % len(captions)], FIRST_SEED + i) for i in range(count)]
+
+
+def _random_choice(rng: np.random.Generator, num_kept: int) -> SelectSegments:
+    def select(scores: Float32) -> NDArray[np.int32]:
+        return np.sort(rng.permutation(scores.size)[:num_kept]).astype(np.int32)
+
+    return select
+
+
+def generate(
+    model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int
+) -> Iterator[Float32]:
+    """Latents [F, C, h, w] of each clip under a row's policy, in the eager backend."""
+    rng = np.random.Generator(np.random.Philox(key=FIRST_SEED))
+    select = _random_choice(rng, row.policy.num_kept_segments) if row.random_segments else None
+    with eager_session(model, row.config, select=select) as session:
+        for clip in clips:
+            session.reset()
+            session.set_prompt(encode_prompt(clip.caption))
+            chunks = session.stream(num_chunks, seed=clip.seed)
+            yield np.concatenate([chunk.latents for chunk in chunks])
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """Measures of one row at one length."""
+
+    row: Row
+    clips: Sequence[metrics.ClipMeasures]
+    digit_right: NDArray[np.bool_]
+    """[clips, F]."""
+    position_error: NDArray[np.float64]
+    """[clips, F], pixels."""
+    latent_distance: NDArray[np.float64]
+    """RMS difference of latents from the first row's on the same noise, [clips, F]."""
+    latents: Float32
+    """[clips, F, C, h, w]."""
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error over clips of every measure."""
+        values = {
+            name: [asdict(clip)[name] for clip in self.clips] for name in asdict(self.clips[0])
+        }
+        values["latent_distance"] = self.latent_distance.mean(1).tolist()
+        return {
+            name: {"mean": float(np.mean(v)), "sem": float(np.std(v) / max(1, len(v) - 1) ** 0.5)}
+            for name, v in values.items()
+        }
+
+
+def measure_row(
+    row: Row, latents: Float32, clips: Sequence[Clip], reference: Float32 | None
+) -> RowResult:
+    """Measure the clips of a row.
+
+    Args:
+        row: the policy they were generated with.
+        latents: [clips, F, C, h, w].
+        clips: captions and seeds.
+        reference: latents of the dense row, if this is not it.
+    """
+    videos = codec.decode(latents)
+    by_frame = [
+        metrics.measure_frames(v, clip.caption) for v, clip in zip(videos, clips, strict=True)
+    ]
+    difference = latents - (latents if reference is None else reference)
+    return RowResult(
+        row,
+        [
+            metrics.measure_clip(v, clip.caption, CHUNK.num_frames)
+            for v, clip in zip(videos, clips, strict=True)
+        ],
+        np.stack([frames.digit_right for frames in by_frame]),
+        np.stack([frames.position_error for frames in by_frame]),
+        np.sqrt((difference.astype(np.float64) ** 2).mean((2, 3, 4))),
+        latents,
+    )
+
+
+def compare(
+    model: CausalWanModel,
+    rows: Sequence[Row],
+    clips: Sequence[Clip],
+    num_chunks: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[RowResult]:
+    """Generate and measure every clip under every row; the first row is the reference.
+
+    Args:
+        model: the denoiser.
+        rows: policies.
+        clips: captions and seeds.
+        num_chunks: length of each clip.
+        advance: called after every clip.
+    """
+    results: list[RowResult] = []
+    for row in rows:
+        videos = []
+        for latents in generate(model, row, clips, num_chunks):
+            videos.append(latents)
+            advance()
+        reference = results[0].latents if results else None
+        results.append(measure_row(row, np.stack(videos), clips, reference))
+    return results
+
+
+def row_record(result: RowResult, clips: Sequence[Clip]) -> dict[str, Any]:
+    """A row as plain data for JSON."""
+    heldout = {text.caption_of(*pair) for pair in HELDOUT_CAPTIONS}
+    unseen = [i for i, clip in enumerate(clips) if clip.caption in heldout]
+    return {
+        "name": result.row.name,
+        "nbytes_kv": result.row.config.nbytes_kv,
+        "policy": asdict(result.row.policy),
+        "static_heads": [list(heads) for heads in result.row.partition.static_heads],
+        "measures": result.statistics(),
+        "digit_on_untrained_captions": float(result.digit_right[unseen].mean()),
+        "digit_by_frame": result.digit_right.mean(0).round(4).tolist(),
+        "position_error_by_frame": result.position_error.mean(0).round(4).tolist(),
+        "latent_distance_by_frame": result.latent_distance.mean(0).round(5).tolist(),
+    }

@@ -1,0 +1,126 @@
+"""`fkv eval`: what the cache policy costs in quality, on the shipped digits model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forcing_kv.runtime_trt.console import ExitCode, print_json, progress, talk
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.heads import read_heads
+from forcing_kv.runtime_trt.manifest import sha256_of
+from forcing_kv.tools.digits import shipped
+
+SHORT_CHUNKS, LONG_CHUNKS = 7, 20
+"""21 and 60 frames."""
+MIN_DIGIT, MIN_DIRECTION = 0.93, 0.97
+"""Goals under dense attention: frames read right, clips that start right."""
+MAX_DIGIT_LOSS, MAX_MOTION_CHANGE = 0.02, 0.10
+"""Goals for Forcing-KV against dense: lost share of frames, relative change of motion."""
+MOTION = ("displacement", "heading")
+"""Measures of motion whose relative change is bounded: pixels a frame, steps the right way."""
+
+
+def evaluate_command(
+    out: Annotated[Path, typer.Option(help="Folder for eval.json and eval.png.")],
+    checkpoint: Annotated[Path, typer.Option(help="Weights.")] = shipped.CHECKPOINT,
+    heads: Annotated[Path, typer.Option(help="Head partition for Forcing-KV.")] = shipped.HEADS,
+    clips: Annotated[int, typer.Option(min=40, help="Clips of 21 frames per row.")] = 160,
+    long_clips: Annotated[int, typer.Option(min=40, help="Clips of 60 frames per row.")] = 40,
+    check: Annotated[bool, typer.Option(help="Exit with 1 if a goal is missed.")] = False,
+    num_threads: Annotated[int, typer.Option(help="CPU threads of torch; 0: its choice.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result on stdout.")] = False,
+) -> None:
+    """Compare cache policies on the shipped digits model: digits, motion, shape, memory.
+
+    Every row generates the same captions from the same noise: dense attention, Forcing-KV with the
+    calibrated heads, recency alone at equal memory, random segments, all heads static, no context.
+    """
+    for file in (checkpoint, heads):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+    record = run_evaluation(checkpoint, heads, clips, long_clips, num_threads)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
+    from forcing_kv.tools.digits.eval_report import draw_curves, print_table
+
+    draw_curves(record, out / "eval.png")
+    print_table(record)
+    if as_json:
+        print_json(record)
+    if check and not all(goal["met"] for goal in record["goals"]):
+        talk("a goal is missed", style="red")
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def run_evaluation(
+    checkpoint: Path, heads: Path, num_clips: int, num_long_clips: int, num_threads: int = 0
+) -> dict[str, Any]:
+    """Generate, measure and judge; returns the content of `eval.json`.
+
+    Args:
+        checkpoint: weights of the digits model.
+        heads: head partition of the Forcing-KV rows.
+        num_clips: clips of 21 frames.
+        num_long_clips: clips of 60 frames.
+        num_threads: CPU threads of torch; 0 leaves the choice to it.
+    """
+    import torch
+
+    from forcing_kv.export.checkpoints import load_model
+    from forcing_kv.tools.digits.comparison import clips_of, compare, row_record, standard_rows
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    model = load_model(checkpoint, shipped.MODEL)
+    rows = standard_rows(read_heads(heads, shipped.MODEL).partition)
+    record: dict[str, Any] = {
+        "model_sha256": sha256_of(checkpoint),
+        "heads_sha256": sha256_of(heads),
+    }
+    lengths = (("short", num_clips, SHORT_CHUNKS), ("long", num_long_clips, LONG_CHUNKS))
+    total = len(rows) * sum(count * chunks for _, count, chunks in lengths)
+    with progress("generating", total) as task:
+        for name, count, chunks in lengths:
+            chosen = clips_of(count)
+            results = compare(
+                model, rows, chosen, chunks, lambda chunks=chunks: task.advance(chunks)
+            )
+            record[name] = {
+                "num_clips": count,
+                "num_frames": chunks * shipped.CHUNK.num_frames,
+                "rows": [row_record(result, chosen) for result in results],
+            }
+    record["goals"] = judge(record["short"]["rows"])
+    return record
+
+
+def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hold the dense and the Forcing-KV row against the goals."""
+    measures = {
+        row["name"]: {name: entry["mean"] for name, entry in row["measures"].items()}
+        for row in rows
+    }
+    dense, forcing = measures["dense"], measures["forcing-kv"]
+    lost = dense["digit"] - forcing["digit"]
+    goals = [
+        _goal("dense: frames read right", dense["digit"], MIN_DIGIT, at_least=True),
+        _goal("dense: clips that start right", dense["direction"], MIN_DIRECTION, at_least=True),
+        _goal("forcing-kv: frames lost", lost, MAX_DIGIT_LOSS, at_least=False),
+    ]
+    for name in MOTION:
+        change = abs(forcing[name] - dense[name]) / max(abs(dense[name]), 1e-9)
+        goals.append(_goal(f"forcing-kv: change of {name}", change, MAX_MOTION_CHANGE, False))
+    for name in ("position_error", "step_error_inside", "step_error_across"):
+        change = (forcing[name] - dense[name]) / max(dense[name], 1e-9)
+        goals.append(_goal(f"forcing-kv: growth of {name}", change, MAX_MOTION_CHANGE, False))
+    return goals
+
+
+def _goal(name: str, value: float, bound: float, at_least: bool) -> dict[str, Any]:
+    met = value >= bound if at_least else value <= bound
+    return {"goal": name, "value": value, "bound": bound, "at_least": at_least, "met": met}
