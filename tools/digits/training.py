@@ -86,7 +86,7 @@ class Sequence:
     rope: tuple[Tensor, Tensor]
     """[B, 1, N, D / 2] each."""
     bias: Tensor
-    """[B, 1, N, N]."""
+    """[B, 1, N, clean tokens]."""
 
 
 def to_sequence(batch: Batch) -> Sequence:
@@ -272,7 +272,7 @@ class Trainer:
         }
 
     def run(self, report: Callable[[Progress, dict[str, Any]], None], every: int = 50) -> None:
-        """Train to the end, logging means over `every` steps and saving every ten logs."""
+        """Train to the end, logging means over `every` steps and saving every fourth log."""
         window: list[dict[str, Any]] = []
         clock = time.monotonic()
         while self.progress.fraction(self.config) < 1.0:
@@ -283,7 +283,7 @@ class Trainer:
             if self.rank == 0 and self.progress.step % every == 0:
                 report(self.progress, self._log(window))
                 window = []
-            if self.rank == 0 and self.progress.step % (10 * every) == 0:
+            if self.rank == 0 and self.progress.step % (4 * every) == 0:
                 self.save()
         if self.rank == 0:
             self.save()
