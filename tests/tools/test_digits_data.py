@@ -1,10 +1,15 @@
 """Clips, latents and captions of the digits model."""
 
+import json
+
 import numpy as np
 import pytest
 
+from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.digits import codec, data, text
+from forcing_kv.runtime_trt.layout import ChunkShape
+from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.tools.digits import codec, data, shipped, text
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (extra `train`)")
 
@@ -100,3 +105,18 @@ def test_captions_are_parsed_back() -> None:
     assert text.parse_caption(text.caption_of(4, "down")) == (4, "down")
     with pytest.raises(InputError, match="one digit"):
         text.parse_caption("a digit moving left .")
+
+
+def test_the_config_file_says_what_the_code_says() -> None:
+    config = json.loads(shipped.CHECKPOINT.with_name("config.json").read_text())
+    assert model_shape_from_official(config["model"], "config.json") == shipped.MODEL
+    assert ChunkShape(**config["chunk"]) == shipped.CHUNK
+    assert Schedule(**config["schedule"]) == shipped.SCHEDULE
+
+
+def test_the_shipped_weights_are_small_and_have_official_names() -> None:
+    assert shipped.CHECKPOINT.stat().st_size <= 8_000_000
+    header = shipped.CHECKPOINT.read_bytes()
+    names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert "blocks.3.self_attn.norm_q.weight" in names
+    assert {entry["dtype"] for entry in names.values()} == {"F32"}
