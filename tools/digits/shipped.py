@@ -38,8 +38,8 @@ SCHEDULE = Schedule()
 POLICY = CachePolicy(num_segments=4)
 """The Self Forcing preset; four segments, for a frame has 16 tokens."""
 HEAD_THRESHOLD = 0.5
-"""Lowest score of a static head. The published 0.8 finds none here: with 21 frames of 16 tokens this
-small model's heads look further back than a large one's (its highest score is about 0.67)."""
+"""Lowest score of a static head. The published 0.8 finds none here: the heads of this small model
+look further back than those of a large one (its highest score is about 0.67)."""
 CALIBRATION_PROMPTS = tuple(
     caption_of(digit, direction) for digit, direction in zip((0, 3, 5, 8), DIRECTIONS, strict=True)
 )
