@@ -86,10 +86,10 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle}: not a bundle ({MANIFEST_FILE} is missing); make one with `fkv export`"
         )
     try:
-        data = dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not readable ({error}); export the bundle again") from error
-    version = data.pop("schema_version", None)
+    version = data.pop("schema_version", None) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{path}: schema version {version!r} found, this runtime reads {SCHEMA_VERSION}; "
@@ -97,19 +97,21 @@ def read_manifest(bundle: Path) -> Manifest:
             "wrote it"
         )
     try:
-        data["config"] = RolloutConfig.from_json(data["config"], f"{path}: config")
-        data["graphs"] = {
-            name: _graph_info(graph, f"{path}: graphs.{name}")
-            for name, graph in data["graphs"].items()
-        }
-        data["engines"] = tuple(data.get("engines", ()))
-        return from_mapping(Manifest, data, str(path))
-    except (KeyError, TypeError, AttributeError) as error:
+        return _manifest(data)
+    except InputError as error:
+        raise BundleError(f"{path}: {error}; export the bundle again") from error
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise BundleError(
             f"{path}: entry {error} is missing or malformed; export the bundle again"
         ) from error
-    except InputError as error:
-        raise BundleError(f"{error}; export the bundle again") from error
+
+
+def _manifest(data: dict[str, Any]) -> Manifest:
+    config = RolloutConfig.from_json(data["config"], "config")
+    graphs = {name: _graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
+    _check_graphs(config, graphs)
+    parts = {"config": config, "graphs": graphs, "engines": tuple(data.get("engines", ()))}
+    return from_mapping(Manifest, {**data, **parts}, "manifest")
 
 
 def _graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
@@ -120,6 +122,24 @@ def _graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
             for info in parts[key]
         )
     return from_mapping(GraphInfo, parts, where)
+
+
+def _check_graphs(config: RolloutConfig, graphs: Mapping[str, GraphInfo]) -> None:
+    """Refuse graphs that were exported for another policy, partition or size."""
+    needed = {"prompt", "step"} | ({"evict"} if config.evicted_layers else set())
+    if set(graphs) != needed:
+        raise InputError(f"graphs are {sorted(graphs)}; the policy needs {sorted(needed)}")
+    shapes = {info.name: info.shape for info in graphs["step"].inputs}
+    wanted: dict[str, tuple[int, ...]] = {"x": config.latent_shape}
+    for layer, layout in enumerate(config.layouts):
+        for name in ("hist_k", "hist_v"):
+            wanted[f"{name}.{layer}"] = (layout.num_rows, config.model.head_dim)
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"graphs.step: input {name} has shape {shapes.get(name)}, but the configuration "
+                f"needs {shape}"
+            )
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:

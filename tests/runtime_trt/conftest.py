@@ -1,0 +1,52 @@
+"""A bundle of a tiny random model, exported once; and prompts for it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.schedule import Schedule
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> RolloutConfig:
+    """Two layers of three heads, one of them static; 36 latent pixels of two channels."""
+    model = ModelShape(
+        2, dim=24, ffn_dim=16, num_heads=3, in_channels=2, text_len=3, text_dim=5, freq_dim=8
+    )
+    partition = HeadPartition(3, ((0,), (1,)))
+    return RolloutConfig(
+        model, ChunkShape(3, 4, 6), CachePolicy(), partition, Schedule((1000, 500))
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only: copy it to change it (`copied_bundle`)."""
+    import torch
+
+    from forcing_kv.export.bundle import BundleLabels, export_bundle
+    from forcing_kv.export.denoiser import CausalWanModel
+
+    torch.manual_seed(0)
+    model = CausalWanModel(tiny_config.model).requires_grad_(False)
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(model, tiny_config, folder, BundleLabels("tiny"), consume=True)
+    return folder
+
+
+@pytest.fixture
+def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle whose files may be changed."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny_config: RolloutConfig) -> Callable[[int], np.ndarray]:
+    """Prompt embeddings by number."""
+    shape = (tiny_config.model.text_len, tiny_config.model.text_dim)
+    return lambda number: np.random.default_rng(number).standard_normal(shape).astype(np.float32)
