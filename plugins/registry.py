@@ -15,6 +15,8 @@ from forcing_kv.plugins.similarity_eviction.spec import SPEC as SIMILARITY_EVICT
 if TYPE_CHECKING:
     import onnx
 
+    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+
 __all__ = [
     "HEAD_INDEXED_ATTENTION",
     "OPS",
@@ -25,6 +27,7 @@ __all__ = [
     "onnx_decompositions",
     "onnx_functions",
     "op_module",
+    "register_tensorrt_plugins",
 ]
 
 OPSET = 20
@@ -64,3 +67,15 @@ def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
 def onnx_functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     """Standard-operator bodies of every operator, to be attached to a model with custom nodes."""
     return [op_module(spec, "onnx_body").onnx_function(opset) for spec in OPS]
+
+
+def register_tensorrt_plugins(device: TargetDevice) -> tuple[str, ...]:
+    """Register every operator in TensorRT, once per process, before an ONNX file is parsed.
+
+    Args:
+        device: the device that engines are built for.
+
+    Returns:
+        Identifiers of the plugins.
+    """
+    return tuple(op_module(spec, "trt").register(device) for spec in OPS)
