@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
+from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.options import parse_size
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 _CHECKPOINT_PANEL = "Another model"
 _ROLLOUT_PANEL = "Rollouts"
@@ -19,35 +20,66 @@ _RULE_PANEL = "Rule"
 
 def calibrate_heads(
     out: Annotated[Path, typer.Option(help="Folder that receives heads.json and heads.png.")],
-    model: Annotated[str, typer.Option(help="A shipped model.")] = "digits",
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"The shipped model (digits), one of {', '.join(PRESETS)}, or a .json file."
+        ),
+    ] = "digits",
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights, .safetensors or .pt.", rich_help_panel=_CHECKPOINT_PANEL),
+        typer.Option(
+            help="Weights: .safetensors or .pt file, index of shards, or folder.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Official Wan config.json.", rich_help_panel=_CHECKPOINT_PANEL),
+        typer.Option(
+            help="Official Wan config.json, for an architecture that --model does not name.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="ema, plain or auto.", rich_help_panel=_CHECKPOINT_PANEL),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Adapter to merge.", rich_help_panel=_CHECKPOINT_PANEL)
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(help="Alpha of the adapter.", rich_help_panel=_CHECKPOINT_PANEL),
     ] = None,
     prompt_embeds: Annotated[
         Path | None,
         typer.Option(
-            help="Encoded prompts: .npz with one array [text_len, text_dim] a prompt, or .npy.",
+            help="Encoded prompts: of `fkv encode-prompt`, .npz (an array a prompt) or .npy.",
             rich_help_panel=_CHECKPOINT_PANEL,
         ),
     ] = None,
     latent_size: Annotated[
-        str, typer.Option(help="Latent rows x columns.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = "60x104",
+        str | None,
+        typer.Option(
+            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns. Default: the model's own.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
+    ] = None,
     chunk_frames: Annotated[
-        int, typer.Option(min=1, help="Latent frames.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = 3,
+        int | None,
+        typer.Option(min=1, help="Latent frames a chunk.", rich_help_panel=_CHECKPOINT_PANEL),
+    ] = None,
     denoise_steps: Annotated[
-        str, typer.Option(help="Denoising step list.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = "1000,750,500,250",
+        str | None,
+        typer.Option(
+            help="Denoising step list. Default: the model's own.",
+            rich_help_panel=_CHECKPOINT_PANEL,
+        ),
+    ] = None,
     warped: Annotated[
         bool,
         typer.Option(
@@ -121,6 +153,7 @@ def calibrate_heads(
     from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
     from forcing_kv.calibration.model_source import load_checkpoint, load_shipped
     from forcing_kv.calibration.rollouts import ProfilePlan
+    from forcing_kv.export.request import ExportRequest
     from forcing_kv.runtime_trt.schedule import Schedule
 
     files = [out / HEADS_FILE, out / PICTURE_FILE]
@@ -128,18 +161,31 @@ def calibrate_heads(
     if existing and not force:
         raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
     if checkpoint is None:
-        if config or prompt_embeds:
-            raise InputError("--config and --prompt-embeds belong to --checkpoint; give all three")
+        if config or prompt_embeds or lora:
+            raise InputError(
+                "--config, --lora and --prompt-embeds belong to --checkpoint; give it too"
+            )
         source = load_shipped(model, prompt or [])
     else:
-        if config is None or prompt_embeds is None or prompt:
+        if prompt_embeds is None or prompt:
             raise InputError(
-                "--checkpoint needs --config and --prompt-embeds, and takes no --prompt: text is "
-                "encoded beforehand"
+                "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
+                "with `fkv encode-prompt`"
             )
-        schedule = Schedule(_numbers("--denoise-steps", denoise_steps), warped)
-        size = parse_size("--latent-size", latent_size)
-        source = load_checkpoint(checkpoint, config, prompt_embeds, chunk_frames, size, schedule)
+        steps = _numbers("--denoise-steps", denoise_steps) if denoise_steps else None
+        request = ExportRequest(
+            model=model,
+            checkpoint=checkpoint,
+            config=config,
+            weights=cast(Any, weights),
+            lora=lora,
+            lora_alpha=lora_alpha,
+            latent_size=parse_latent_size("--latent-size", latent_size) if latent_size else None,
+            chunk_frames=chunk_frames,
+            schedule=Schedule(steps, warped) if steps else None,
+            dtype=cast(Any, dtype),
+        )
+        source = load_checkpoint(request, prompt_embeds)
     calibration = HeadCalibration(
         source,
         ProfilePlan(

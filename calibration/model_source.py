@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.model_config import model_shape_from_official, read_json
+from forcing_kv.export.request import ExportRequest, resolve_model
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ChunkShape, ModelShape
 from forcing_kv.runtime_trt.manifest import sha256_of
+from forcing_kv.runtime_trt.prompt_file import read_prompts
 from forcing_kv.runtime_trt.schedule import Schedule
 
 
@@ -47,47 +51,37 @@ def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
     )
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    config: Path,
-    prompt_embeds: Path,
-    chunk_frames: int,
-    latent_size: tuple[int, int],
-    schedule: Schedule,
-) -> ModelSource:
-    """Load a checkpoint with its official Wan `config.json`.
+def load_checkpoint(request: ExportRequest, prompt_embeds: Path) -> ModelSource:
+    """Load the model of a checkpoint.
 
     Args:
-        checkpoint: `.safetensors` or `.pt` file.
-        config: model config, or a file that holds it under `model`.
+        request: model, checkpoint, size, schedule and dtype; the rest is not read.
         prompt_embeds: see `read_prompt_embeds`.
-        chunk_frames: latent frames per chunk.
-        latent_size: latent height and width.
-        schedule: few-step schedule.
     """
-    content = read_json(config)
-    shape = model_shape_from_official(content.get("model", content), str(config))
-    chunk = ChunkShape(chunk_frames, *latent_size, shape.patch_size)
-    prompts = read_prompt_embeds(prompt_embeds, shape)
-    model = load_model(checkpoint, shape)
-    return ModelSource(checkpoint.stem, model, sha256_of(checkpoint), chunk, schedule, prompts)
+    preset, source, _ = resolve_model(request)
+    prompts = read_prompt_embeds(prompt_embeds, preset.model)
+    return ModelSource(
+        source.path.stem,
+        load_model(source, preset.model, request.dtype),
+        checkpoint_sha256(source.path),
+        preset.chunk,
+        preset.schedule,
+        prompts,
+    )
 
 
 def read_prompt_embeds(path: Path, shape: ModelShape) -> dict[str, NDArray[np.float32]]:
-    """Read prompt embeddings: `.npz` with one array a prompt, or `.npy` of a stack of prompts.
+    """Read prompt embeddings: a file of `fkv encode-prompt`, or `.npz` or `.npy` arrays.
 
     Args:
-        path: arrays [text_len, text_dim], or [prompts, text_len, text_dim], floating point.
+        path: `.safetensors` of encoded prompts, `.npz` with one array a prompt, or `.npy`: arrays
+            [text_len, text_dim], or [prompts, text_len, text_dim], floating point.
         shape: the model.
 
     Raises:
         InputError: unreadable, of another shape or dtype, or not finite.
     """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as .npz or .npy ({error})") from error
+    arrays = _read_arrays(path)
     prompts: dict[str, NDArray[np.float32]] = {}
     for name, array in arrays.items():
         stack = array if array.ndim == 3 else array[None]
@@ -102,3 +96,17 @@ def read_prompt_embeds(path: Path, shape: ModelShape) -> dict[str, NDArray[np.fl
             key = name if len(stack) == 1 else f"{name}[{place}]"
             prompts[key] = embeds.astype(np.float32)
     return prompts
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if path.suffix == ".safetensors":
+        content = read_prompts(path)
+        names = [text or f"{path.stem}[{i}]" for i, text in enumerate(content.prompts)]
+        return dict(zip(names, content.embeds, strict=True))
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: cannot be read as .safetensors, .npz or .npy ({error})"
+        ) from error

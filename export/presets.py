@@ -13,7 +13,7 @@ from typing import Any
 
 from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ModelShape, from_mapping
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape, from_mapping
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.schedule import Schedule
 
@@ -56,6 +56,11 @@ class Preset:
     """Pixel frames per second that the model was trained on."""
     download: str = ""
     """Command that fetches the checkpoint."""
+
+    @property
+    def chunk(self) -> ChunkShape:
+        """Size of one chunk of latents."""
+        return ChunkShape(self.chunk_frames, *self.latent_size, self.model.patch_size)
 
 
 _HUB = "hf download"

@@ -18,7 +18,7 @@ from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
+from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.manifest import sha256_of
 from forcing_kv.runtime_trt.resolution import check_latent_size
 from forcing_kv.runtime_trt.schedule import Schedule
@@ -91,17 +91,11 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     Raises:
         InputError: a file is missing or does not fit, or the settings contradict each other.
     """
-    preset, source, own_heads = _model(request)
-    weight_files(source.path)
-    if source.lora is not None and not source.lora.is_file():
-        raise InputError(f"{source.lora}: no such adapter file")
-    frames = request.chunk_frames or preset.chunk_frames
+    preset, source, own_heads = resolve_model(request)
     dense = request.dense or request.dense_window is not None
-    policy = _policy(request, preset, frames)
-    size = request.latent_size or preset.latent_size
+    policy = _policy(request, preset)
     segments = policy.num_segments if policy.num_dynamic_frames else 1
-    check_latent_size(size, preset.model.patch_size, segments)
-    chunk = ChunkShape(frames, *size, preset.model.patch_size)
+    check_latent_size(preset.latent_size, preset.model.patch_size, segments)
     heads = None if dense else request.heads or own_heads
     if heads is not None:
         partition = read_heads(heads, preset.model).partition
@@ -114,15 +108,36 @@ def resolve(request: ExportRequest) -> ResolvedExport:
             "download a published one, or export the uncompressed model with --dense"
         )
     config = RolloutConfig(
-        preset.model, chunk, policy, partition, request.schedule or preset.schedule, request.dtype
+        preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
     return ResolvedExport(preset, config, source, heads)
 
 
-def _model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
-    """The model asked for, its weights, and the head partition that comes with it, if any."""
-    if request.checkpoint is None:
-        return _shipped(request)
+def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+    """The model asked for, with the request's size and schedule, and its weights.
+
+    Returns:
+        The preset, where its weights come from, and the head partition that comes with it, if any.
+
+    Raises:
+        InputError: the model is unknown, or a file is missing.
+    """
+    preset, source, heads = _shipped(request) if request.checkpoint is None else _given(request)
+    weight_files(source.path)
+    if source.lora is not None and not source.lora.is_file():
+        raise InputError(f"{source.lora}: no such adapter file")
+    changes = {
+        "latent_size": request.latent_size,
+        "chunk_frames": request.chunk_frames,
+        "schedule": request.schedule,
+    }
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    return replace(preset, **given), source, heads
+
+
+def _given(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+    """A model whose checkpoint is given."""
+    assert request.checkpoint is not None
     preset = None
     if request.model != SHIPPED_DEFAULT:
         preset = load_preset(request.model)
@@ -158,7 +173,7 @@ def _shipped(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | N
     return preset, CheckpointSource(shipped.CHECKPOINT), shipped.HEADS
 
 
-def _policy(request: ExportRequest, preset: Preset, chunk_frames: int) -> CachePolicy:
+def _policy(request: ExportRequest, preset: Preset) -> CachePolicy:
     changes = dict(request.policy_changes)
     if not request.dense and request.dense_window is None:
         return replace(preset.policy, **changes)
@@ -169,4 +184,4 @@ def _policy(request: ExportRequest, preset: Preset, chunk_frames: int) -> CacheP
             "with it; leave out one or the other"
         )
     window = request.dense_window or preset.dense_window
-    return CachePolicy.dense(window, chunk_frames, sink)
+    return CachePolicy.dense(window, preset.chunk_frames, sink)

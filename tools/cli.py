@@ -49,6 +49,7 @@ class Command(NamedTuple):
 
 COMMANDS: tuple[Command, ...] = (
     Command("demo", "forcing_kv.tools.demo", "demo"),
+    Command("encode-prompt", "forcing_kv.tools.encode_prompt", "encode_prompt"),
     Command("export", "forcing_kv.export.cli", "export"),
     Command("run", "forcing_kv.tools.run", "run"),
     Command("verify", "forcing_kv.export.cli", "verify"),

@@ -82,7 +82,7 @@ def test_dry_run_writes_nothing(tmp_path, model_options):
         (("--threshold", "nan"), "threshold"),
         (("--prompt", "text"), "takes no --prompt"),
         (("--prompt-embeds", GOLDEN / "inputs.npz"), "needed are finite floats of shape .16, 64."),
-        (("--prompt-embeds", GOLDEN / "weights.safetensors"), "cannot be read as .npz or .npy"),
+        (("--prompt-embeds", GOLDEN / "weights.safetensors"), "not a file of encoded prompts"),
         (("--prompt-embeds", "absent.npz"), "cannot be read"),
         (("--checkpoint", "absent.pt"), "no such checkpoint"),
     ],
@@ -98,7 +98,7 @@ def test_bad_use_is_explained(tmp_path, model_options, options, words):
     [
         (("--model", "nonesuch"), "there is .'digits'"),
         (("--config", "x.json"), "belong to --checkpoint"),
-        (("--checkpoint", "x.pt"), "needs --config and --prompt-embeds"),
+        (("--checkpoint", "x.pt"), "needs --prompt-embeds"),
     ],
 )
 def test_half_a_model_is_refused(tmp_path, options, words):
