@@ -25,10 +25,12 @@ def test_heldout_captions_are_never_trained() -> None:
     assert {digit for digit, _ in captions} == set(range(10))
 
 
-def test_no_chunk_sees_itself_or_later_in_the_clean_part() -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_no_chunk_sees_itself_or_later_in_the_clean_part(long: bool) -> None:
     for index in range(20):
-        batch = sequences.make_batch(1, index, 8)
-        clean = batch.chunks[:, : sequences.NUM_CLEAN].repeat(sequences.FRAMES, axis=1)
+        batch = sequences.make_batch(1, index, 8, long)
+        assert batch.num_clean == (6 if long else 3)
+        clean = batch.chunks[:, :-1].repeat(sequences.FRAMES, axis=1)
         later = clean[:, None] >= batch.query_chunks[:, :, None]
         assert not batch.visible[later].any()
 
@@ -62,7 +64,13 @@ def _trainer(folder: Path):  # type: ignore[no-untyped-def]
     from forcing_kv.tools.digits.training import TrainConfig, Trainer
 
     config = TrainConfig(
-        steps=8, batch=1, warmup=1, forcing_start=0.2, precision="float32", compile=False
+        steps=8,
+        batch=1,
+        warmup=1,
+        forcing_start=0.2,
+        long_start=0.2,
+        precision="float32",
+        compile=False,
     )
     return Trainer(config, folder)
 

@@ -1,12 +1,13 @@
-"""Training sequences: three clean chunks, four noisy chunks, and who may attend to whom.
+"""Training sequences: a few clean chunks, four noisy chunks, and who may attend to whom.
 
-A sequence holds the clip at four chunk indices. Its clean part is the first three of them, its
-noisy part four, of which the second repeats either the first (chunk 0 is the hardest: it has no
-context) or the second. A noisy chunk sees earlier clean chunks, as its sample's cache pattern
-allows, and itself. Gaps between the chunk indices teach far positions without long sequences.
+A sequence holds the clip at some chunk indices. Its clean part is all of them but the last, its
+noisy part shows four of them again. A noisy chunk sees earlier clean chunks, as its sample's cache
+pattern allows, and itself. *Short* sequences have three clean chunks and half of them have a gap,
+which teaches far positions cheaply; in many, two noisy chunks are chunk 0, which is the hardest for
+it has no context. *Long* ones are seven chunks in a row, a whole dense window of 21 frames.
 
-Legend: B batch, Q query chunks (clean + noisy), K clean frames, P segments per frame,
-F frames per chunk, C latent channels.
+Legend: B batch, J clean chunks, Q query chunks (clean + noisy), K clean frames, P segments per
+frame, F frames per chunk, C latent channels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from forcing_kv.tools.digits import codec, data, text
 
 FRAMES = 3
 """Frames per chunk."""
-NUM_CLEAN = 3
+NUM_CLEAN_SHORT, NUM_CLEAN_LONG = 3, 6
 NUM_NOISY = 4
 NUM_SEGMENTS = 4
 """Segments per frame of the shipped cache policy; tokens are dropped by whole segments."""
@@ -29,7 +30,11 @@ NUM_LEVELS = 4
 HELDOUT_CAPTIONS = ((0, "left"), (3, "right"), (5, "up"), (8, "down"))
 """Pairs never seen in training, each word of which is."""
 NEAR_GAP, FAR_GAP = 5, 19
-"""Largest second chunk index of most gapped sequences, and of the far ones."""
+"""Bounds of the second chunk index in most gapped short sequences, and in the far ones."""
+LAST_START = 14
+"""Bound of the first chunk index of long sequences."""
+NOISY_CONTEXT_SHARE, CONTEXT_SIGMA = 0.5, 0.15
+"""Share of samples whose clean chunks carry a little noise, and the most of it."""
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -43,17 +48,17 @@ class Batch:
     prompts: Float32
     """[B, text_len, text_dim]."""
     latents: Float32
-    """The clip at the four chunk indices, [B, 4, F, C, h, w]."""
+    """The clip at the sequence's chunk indices, [B, J + 1, F, C, h, w]."""
     styles: Float32
     """[B, STYLE_DIM], what the noise of chunk 0 must say at the first level."""
     chunks: Int
-    """Chunk index of each of the four, [B, 4]."""
+    """Those indices, [B, J + 1]."""
     noisy_source: Int
-    """Which of the four each noisy chunk shows, [B, 4]."""
+    """Which of them each noisy chunk shows, [B, 4]."""
     levels: Int
     """Schedule level of each noisy chunk, [B, 4]."""
     clean_sigma: Float32
-    """Noise on the clean chunks, [B, 3]."""
+    """Noise on the clean chunks, [B, J]."""
     visible: Bool
     """Whether a query chunk sees a segment of a clean frame, [B, Q, K, P]."""
 
@@ -61,7 +66,12 @@ class Batch:
     def query_chunks(self) -> Int:
         """Chunk index of every query chunk, clean then noisy, [B, Q]."""
         noisy = np.take_along_axis(self.chunks, self.noisy_source, axis=1)
-        return np.concatenate([self.chunks[:, :NUM_CLEAN], noisy], axis=1)
+        return np.concatenate([self.chunks[:, :-1], noisy], axis=1)
+
+    @property
+    def num_clean(self) -> int:
+        """Clean chunks, J."""
+        return self.chunks.shape[1] - 1
 
 
 def sample_rng(seed: int, index: int) -> np.random.Generator:
@@ -75,7 +85,14 @@ def training_captions() -> list[tuple[int, str]]:
     return [pair for pair in pairs if pair not in HELDOUT_CAPTIONS]
 
 
-def _sample_chunks(rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def _sample_long(rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Seven chunk indices in a row and the noisy sources: the last, and three of the others."""
+    start = 0 if rng.random() < 0.5 else int(rng.integers(1, LAST_START))
+    others = np.sort(rng.permutation(NUM_CLEAN_LONG)[: NUM_NOISY - 1])
+    return [start + i for i in range(NUM_CLEAN_LONG + 1)], [*others.tolist(), NUM_CLEAN_LONG]
+
+
+def _sample_short(rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """Four chunk indices and the noisy sources: half contiguous, the rest with a gap."""
     if rng.random() < 0.5:
         return [0, 1, 2, 3], [0, int(rng.random() < 0.6), 2, 3]
@@ -147,14 +164,14 @@ def sample_visible(frames: Int, query: Int, rng: np.random.Generator) -> Bool:
     return seen
 
 
-def make_batch(seed: int, index: int, size: int, noisy_context_share: float = 0.5) -> Batch:
+def make_batch(seed: int, index: int, size: int, long: bool = False) -> Batch:
     """A training batch; the same arguments give the same batch.
 
     Args:
         seed: run seed.
         index: which batch of the run.
         size: samples.
-        noisy_context_share: share of samples whose clean chunks carry a little noise.
+        long: whether the sequences are long ones.
     """
     rng = sample_rng(seed, index)
     captions = training_captions()
@@ -162,23 +179,24 @@ def make_batch(seed: int, index: int, size: int, noisy_context_share: float = 0.
     styles = rng.standard_normal((size, data.STYLE_DIM))
     chunks, sources, clips, visible = [], [], [], []
     for pick, style in zip(picks, styles, strict=True):
-        four, source = _sample_chunks(rng)
-        frames = (np.array(four)[:, None] * FRAMES + np.arange(FRAMES)).reshape(-1)
+        indices, source = _sample_long(rng) if long else _sample_short(rng)
+        frames = (np.array(indices)[:, None] * FRAMES + np.arange(FRAMES)).reshape(-1)
         digit, direction = captions[pick]
         clips.append(data.make_clip(digit, direction, style, frames))
-        query = np.array(four[:NUM_CLEAN] + [four[slot] for slot in source])
-        visible.append(sample_visible(frames[: NUM_CLEAN * FRAMES], query, rng))
-        chunks.append(four)
+        query = np.array(indices[:-1] + [indices[slot] for slot in source])
+        visible.append(sample_visible(frames[:-FRAMES], query, rng))
+        chunks.append(indices)
         sources.append(source)
     latents = codec.encode(np.stack(clips))
-    noisy = rng.random((size, 1)) < noisy_context_share
+    num_clean = len(chunks[0]) - 1
+    noisy = rng.random((size, 1)) < NOISY_CONTEXT_SHARE
     return Batch(
         prompts=np.stack([text.encode_prompt(text.caption_of(*captions[p])) for p in picks]),
-        latents=latents.reshape(size, NUM_NOISY, FRAMES, *latents.shape[-3:]),
+        latents=latents.reshape(size, num_clean + 1, FRAMES, *latents.shape[-3:]),
         styles=styles.astype(np.float32),
         chunks=np.array(chunks),
         noisy_source=np.array(sources),
         levels=sample_levels(rng, (size, NUM_NOISY)),
-        clean_sigma=(rng.random((size, NUM_CLEAN)) * 0.15 * noisy).astype(np.float32),
+        clean_sigma=(rng.random((size, num_clean)) * CONTEXT_SIGMA * noisy).astype(np.float32),
         visible=np.stack(visible),
     )

@@ -5,7 +5,7 @@ and resumed computes what one run computes. The learning rate falls linearly to 
 planned steps or, if a time budget is given, over whichever of steps and time is further along; the
 log records the progress that was used.
 
-Legend: B batch, F frames, C latent channels; a sequence is 3 clean and 4 noisy chunks.
+Legend: B batch, F frames, C latent channels; a sequence is J clean and 4 noisy chunks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from forcing_kv.tools.digits.network import (
     sequence_flow,
 )
 from forcing_kv.tools.digits.optimiser import Average, build_optimisers
-from forcing_kv.tools.digits.sequences import NUM_CLEAN, NUM_LEVELS, Batch, make_batch
+from forcing_kv.tools.digits.sequences import NUM_LEVELS, Batch, make_batch
 from forcing_kv.tools.digits.shipped import CHUNK, MODEL, SCHEDULE
 
 CLEAN_LEVEL = NUM_LEVELS
@@ -59,6 +59,8 @@ class TrainConfig:
     """Decay of the weights' moving average."""
     forcing_start: float = 0.35
     """Progress after which half the steps train on the model's own predictions."""
+    long_start: float = 0.286
+    """Progress after which every third step trains on long sequences."""
     precision: str = "bfloat16"
     """Compute dtype of the matrix products: bfloat16 or float32."""
     compile: bool = True
@@ -72,17 +74,17 @@ class Sequence:
     prompts: Tensor
     """[B, text_len, text_dim]."""
     clean: Tensor
-    """True clean chunks, [B, 3, F, C, h, w]."""
+    """True clean chunks, [B, J, F, C, h, w]."""
     target: Tensor
     """True x0 of the noisy chunks, [B, 4, F, C, h, w]."""
     source: Tensor
-    """Which clean chunk a noisy one shows, [B, 4]; 3 is the last, which is no context."""
+    """Which clean chunk a noisy one shows, [B, 4]; J is the last, which is no context."""
     starts: Tensor
     """Whether a noisy chunk is chunk 0, [B, 4] bool."""
     styles: Tensor
     """[B, STYLE_DIM]."""
     clean_sigma: Tensor
-    """[B, 3]."""
+    """[B, J]."""
     rope: tuple[Tensor, Tensor]
     """[B, 1, N, D / 2] each."""
     bias: Tensor
@@ -99,10 +101,10 @@ def to_sequence(batch: Batch) -> Sequence:
     cos, sin = frame_rope(frames.flatten(1), MODEL, CHUNK)
     return Sequence(
         prompts=torch.from_numpy(batch.prompts),
-        clean=latents[:, :NUM_CLEAN],
+        clean=latents[:, :-1],
         target=latents.gather(1, index),
         source=source,
-        starts=query[:, NUM_CLEAN:] == 0,
+        starts=query[:, batch.num_clean :] == 0,
         styles=torch.from_numpy(batch.styles),
         clean_sigma=torch.from_numpy(batch.clean_sigma),
         rope=(cos[:, None], sin[:, None]),
@@ -124,17 +126,18 @@ class Predictor:
         self.dtype = getattr(torch, config.precision)
         self.sinusoids = level_sinusoids(model.shape)
         self.sigmas = torch.from_numpy(SCHEDULE.sigmas)
-        self.flow = torch.compile(sequence_flow) if config.compile else sequence_flow
+        self.flow = torch.compile(sequence_flow, dynamic=False) if config.compile else sequence_flow
 
     def __call__(self, seq: Sequence, clean: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
-        """Predicted x0 [B, 4, F, C, h, w] from clean [B, 3, ...], noisy [B, 4, ...], levels."""
-        context = torch.full_like(levels[:, :NUM_CLEAN], CLEAN_LEVEL)
+        """Predicted x0 [B, 4, F, C, h, w] from clean [B, J, ...], noisy [B, 4, ...], levels."""
+        num_clean = clean.shape[1]
+        context = torch.full_like(levels[:, :1].expand(-1, num_clean), CLEAN_LEVEL)
         sinusoids = self.sinusoids[torch.cat([context, levels], dim=1)]
         latents = torch.cat([clean, noisy], dim=1)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             flow = self.flow(self.model, latents, sinusoids, seq.prompts, seq.rope, seq.bias)
         sigma = self.sigmas[levels][..., None, None, None, None]
-        return noisy - sigma * flow[:, NUM_CLEAN:]
+        return noisy - sigma * flow[:, num_clean:]
 
 
 def draw_noise(seq: Sequence, levels: Tensor, generator: torch.Generator) -> Tensor:
@@ -160,7 +163,9 @@ def self_forced(
     x0 = predict(seq, clean, mix(seq.target, noise, predict.sigmas[levels]), levels)
     replaced = clean.clone()
     for slot in range(levels.shape[1]):
-        rows = torch.nonzero((levels[:, slot] > 0) & (seq.source[:, slot] < NUM_CLEAN)).flatten()
+        rows = torch.nonzero(
+            (levels[:, slot] > 0) & (seq.source[:, slot] < clean.shape[1])
+        ).flatten()
         replaced[rows, seq.source[rows, slot]] = x0[rows, slot]
     chained = torch.rand(levels.shape, generator=generator) < 0.5
     chained &= levels + 1 < NUM_LEVELS
@@ -218,13 +223,13 @@ class Trainer:
         if (folder / "state.pt").exists():
             self._load()
 
-    def _backward(self, index: int, forcing: bool) -> Tensor:
+    def _backward(self, index: int, forcing: bool, long: bool) -> Tensor:
         """Accumulate the gradient of one shard's batch; returns loss sums and counts [4]."""
         config = self.config
-        batch = make_batch(config.seed, index, config.batch)
+        batch = make_batch(config.seed, index, config.batch, long)
         loss, errors = step_loss(self.predict, batch, config.seed * 10**9 + index, forcing)
         (loss / config.shards).backward()
-        start = torch.from_numpy(batch.query_chunks[:, NUM_CLEAN:] == 0)
+        start = torch.from_numpy(batch.query_chunks[:, batch.num_clean :] == 0)
         sums = (errors[start].sum(), start.sum(), errors[~start].sum(), (~start).sum())
         return torch.stack([value.float() for value in sums])
 
@@ -251,8 +256,9 @@ class Trainer:
         fraction = self.progress.fraction(config)
         lr = config.lr * min(1.0, (step + 1) / config.warmup) * (1 - fraction)
         forcing = fraction > config.forcing_start and step % 2 == 1
+        long = fraction > config.long_start and step % 3 == 2
         shards = range(self.rank, config.shards, self.world)
-        sums = [self._backward(step * config.shards + shard, forcing) for shard in shards]
+        sums = [self._backward(step * config.shards + shard, forcing, long) for shard in shards]
         start, num_start, later, num_later = self._reduce(torch.stack(sums).sum(0)).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
