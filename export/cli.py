@@ -210,7 +210,7 @@ def verify(
     golden: Annotated[
         Path, typer.Option(help="Case directory: config.json and golden.npz, weights beside it.")
     ],
-    backend: Annotated[str, typer.Option(help="eager or onnxruntime.")] = "eager",
+    backend: Annotated[str, typer.Option(help="eager, onnxruntime or inductor.")] = "eager",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to use instead of the case's own.")
     ] = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from forcing_kv.export.bundle import BundleLabels, export_bundle
@@ -188,12 +189,20 @@ def golden_session(
 
     Args:
         case: the golden case.
-        backend: `eager`, or a backend of the runtime.
+        backend: `eager`, `inductor` (compiled here, without a bundle), or one of the runtime.
         checkpoint: weights to use instead of the case's own.
     """
     model, config = case.load_model(checkpoint), case.config
     if backend == "eager":
         with eager_session(model, config) as session:
+            yield session
+        return
+    if backend == "inductor":
+        from forcing_kv.export.inductor_package import InductorOptions
+        from forcing_kv.export.inductor_session import inductor_session
+
+        options = InductorOptions("cuda" if torch.cuda.is_available() else "cpu")
+        with inductor_session(model, config, options) as session:
             yield session
         return
     choose_backend(backend)

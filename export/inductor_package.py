@@ -1,0 +1,144 @@
+"""Compiles a deployment's graphs with AOTInductor into one package with one set of weights.
+
+The package (`.pt2`) holds machine code alone. The weights stay outside and are handed over when it
+is loaded, so that every graph and every session reads the same copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from forcing_kv.export.capture import GraphSource, graph_sources
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fusion import FUSED, FusionOptions
+from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo, sha256_of
+
+PACKAGE_FILE = "package.pt2"
+
+_SHARED_WEIGHTS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+}
+_AUTOTUNE = {
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+    # Epilogues (bias, GELU, gates) join the matrix products that the search picks.
+    "epilogue_fusion": True,
+}
+
+
+@dataclass(frozen=True)
+class InductorOptions:
+    """How a package is compiled."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    fusion: FusionOptions = FUSED
+    """Fusions of the graphs; see there."""
+    autotune: bool = True
+    """Measure matrix-product kernels on the device and keep the fastest; CUDA alone."""
+    tactics: Mapping[str, str] = field(default_factory=dict)
+    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone."""
+
+    def bodies(self) -> Bodies:
+        """What replaces the operators."""
+        return aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
+
+    def inductor_settings(self) -> dict[str, Any]:
+        """Settings of PyTorch's compiler."""
+        return _SHARED_WEIGHTS | (_AUTOTUNE if self.autotune and self.device == "cuda" else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an engine record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompiledPackage:
+    """What compiling gave."""
+
+    path: Path
+    graphs: dict[str, GraphInfo]
+    """Inputs and outputs of each graph; their file is the package."""
+    constants: dict[str, Tensor]
+    """Everything that the graphs must be given when loaded, by name."""
+
+
+def compile_package(
+    model: CausalWanModel,
+    config: RolloutConfig,
+    folder: Path,
+    options: InductorOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> CompiledPackage:
+    """Compile every graph and write the package.
+
+    Args:
+        model: heads in exported order, weights in the compute dtype on the target device; fused in
+            place as the options say.
+        config: rollout configuration.
+        folder: existing directory that receives the package.
+        options: target and fusions.
+        report: told the name of each part when it begins.
+
+    Returns:
+        The package. Its constants share memory with `model` where they are weights.
+    """
+    from torch._inductor.package.package import load_package, package_aoti
+
+    files: dict[str, Any] = {}
+    constants: dict[str, Tensor] = {}
+    ports: dict[str, tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]] = {}
+    for source in graph_sources(model, config, options.fusion):
+        report(source.name)
+        with torch.no_grad():
+            program = source.capture().run_decompositions(options.bodies())
+            files[source.name] = _compile(program, source.arguments, options)
+        ports[source.name] = _inputs_and_outputs(source, program)
+        held = {**program.state_dict, **program.constants}
+        constants |= {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    report("package")
+    path = folder / PACKAGE_FILE
+    package_aoti(str(path), files)
+    sha256 = sha256_of(path)
+    graphs = {name: GraphInfo(PACKAGE_FILE, sha256, *pair) for name, pair in ports.items()}
+    needed = {
+        name: constants[name]
+        for graph in graphs
+        for name in load_package(str(path), graph, run_single_threaded=True).get_constant_fqns()
+    }
+    return CompiledPackage(path, graphs, needed)
+
+
+def _compile(program: ExportedProgram, arguments: tuple[Any, ...], options: InductorOptions) -> Any:
+    """Compile one graph; returns the compiler's files."""
+    from torch._inductor import aot_compile
+
+    module = program.module(check_guards=False)
+    return aot_compile(module, arguments, options=options.inductor_settings())
+
+
+def _inputs_and_outputs(
+    source: GraphSource, program: ExportedProgram
+) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    (outputs,) = program.graph.output_node().args
+    shapes = [node.meta["val"] for node in cast(Any, outputs)]
+    inputs = torch.utils._pytree.tree_leaves(source.arguments)
+    return (
+        tuple(map(tensor_info, source.input_names, inputs)),
+        tuple(map(tensor_info, source.output_names, shapes)),
+    )
+
+
+def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
+    """Name, shape and dtype as ONNX calls it."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorInfo(name, tuple(tensor.shape), "float" if dtype == "float32" else dtype)

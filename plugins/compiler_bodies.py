@@ -1,0 +1,102 @@
+"""Bodies of the operators that PyTorch's compiler can look into, for `run_decompositions`.
+
+An opaque operator would need this project at load time. On a CPU the compiler gets torch operators;
+on CUDA our Triton kernels, which it compiles into the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
+from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.runtime_trt.errors import InputError
+
+Bodies = dict[Any, Callable[..., Any]]
+"""Torch operator -> what replaces it."""
+
+
+def aten_bodies() -> Bodies:
+    """Every operator in plain torch operators, without a host read."""
+    return {_operator(spec): _aten_body(spec) for spec in OPS}
+
+
+def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
+    """Every operator as a launch of its Triton kernel; for CUDA tensors.
+
+    Args:
+        tactics: tactic of an operator by its torch name; the kernel's first where none is named.
+
+    Raises:
+        InputError: no such operator or tactic.
+    """
+    known = [spec.torch_name for spec in OPS]
+    unknown = sorted(set(tactics) - set(known))
+    if unknown:
+        raise InputError(f"tactics name unknown operators {unknown}; there are {known}")
+    return {_operator(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
+
+
+def _operator(spec: OpSpec) -> Any:
+    op_module(spec, "torch_op")
+    return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
+
+
+def _aten_body(spec: OpSpec) -> Callable[..., Any]:
+    """The reference, unless it reads the host and the operator has another body for compilers."""
+    folder = f"forcing_kv.plugins.{spec.torch_name}"
+    name = "aten_body" if importlib.util.find_spec(f"{folder}.aten_body") else "reference"
+    body: Callable[..., Any] = getattr(op_module(spec, name), spec.torch_name)
+    return body
+
+
+@cache
+def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any]:
+    """A torch operator that the compiler opens and whose kernel it compiles itself."""
+    from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, problem_of
+
+    kernel = op_module(spec, "kernel")
+    tactics = {tactic.name: tactic for tactic in kernel.TACTICS}
+    if tactic_name is not None and tactic_name not in tactics:
+        raise InputError(f"{spec.torch_name} has no tactic {tactic_name!r}; it has {list(tactics)}")
+    tactic = tactics[tactic_name or next(iter(tactics))]
+
+    def launch(*arguments: Any) -> Any:
+        inputs, attributes = spec.split_arguments(arguments)
+        dense = [x.contiguous() for x in inputs]
+        outputs = empty_outputs(spec, dense, attributes)
+        num_sms = multiprocessors(dense[0].device.index or 0)
+        plan = kernel.launch(problem_of(spec, dense, attributes, num_sms), tactic)
+        torch.library.wrap_triton(plan.kernel)[plan.grid](
+            *dense,
+            *outputs,
+            **plan.constants,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    # PyTorch reads the schema from the signature and ignores one that is given.
+    launch.__signature__ = _signature(spec)  # type: ignore[attr-defined]
+    name = "_".join((spec.torch_name, "triton", *((tactic_name,) if tactic_name else ())))
+    return torch.library.triton_op(f"{DOMAIN}::{name}", launch, mutates_args=())
+
+
+def _signature(spec: OpSpec) -> inspect.Signature:
+    """Inputs, then attributes, as `torch_schema` has them."""
+    kinds: dict[str, type] = {tensor.name: Tensor for tensor in spec.inputs}
+    kinds |= {a.name: {"int": int, "float": float}[a.kind] for a in spec.attributes}
+    returns = Tensor if len(spec.outputs) == 1 else tuple[(Tensor,) * len(spec.outputs)]  # type: ignore[misc]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    return inspect.Signature(parameters, return_annotation=returns)

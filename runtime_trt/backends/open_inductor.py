@@ -1,0 +1,85 @@
+"""Opens the Inductor engine of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forcing_kv.runtime_trt.backends.base import Backend
+from forcing_kv.runtime_trt.backends.inductor import InductorBackend
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.constant_table import read_constants, read_table
+from forcing_kv.runtime_trt.errors import BundleError, require
+from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
+from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def open_inductor(
+    bundle: Path, manifest: Manifest, record: Mapping[str, Any], *, use_graphs: bool = True
+) -> Backend:
+    """Open an engine that `fkv build --backend inductor` made.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: its manifest.
+        record: the engine's record in the manifest.
+        use_graphs: on CUDA, replay a captured graph a chunk.
+
+    Raises:
+        BackendUnavailableError: it was compiled for another environment.
+        BundleError: a file is missing or altered.
+    """
+    device = record["environment"]["device"]
+    check_environment(record["environment"], device)
+    for file, sha256 in record["files"].items():
+        path = bundle / file
+        if not path.is_file() or sha256_of(path) != sha256:
+            raise BundleError(f"{path}: missing or altered since it was built; {REBUILD}")
+    graphs = {name: _graph_info(info, name) for name, info in record["graphs"].items()}
+    constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
+    (path,) = {bundle / info.file for info in graphs.values()}
+    package = InductorPackage(path, graphs, constants, device)
+    return package_backend(manifest.config, package, use_graphs=use_graphs)
+
+
+def package_backend(
+    config: RolloutConfig, package: InductorPackage, *, use_graphs: bool = True
+) -> Backend:
+    """The backend that runs a loaded package: chunk graphs on CUDA, call by call on the CPU."""
+    if package.device.type == "cpu":
+        return InductorBackend(config, package)
+    from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
+    from forcing_kv.runtime_trt.cuda import Cuda
+    from forcing_kv.runtime_trt.inductor_engine import InductorEngine
+
+    cuda = Cuda(package.device.index or 0, extra="inductor")
+    engine = InductorEngine(package)
+    return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
+
+
+def _graph_info(data: Mapping[str, Any], name: str) -> GraphInfo:
+    ports = {
+        key: tuple(
+            from_mapping(
+                TensorInfo, {**port, "shape": tuple(port["shape"])}, f"graphs.{name}.{key}"
+            )
+            for port in data[key]
+        )
+        for key in ("inputs", "outputs")
+    }
+    return GraphInfo(data["file"], data["sha256"], **ports)
+
+
+def load_constants(bundle: Path, table: Path, device: str) -> dict[str, Tensor]:
+    """Constants of an engine as tensors on `device`."""
+    torch = require("torch", extra="inductor")
+    tensors = {}
+    for name, entry, content in read_constants(bundle, read_table(table)):
+        value = torch.from_numpy(content).view(getattr(torch, entry.dtype)).view(entry.shape)
+        tensors[name] = value.to(device)
+    return tensors

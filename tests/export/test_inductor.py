@@ -1,0 +1,72 @@
+"""The Inductor engine of a bundle: weights shared, results as the golden case has them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from forcing_kv.export.build_inductor import build_inductor
+from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle_weights import read_bundle_weights
+from forcing_kv.export.fusion import FUSED, FusionOptions
+from forcing_kv.export.inductor_package import InductorOptions
+from forcing_kv.export.rewrite import sort_heads_
+from forcing_kv.export.verify import GoldenCase, verify_golden
+from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.inductor_package import check_environment, environment
+from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.session import Session
+
+
+@pytest.fixture(scope="module")
+def case(repository: Path) -> GoldenCase:
+    return GoldenCase.load(repository / "tests/golden/fkv_selfforcing")
+
+
+@pytest.fixture(scope="module")
+def bundle(case: GoldenCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inductor") / "bundle"
+    export_bundle(case.load_model(), case.config, folder, BundleLabels("golden"))
+    return folder
+
+
+@pytest.mark.slow
+def test_weights_come_back_out_of_a_bundle(bundle, case):
+    weights = read_bundle_weights(bundle, read_manifest(bundle))
+    wanted = sort_heads_(case.load_model(), case.config.partition).state_dict()
+    found = weights.model.state_dict()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", [FUSED, FusionOptions(text_rows=12)], ids=["fused", "folded"])
+def test_engine_passes_the_golden_case(bundle, case, fusion):
+    record = build_inductor(bundle, InductorOptions("cpu", fusion))
+    record = json.loads(json.dumps(record))
+    stored = (bundle / record["folder"] / "constants.bin").stat().st_size
+    assert stored < 0.05 * (bundle / "graphs/weights.bin").stat().st_size
+    manifest = read_manifest(bundle)
+    with Session(open_inductor(bundle, manifest, record)) as session:
+        for check in verify_golden(case, session):
+            assert check.passed, check.line()
+    package = bundle / record["folder"] / "package.pt2"
+    package.write_bytes(package.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleError, match=r"package\.pt2: missing or altered"):
+        open_inductor(bundle, manifest, record)
+
+
+def test_another_environment_is_refused():
+    here = environment("cpu")
+    check_environment(here, "cpu")
+    with pytest.raises(BackendUnavailableError, match=r"torch 1\.0 \(here .*build it again with"):
+        check_environment({**here, "torch": "1.0"}, "cpu")
+
+
+def test_cuda_without_a_device_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(BackendUnavailableError, match="give --device cpu"):
+        build_inductor(tmp_path, InductorOptions("cuda"))

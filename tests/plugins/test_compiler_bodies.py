@@ -1,0 +1,82 @@
+"""What the compiler gets in place of an operator means the same, and hides no host read."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+from forcing_kv.plugins.cases import CASES, OpCase
+from forcing_kv.plugins.compiler_bodies import aten_bodies
+from forcing_kv.plugins.op_spec import DOMAIN
+from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.runtime_trt.errors import InputError
+
+
+def body_of(case: OpCase):
+    return aten_bodies()[getattr(getattr(torch.ops, DOMAIN), case.spec.torch_name).default]
+
+
+def outputs(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("op_case", CASES, ids=lambda case: f"{case.spec.torch_name}: {case.name}")
+def test_aten_body_equals_reference(op_case):
+    case = op_case
+    inputs = case.build(torch.float32)
+    wanted = getattr(op_module(case.spec, "reference"), case.spec.torch_name)
+    valid = slice(0, case.valid_new_rows)
+    pairs = zip(
+        outputs(body_of(case)(*inputs, *case.arguments)),
+        outputs(wanted(*inputs, *case.arguments)),
+        strict=True,
+    )
+    for found, truth in pairs:
+        if case.valid_new_rows is not None:
+            found, truth = found[valid], truth[valid]
+        torch.testing.assert_close(found, truth, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_aten_body_is_traced_without_a_host_read(spec):
+    case = next(case for case in CASES if case.spec is spec)
+    operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
+
+    class Graph(torch.nn.Module):
+        def forward(self, *inputs):
+            return operator(*inputs, *case.arguments)
+
+    program = torch.export.export(Graph(), tuple(case.build(torch.float32)), strict=False)
+    opened = program.run_decompositions(aten_bodies())
+    assert DOMAIN not in str(opened.graph)
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="needs the Python package triton"
+)
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_triton_body_keeps_the_schema(spec, monkeypatch):
+    from forcing_kv.plugins import triton_run
+    from forcing_kv.plugins.compiler_bodies import triton_bodies
+
+    monkeypatch.setattr(triton_run, "multiprocessors", lambda _: 132)
+    operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name)
+    body = triton_bodies()[operator.default]
+    schema, wanted = body._opoverload._schema, operator.default._schema
+    assert [(a.name, str(a.type)) for a in schema.arguments] == [
+        (a.name, str(a.type)) for a in wanted.arguments
+    ]
+    assert inspect.signature(body._init_fn) is not None
+    with pytest.raises(InputError, match="has no tactic 'x'"):
+        triton_bodies({spec.torch_name: "x"})
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="needs the Python package triton"
+)
+def test_unknown_operator_of_a_tactic():
+    from forcing_kv.plugins.compiler_bodies import triton_bodies
+
+    with pytest.raises(InputError, match=r"unknown operators \['attention'\]"):
+        triton_bodies({"attention": "64x64"})
