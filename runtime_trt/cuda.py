@@ -24,6 +24,8 @@ class DeviceInfo:
     name: str
     sm: int
     """Compute capability, major * 10 + minor."""
+    num_sms: int
+    """Streaming multiprocessors."""
     total_nbytes: int
     driver: str
     """Newest CUDA version that the driver supports, such as 13.0."""
@@ -65,6 +67,7 @@ class Cuda:
         self.device = DeviceInfo(
             properties.name.split(b"\0")[0].decode(),
             properties.major * 10 + properties.minor,
+            properties.multiProcessorCount,
             properties.totalGlobalMem,
             _version(driver),
         )

@@ -31,7 +31,7 @@ def inspect(
     for table in (_summary(manifest), _heads(manifest), _graphs(bundle, manifest)):
         out.print(table)
     if manifest.engines:
-        out.print(_engines(manifest))
+        out.print(_engines(bundle, manifest))
     else:
         out.print("engines: none built (`fkv build` makes them; ONNX Runtime needs none)")
 
@@ -105,9 +105,21 @@ def _graphs(bundle: Path, manifest: Manifest) -> Any:
     return table
 
 
-def _engines(manifest: Manifest) -> Any:
-    keys = sorted({key for engine in manifest.engines for key in engine})
-    table = _table("engines", *keys)
+def _engines(bundle: Path, manifest: Manifest) -> Any:
+    table = _table(
+        "engines", "folder", "backend", "for", "built with", "options", "graphs", "MB", "seconds",
+        "sha256",
+    )  # fmt: skip
     for engine in manifest.engines:
-        table.add_row(*(str(engine.get(key, "")) for key in keys))
+        built_for = engine.get("target") or engine["environment"].get("device", "")
+        versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
+        given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
+        options = ", ".join(f"{key} {value}" for key, value in given.items()) or "defaults"
+        files = [bundle / file for file in engine["files"]]
+        nbytes = sum(file.stat().st_size for file in files if file.is_file())
+        table.add_row(
+            engine["folder"], engine["backend"], built_for, versions, options,
+            " ".join(engine["graphs"]), f"{nbytes / 1e6:.1f}", str(engine["build_seconds"]),
+            " ".join(sha256[:8] for sha256 in engine["files"].values()),
+        )  # fmt: skip
     return table

@@ -31,7 +31,7 @@ class HostCuda:
     """Device memory is host memory; one process-wide device."""
 
     def __init__(self, free_nbytes=1 << 30, sm=89, name="CPU double"):
-        self.device = DeviceInfo(name, sm, free_nbytes, "13.0")
+        self.device = DeviceInfo(name, sm, 128, free_nbytes, "13.0")
         self._free_nbytes = free_nbytes
         self._handles = itertools.count(0x1000)
         self.memory = {}  # address -> array

@@ -1,0 +1,321 @@
+"""Builds the TensorRT engines of a bundle: only what changed, recorded in the manifest.
+
+An engine record is one entry of the manifest's `engines`; every backend uses the same keys:
+`backend`, `folder`, `files` (path to hash), `graphs` (inputs and outputs; `file` is the plan),
+`environment`, `options`, `build_seconds`, and here `details` by graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from forcing_kv.export.bundle import write_manifest
+from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
+from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
+from forcing_kv.runtime_trt.errors import ForcingKvError, require
+from forcing_kv.runtime_trt.manifest import (
+    WEIGHT_FILE,
+    GraphInfo,
+    Manifest,
+    read_manifest,
+    sha256_of,
+)
+
+BUILD_VERSION = 1
+"""Raised when this module makes other engines of the same inputs."""
+
+ENGINE_FOLDER = "engines"
+
+
+@dataclass(frozen=True)
+class GraphBuild:
+    """One graph to be built, or found built."""
+
+    name: str
+    info: GraphInfo
+    inputs_sha256: str
+    """Hash of everything that the engine depends on."""
+    found: Mapping[str, Any] | None
+    """Details of the engine that is there, if it was made of the same inputs."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do."""
+
+    bundle: Path
+    manifest: Manifest
+    options: EngineOptions
+    environment: Mapping[str, str]
+    graphs: tuple[GraphBuild, ...]
+
+    @property
+    def target(self) -> str:
+        """GPU architecture, or `gpu` while it is not known."""
+        return f"sm{self.environment['sm']}" if "sm" in self.environment else "gpu"
+
+    @property
+    def folder(self) -> str:
+        """Where the engines go, relative to the bundle."""
+        return f"{ENGINE_FOLDER}/{self.options.backend}-{self.target}"
+
+    @property
+    def timing_cache(self) -> str | None:
+        """File of measured tactics, relative to the bundle; TensorRT-RTX measures none."""
+        if self.options.backend == "tensorrt-rtx":
+            return None
+        version = self.environment[self.options.module]
+        return f"{ENGINE_FOLDER}/timing-{self.target}-{version}.cache"
+
+    @property
+    def to_do(self) -> tuple[GraphBuild, ...]:
+        """Graphs whose engine is missing or was made of something else."""
+        return tuple(graph for graph in self.graphs if graph.found is None)
+
+
+def plan_build(
+    bundle: Path, options: EngineOptions, *, force: bool = False, device: DeviceInfo | None = None
+) -> BuildPlan:
+    """Find out what has to be built; touches no GPU.
+
+    Args:
+        bundle: directory written by `fkv export`.
+        options: how to build.
+        force: build every graph, whatever is there.
+        device: the GPU of this machine, where the build is for it.
+
+    Raises:
+        BundleError: the bundle is missing or malformed.
+        MissingDependencyError: the builder is not installed.
+    """
+    manifest = read_manifest(bundle)
+    module = require(options.module)
+    environment = {options.module: str(module.__version__)}
+    if options.target is not None:
+        environment["sm"] = options.target.removeprefix("sm")
+    elif device is not None:
+        environment |= {"sm": str(device.sm), "gpu": device.name, "driver": device.driver}
+    plan = BuildPlan(bundle, manifest, options, environment, ())
+    record = _record_of(manifest, plan.folder)
+    details = {} if record is None or force else _intact(bundle, record)
+    graphs = []
+    for name, info in manifest.graphs.items():
+        inputs = _inputs_sha256(plan, info)
+        known = details.get(name)
+        same = known is not None and known["inputs_sha256"] == inputs
+        graphs.append(GraphBuild(name, info, inputs, known if same else None))
+    return replace(plan, graphs=tuple(graphs))
+
+
+def _record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
+    return next((record for record in manifest.engines if record.get("folder") == folder), None)
+
+
+def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Details of those graphs of a record whose plan is as it was written."""
+    return {
+        name: detail
+        for name, detail in record["details"].items()
+        if (file := bundle / record["graphs"][name]["file"]).is_file()
+        and sha256_of(file) == record["graphs"][name]["sha256"]
+    }
+
+
+def _inputs_sha256(plan: BuildPlan, graph: GraphInfo) -> str:
+    content = {
+        "version": BUILD_VERSION,
+        "graph": graph.sha256,
+        "weights": plan.manifest.weights_sha256,
+        "plugin_abi": plan.manifest.plugin_abi,
+        "options": plan.options.to_json(),
+        "environment": dict(plan.environment),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+Report = Callable[[str, str, float], None]
+"""(graph, what the builder does, how much of the graph is done)."""
+
+
+def run_build(
+    plan: BuildPlan, report: Report = lambda _, __, ___: None
+) -> tuple[Mapping[str, Any], dict[str, list[LayerInfo]]]:
+    """Build what is to do, put all engines in place at once and record them.
+
+    Returns:
+        The engine record, and the layers of every graph that was built.
+
+    Raises:
+        ForcingKvError: a graph cannot be built; the bundle is then as it was.
+    """
+    old = _record_of(plan.manifest, plan.folder)
+    if not plan.to_do and old is not None:
+        return old, {}
+    start = perf_counter()
+    details, layers = {}, {}
+    target = plan.bundle / plan.folder
+    with _replaced_folder(target) as folder:
+        for graph in plan.graphs:
+            file = folder / f"{graph.name}.plan"
+            if graph.found is not None:
+                shutil.copyfile(target / file.name, file)
+                details[graph.name] = graph.found
+                continue
+            begin = perf_counter()
+            built = _build_graph(plan, graph, report)
+            file.write_bytes(built.plan)
+            layers[graph.name] = built.log.layers
+            details[graph.name] = _detail(graph, built, perf_counter() - begin)
+    record = _record(plan, details, perf_counter() - start)
+    _write_record(plan.bundle, record)
+    return record, layers
+
+
+@contextmanager
+def _replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the place of `target` if the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
+    """Build one graph with the plugins, or in the form that needs none."""
+    options = plan.options
+    cache = None if plan.timing_cache is None else plan.bundle / plan.timing_cache
+
+    def progress(phase: str, fraction: float) -> None:
+        report(graph.name, phase, fraction)
+
+    progress("reading the graph", 0.0)
+    if options.frontend == "torch-tensorrt":
+        from forcing_kv.export.torch_frontend import build_plan_from_torch
+
+        return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
+    if options.backend == "tensorrt":
+        register_plugins()
+        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
+    with _plugin_free_file(plan, graph) as path:
+        return build_plan(path, options, cache, progress)
+
+
+@contextmanager
+def _plugin_free_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
+    """The graph in standard operators, in a file that finds the bundle's weights beside it."""
+    import onnx
+    import onnx_ir as ir
+
+    from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
+
+    source = plan.bundle / graph.info.file
+    model = read_onnx(source)
+    if plan.manifest.config.dtype != "float32":
+        fuse_attention(model, plan.manifest.config)
+    with tempfile.TemporaryDirectory(prefix="fkv-build-") as folder:
+        path = Path(folder) / source.name
+        onnx.save(ir.to_proto(inline_bodies(model)), path)
+        weights = plan.bundle / WEIGHT_FILE
+        path.with_name(weights.name).symlink_to(weights.resolve())
+        yield path
+
+
+_registered = False
+
+
+def register_plugins() -> None:
+    """Register our operators in TensorRT's registry for this machine's GPU, once per process.
+
+    Raises:
+        MissingDependencyError: TensorRT or Triton is not installed.
+        BackendUnavailableError: there is no GPU to build for.
+    """
+    global _registered
+    if _registered:
+        return
+    from forcing_kv.plugins.registry import OPS, op_module
+    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+
+    device = Cuda().device
+    for spec in OPS:
+        op_module(spec, "trt").register(TargetDevice(device.sm, device.num_sms))
+    _registered = True
+
+
+def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
+    log = built.log
+    return {
+        "inputs_sha256": graph.inputs_sha256,
+        "nbytes": len(built.plan),
+        "weight_nbytes": log.nbytes.get("weights"),
+        "scratch_nbytes": log.nbytes.get("activation"),
+        "num_layers": len(log.layers),
+        "num_fused_attention": log.num_fused_attention,
+        "build_seconds": round(seconds, 1),
+    }
+
+
+def _record(plan: BuildPlan, details: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    graphs, files = {}, {}
+    for graph in plan.graphs:
+        relative = f"{plan.folder}/{graph.name}.plan"
+        files[relative] = sha256_of(plan.bundle / relative)
+        info = replace(graph.info, file=relative, sha256=files[relative])
+        graphs[graph.name] = asdict(info)
+    return {
+        "backend": plan.options.backend,
+        "target": plan.target,
+        "folder": plan.folder,
+        "files": files,
+        "graphs": graphs,
+        "environment": dict(plan.environment),
+        "options": plan.options.to_json(),
+        "build_seconds": round(seconds, 1),
+        "details": dict(details),
+    }
+
+
+def _write_record(bundle: Path, record: Mapping[str, Any]) -> None:
+    """Add an engine record to the manifest, in place of the one of the same folder."""
+    # Read again: another build may have added its engines meanwhile.
+    manifest = read_manifest(bundle)
+    others = [old for old in manifest.engines if old.get("folder") != record["folder"]]
+    write_manifest(replace(manifest, engines=(*others, record)), bundle)
+
+
+def target_device(options: EngineOptions) -> DeviceInfo | None:
+    """The GPU of this machine, if the build is for it or runs on it.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    if not options.needs_gpu:
+        return None
+    try:
+        return Cuda(extra="rtx" if options.backend == "tensorrt-rtx" else "trt").device
+    except ForcingKvError as error:
+        hint = (
+            "give --target (and neither --refit nor --strip-weights) to build without one"
+            if options.backend == "tensorrt-rtx"
+            else "TensorRT builds on the machine that will run the engine; "
+            "--backend tensorrt-rtx --target sm89 builds without a GPU"
+        )
+        raise type(error)(f"{error}; {hint}") from error

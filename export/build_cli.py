@@ -1,0 +1,178 @@
+"""`fkv build`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from forcing_kv.export.engine_options import RTX_TARGETS, EngineOptions
+from forcing_kv.runtime_trt.console import print_json, progress, talk
+from forcing_kv.runtime_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from forcing_kv.export.build import BuildPlan
+    from forcing_kv.export.engine_builder import LayerInfo
+
+_TENSORRT = "TensorRT"
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, written by `fkv export`.")],
+    backend: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx or inductor.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"tensorrt-rtx: GPU to build for, {', '.join(RTX_TARGETS)}; needs no GPU here. "
+            "Default: the GPU of this machine.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    frontend: Annotated[
+        str, typer.Option(help="onnx or torch-tensorrt.", rich_help_panel=_TENSORRT)
+    ] = "onnx",
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Run on later versions and on the lean runtime.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Run on every GPU from Ampere on.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Weights can be replaced.", rich_help_panel=_TENSORRT)
+    ] = False,
+    strip_weights: Annotated[
+        bool,
+        typer.Option(
+            "--strip-weights",
+            help="Leave the weights out and read them from the bundle on opening.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow TF32 in float32.", rich_help_panel=_TENSORRT)
+    ] = False,
+    workspace_gb: Annotated[
+        float | None,
+        typer.Option(help="Largest scratch of a kernel.", rich_help_panel=_TENSORRT),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 to 5.", rich_help_panel=_TENSORRT)
+    ] = None,
+    profiling_verbosity: Annotated[
+        str, typer.Option(help="detailed, layer-names or none.", rich_help_panel=_TENSORRT)
+    ] = "detailed",
+    layer_info: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the layers of the graphs that were built, JSON.", rich_help_panel=_TENSORRT
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build what is up to date too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built, its size and memory; stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the engine record.")] = False,
+) -> None:
+    """Compile engines into a bundle: only what is missing or changed."""
+    from forcing_kv.export.build import plan_build, run_build, target_device
+
+    if backend not in ("tensorrt", "tensorrt-rtx"):
+        raise InputError(
+            f"--backend is {backend!r}; allowed are tensorrt, tensorrt-rtx and inductor "
+            "(onnxruntime needs no build)"
+        )
+    options = EngineOptions(
+        cast(Any, backend), target, cast(Any, frontend), version_compatible, hardware_compatible,
+        refit, strip_weights, tf32, workspace_gb, optimization_level,
+        cast(Any, profiling_verbosity),
+    )  # fmt: skip
+    device = None if dry_run else target_device(options)
+    plan = plan_build(bundle, options, force=force, device=device)
+    talk(describe(plan))
+    if dry_run:
+        if as_json:
+            print_json(_dry_record(plan))
+        return
+    with progress(f"building for {plan.target}", float(len(plan.to_do) or 1)) as bar:
+        finished: dict[str, float] = {}
+
+        def report(graph: str, phase: str, fraction: float) -> None:
+            before = sum(finished.values())
+            finished[graph] = max(fraction, finished.get(graph, 0.0))
+            bar.describe(f"{graph}: {phase}")
+            bar.advance(sum(finished.values()) - before)
+
+        record, layers = run_build(plan, report)
+    _summary(plan, record)
+    if layer_info is not None:
+        _write_layers(layer_info, layers)
+    if as_json:
+        print_json(record)
+
+
+def describe(plan: BuildPlan) -> str:
+    """What a build would do, for people."""
+    from forcing_kv.runtime_trt.chunk_program import plan_memory
+
+    manifest, lines = plan.manifest, []
+    name = "this machine's GPU" if plan.target == "gpu" else plan.target
+    lines.append(f"{plan.bundle} -> {plan.folder}, {plan.options.backend} for {name}")
+    for graph in plan.graphs:
+        state = "to build" if graph.found is None else "up to date"
+        lines.append(f"  {graph.name}: {state} (inputs {graph.inputs_sha256[:12]})")
+    weights = manifest.weights_nbytes / 1e6
+    held = 0.0 if plan.options.strip_weights else weights
+    buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes / 1e6
+    lines.append(
+        f"  expected: {held:.0f} MB of weights in the engines beside the kernels (about 10 MB a "
+        f"graph); on the GPU {weights:.0f} MB of weights, {buffers:.0f} MB of buffers, and the "
+        "scratch that the builder finds"
+    )
+    return "\n".join(lines)
+
+
+def _dry_record(plan: BuildPlan) -> dict[str, Any]:
+    return {
+        "folder": plan.folder,
+        "environment": dict(plan.environment),
+        "options": plan.options.to_json(),
+        "to_build": [graph.name for graph in plan.to_do],
+        "up_to_date": [graph.name for graph in plan.graphs if graph.found is not None],
+    }
+
+
+def _summary(plan: BuildPlan, record: Mapping[str, Any]) -> None:
+    if not plan.to_do:
+        talk("nothing to do: every engine is up to date")
+        return
+    for graph in plan.to_do:
+        detail = record["details"][graph.name]
+        scratch = (detail["scratch_nbytes"] or 0) / 1e6
+        talk(
+            f"{graph.name}: {detail['nbytes'] / 1e6:.1f} MB in {detail['build_seconds']:.1f} s, "
+            f"{detail['num_layers']} layers, {detail['num_fused_attention']} of them fused "
+            f"attention, {scratch:.0f} MB of scratch"
+        )
+    talk(f"recorded {plan.folder} in {plan.bundle}/manifest.json")
+
+
+def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
+    from dataclasses import asdict
+
+    content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    if not layers:
+        talk(f"{path}: empty, for nothing was built; add --force")

@@ -1,0 +1,240 @@
+"""One ONNX graph to one TensorRT or TensorRT-RTX plan, through Polygraphy."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.runtime_trt.errors import ForcingKvError, require
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Progress = Callable[[str, float], None]
+"""(what the builder does, how much of it is done, 0 to 1)."""
+
+FUSED_ATTENTION = "_gemm_mha"
+"""Start of the name of every fused attention kernel."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a built engine, as the builder reports it."""
+
+    name: str
+    kind: str
+    """`kgen` is a generated kernel, `gemm` a matrix product, `PluginV3` one of our operators."""
+    tactic: str
+    source: str
+    """ONNX nodes that it comes from, where the verbosity tells."""
+
+
+@dataclass
+class BuildLog:
+    """What the builder said."""
+
+    problems: list[str] = field(default_factory=list)
+    """Errors and warnings, in order."""
+    layers: list[LayerInfo] = field(default_factory=list)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    """Activation and Weights memory."""
+
+    def read(self, message: str, *, problem: bool) -> None:
+        """Take note of one message."""
+        if problem:
+            self.problems.append(message)
+        for line in message.splitlines() if "LayerType: " in message else ():
+            if found := _LAYER.match(line):
+                self.layers.append(LayerInfo(*(found[key] or "" for key in _LAYER_KEYS)))
+        if found := _MEMORY.match(message):
+            self.nbytes[found[1].lower()] = int(found[2])
+
+    @property
+    def num_fused_attention(self) -> int:
+        """Layers that are a fused attention kernel."""
+        return sum(layer.tactic.startswith(FUSED_ATTENTION) for layer in self.layers)
+
+
+_LAYER_KEYS = ("name", "kind", "tactic", "source")
+_LAYER = re.compile(
+    r"\s*Name: (?P<name>[^,]*), LayerType: (?P<kind>[^,]*),"
+    r"(?:.*TacticName: (?P<tactic>[^,]*))?(?:.*Metadata: (?P<source>.*))?"
+)
+_MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A serialized engine and what the builder said of it."""
+
+    plan: bytes
+    log: BuildLog
+
+
+def build_plan(
+    path: Path,
+    options: EngineOptions,
+    timing_cache: Path | None = None,
+    progress: Progress = lambda _, __: None,
+) -> BuiltPlan:
+    """Build an engine; strongly typed, on one stream, without allocations at run time.
+
+    Args:
+        path: ONNX file; every custom node has a registered plugin, or is inlined.
+        options: how.
+        timing_cache: file that keeps measured tactics, read and added to.
+        progress: told of the builder's phases.
+
+    Raises:
+        MissingDependencyError: the builder or Polygraphy is not installed.
+        ForcingKvError: the graph does not parse, or the builder gives up; with its own words.
+    """
+    trt = require(options.module)
+    log = BuildLog()
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise ForcingKvError(f"{path}: {options.backend} cannot parse it: {'; '.join(errors)}")
+    with _polygraphy(options) as polygraphy:
+
+        def configure(builder: Any, network: Any) -> Any:
+            config = _create_config(polygraphy, trt, options, timing_cache, progress)
+            return _set_flags(trt, config(builder, network), options)
+
+        try:
+            cache = None if timing_cache is None else str(timing_cache)
+            plan = polygraphy.EngineBytesFromNetwork(
+                (builder, network, parser), configure, save_timing_cache=cache
+            )()
+        except Exception as error:
+            said = "; ".join(log.problems[-3:]) or str(error)
+            raise ForcingKvError(
+                f"{path}: {options.backend} could not build it for {options.target or 'this GPU'}: "
+                f"{said}"
+            ) from error
+    return BuiltPlan(bytes(plan), log)
+
+
+def _create_config(
+    polygraphy: Any, trt: Any, options: EngineOptions, timing_cache: Path | None, progress: Progress
+) -> Any:
+    """Polygraphy's configuration for our options."""
+    verbosity = {
+        "detailed": "DETAILED", "layer-names": "LAYER_NAMES_ONLY", "none": "NONE"
+    }[options.profiling_verbosity]  # fmt: skip
+    settings: dict[str, Any] = {
+        "profiling_verbosity": getattr(trt.ProfilingVerbosity, verbosity),
+        "progress_monitor": _progress_monitor(trt, progress),
+        "builder_optimization_level": options.optimization_level,
+        "refittable": options.refit,
+        "strip_plan": options.strip_weights,
+        # A capture records one stream; work on auxiliary streams would be lost.
+        "max_aux_streams": 0,
+    }
+    if options.workspace_gb is not None:
+        nbytes = int(options.workspace_gb * 2**30)
+        settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: nbytes}
+    if options.backend == "tensorrt-rtx":
+        number = int((options.target or "sm0").removeprefix("sm"))
+        rtx = require("polygraphy.backend.tensorrt_rtx", extra="rtx")
+        target = {"compute_capabilities": [divmod(number, 10)]} if number else {"use_gpu": True}
+        return rtx.CreateConfigRTX(**settings, **target)
+    if options.hardware_compatible:
+        level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        settings["hardware_compatibility_level"] = level
+    if timing_cache is not None and timing_cache.is_file():
+        settings["load_timing_cache"] = str(timing_cache)
+    return polygraphy.CreateConfig(**settings, version_compatible=options.version_compatible)
+
+
+def _set_flags(trt: Any, config: Any, options: EngineOptions) -> Any:
+    """Flags that Polygraphy does not set, or not for both builders."""
+    # Allocations while an engine runs can break a capture (TensorRT-RTX says so).
+    user_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if user_allocation is not None:
+        config.set_flag(user_allocation)
+    if options.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    return config
+
+
+def _logger(trt: Any, log: BuildLog) -> Any:
+    """A logger of the builder's that keeps what is worth keeping."""
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
+            log.read(message, problem=level in bad)
+
+    return Logger()
+
+
+def _progress_monitor(trt: Any, progress: Progress) -> Any:
+    """A monitor that reports nested phases as one fraction, and stops the build on Ctrl-C."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[str | None, int, int]] = {}
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            self.phases[name] = (parent, num_steps, 0)
+
+        def phase_finish(self, name: str) -> None:
+            self.phases.pop(name, None)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                parent, num_steps, _ = self.phases.get(name, (None, 1, 0))
+                self.phases[name] = (parent, num_steps, step + 1)
+                progress(name, self.fraction())
+            except KeyboardInterrupt:
+                return False
+            return True
+
+        def fraction(self) -> float:
+            # A child's steps are parts of its parent's current step.
+            done, share = 0.0, 1.0
+            for _, num_steps, steps in list(self.phases.values()):
+                done += share * min(steps, num_steps) / num_steps
+                share /= num_steps
+            return min(done, 1.0)
+
+    return Monitor()
+
+
+@contextmanager
+def _polygraphy(options: EngineOptions) -> Iterator[Any]:
+    """Polygraphy's TensorRT loaders for one of the two builders, quiet.
+
+    Raises:
+        ForcingKvError: this process has used them for the other builder.
+    """
+    extra = "rtx" if options.backend == "tensorrt-rtx" else "trt"
+    settings = require("polygraphy.config", extra=extra)
+    rtx = options.backend == "tensorrt-rtx"
+    if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:
+        raise ForcingKvError(
+            "Polygraphy works with either TensorRT or TensorRT-RTX in one process; build for "
+            f"{options.backend} in another"
+        )
+    settings.USE_TENSORRT_RTX = rtx
+    loaders = require("polygraphy.backend.trt", extra=extra)
+    logger = require("polygraphy.logger", extra=extra).G_LOGGER
+    with logger.verbosity(logger.CRITICAL):
+        yield loaders

@@ -1,0 +1,91 @@
+"""A graph to a TensorRT plan from the torch side, through Torch-TensorRT.
+
+Written to the documented interface of `convert_exported_program_to_serialized_trt_engine` (releases
+for TensorRT 10 and 11); our operators are converted to our plugins (`plugins/torch_tensorrt.py`).
+The engine's tensors carry Torch-TensorRT's names; the runtime binds them by position.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
+from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.runtime_trt.cuda import Cuda
+from forcing_kv.runtime_trt.errors import ForcingKvError, MissingDependencyError
+from forcing_kv.runtime_trt.manifest import Manifest
+
+
+def build_plan_from_torch(
+    bundle: Path, manifest: Manifest, graph: str, options: EngineOptions
+) -> BuiltPlan:
+    """Export one graph of the bundle's model again and convert it.
+
+    Args:
+        bundle: directory of the bundle, for the weights.
+        manifest: its manifest.
+        graph: prompt, step or evict.
+        options: how to build.
+
+    Raises:
+        MissingDependencyError: Torch-TensorRT is not installed.
+        ForcingKvError: it cannot convert the graph; with its own words.
+    """
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise MissingDependencyError(
+            "--frontend torch-tensorrt needs the Python package torch-tensorrt, which is not "
+            "installed; `pip install torch-tensorrt` (the release that fits your torch), or leave "
+            "the option out",
+            name="torch_tensorrt",
+        )
+    import torch
+    import torch_tensorrt
+
+    from forcing_kv.export.bundle_weights import read_bundle_weights
+    from forcing_kv.export.capture import graph_sources
+    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+    from forcing_kv.plugins.torch_tensorrt import register_converters
+
+    device = Cuda().device
+    _register_once(lambda: register_converters(TargetDevice(device.sm, device.num_sms)))
+    model = read_bundle_weights(bundle, manifest).model.to("cuda")
+    source = next(s for s in graph_sources(model, manifest.config) if s.name == graph)
+    arguments = torch.utils._pytree.tree_map(lambda tensor: tensor.cuda(), source.arguments)
+    try:
+        plan = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+            source.capture(), arg_inputs=arguments, **_settings(options)
+        )
+    except Exception as error:
+        raise ForcingKvError(f"Torch-TensorRT could not convert graph {graph}: {error}") from error
+    return BuiltPlan(bytes(plan), BuildLog())
+
+
+def _settings(options: EngineOptions) -> dict[str, Any]:
+    """Our options by Torch-TensorRT's names; those left to it are left out."""
+    settings: dict[str, Any] = {
+        "use_explicit_typing": True,
+        "disable_tf32": not options.tf32,
+        "max_aux_streams": 0,
+        "require_full_compilation": True,
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
+        "immutable_weights": not (options.refit or options.strip_weights),
+        "strip_engine_weights": options.strip_weights,
+    }
+    if options.optimization_level is not None:
+        settings["optimization_level"] = options.optimization_level
+    if options.workspace_gb is not None:
+        settings["workspace_size"] = int(options.workspace_gb * 2**30)
+    return settings
+
+
+_registered = False
+
+
+def _register_once(register: Any) -> None:
+    global _registered
+    if not _registered:
+        register()
+        _registered = True
