@@ -67,6 +67,7 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
         InputError: `target` exists and `force` is off, or is not a bundle.
     """
     check_target(target, force=force)
+    target = target.resolve()  # A link stays, and what it points to is replaced.
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -75,7 +76,11 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
         if target.exists():
             old = temporary.with_name(temporary.name + ".old")
             target.rename(old)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(target)

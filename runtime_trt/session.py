@@ -96,11 +96,13 @@ class Session:
         Raises:
             InputError: wrong shape, dtype or non-finite values, or chunks already generated.
         """
+        self._require_open()
         if self._timeline.next_chunk:
             raise InputError(
                 "set_prompt after the first chunk would leave the cache with the old prompt; "
                 "call switch_prompt to continue this video, or reset to begin another"
             )
+        self._require_usable()
         self._load_prompt(prompt_embeds)
 
     def switch_prompt(self, prompt_embeds: ArrayLike) -> None:
@@ -112,6 +114,7 @@ class Session:
         Raises:
             InputError: wrong input, or the policy re-encodes more frames than a chunk has.
         """
+        self._require_usable()
         policy = self.config.policy
         if not self.config.switchable:
             raise InputError(
@@ -119,7 +122,6 @@ class Session:
                 f"more than a chunk's {self.config.chunk.num_frames}; export with a smaller "
                 "sink or local window to switch prompts"
             )
-        self._require_usable()
         self._load_prompt(prompt_embeds)
         plan = self._timeline.switch_prompt()
         if plan is None:
@@ -279,15 +281,20 @@ class Session:
         self._require_open()
         if self._failed:
             raise ForcingKvError(
-                "the last chunk failed half-way, so the cache is not valid; call reset and "
+                "the last call failed half-way, so the cache is not valid; call reset and "
                 "set_prompt to begin again"
             )
 
     def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
-        self._require_open()
         model = self.config.model
-        shape = (model.text_len, model.text_dim)
-        self._backend.set_prompt(_checked("prompt_embeds", prompt_embeds, shape))
+        embeds = _checked("prompt_embeds", prompt_embeds, (model.text_len, model.text_dim))
+        self._failed = True
+        try:
+            self._backend.set_prompt(embeds)
+        except InputError:  # Refused before anything was changed.
+            self._failed = False
+            raise
+        self._failed = False
         self._has_prompt = True
 
     def _remember(self, pending: PendingChunk) -> None:
@@ -308,7 +315,8 @@ def _checked(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Float32:
         raise InputError(f"{name} has dtype {array.dtype}; give float32")
     if array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}; this bundle needs {shape}")
-    array = np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or infinite values; give finite numbers")
     return array

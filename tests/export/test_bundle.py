@@ -225,23 +225,11 @@ def test_a_second_export_is_the_same(model, bundles, tmp_path):
     )
 
 
-def test_a_policy_without_segments_has_no_evict_graph(model, tmp_path):
-    config = make_config(num_dynamic_frames=0, num_static_frames=4, num_temporal_frames=4)
-    export_bundle(model, config, tmp_path / "dense", BundleLabels("dense"))
-    manifest = read_manifest(tmp_path / "dense")
-    assert set(manifest.graphs) == {"prompt", "step"}
-    wanted = rollout(eager_session(model, config), 5)
-    found = rollout(Session.open(tmp_path / "dense", num_threads=1), 5)
-    for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(ours.latents, theirs.latents, atol=5e-6)
-
-
 @pytest.mark.parametrize(
     ("stage", "error"),
     [
         ("write_onnx", OSError(28, "No space left on device")),
         ("sha256_of", KeyboardInterrupt()),
-        ("write_manifest", MemoryError()),
     ],
 )
 def test_a_crash_leaves_nothing(model, tmp_path, monkeypatch, stage, error):
