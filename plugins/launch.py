@@ -34,6 +34,14 @@ PORTABLE_SM = 80
 """Target of the portable tactics: their PTX runs on every device from here on."""
 
 
+class PtxError(RuntimeError):
+    """A compiled kernel that must not be embedded, and why."""
+
+
+class SharedMemoryError(PtxError):
+    """A tactic that does not fit the device."""
+
+
 @dataclass(frozen=True)
 class Tactic:
     """One way to run an operator's kernel."""

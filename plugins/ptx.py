@@ -12,26 +12,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from forcing_kv.plugins.launch import PTX_VERSION, SHARED_LIMIT_BYTES, Launch, Problem, Tactic
+from forcing_kv.plugins.launch import (
+    PTX_VERSION,
+    SHARED_LIMIT_BYTES,
+    Launch,
+    Problem,
+    PtxError,
+    SharedMemoryError,
+    Tactic,
+)
 from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
 from forcing_kv.plugins.registry import op_module
+from forcing_kv.runtime_trt.errors import require
 
 _TRITON_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
 _ALIGNMENT_BYTES = 16
 _NUM_HIDDEN = 2
 _PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\s+)?)?(\w+)")
-
-
-class PtxError(RuntimeError):
-    """A compiled kernel that must not be embedded, and why."""
-
-
-class SharedMemoryError(PtxError):
-    """A tactic that does not fit the device."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ def compile_kernel(
 
     Raises:
         SharedMemoryError: it takes more shared memory than the tactic may on the device.
+        MissingDependencyError: Triton is not installed.
         PtxError: it wants scratch memory or has other parameters than the operator.
         ValueError: the device is not supported.
     """
@@ -112,12 +110,15 @@ def compile_kernel(
         "num_stages": plan.num_stages,
         "ptx_version": ptx_version,
     }
+    triton = require("triton")
+    compiler = require("triton.compiler")
+    gpu_target = require("triton.backends.compiler").GPUTarget
     with triton.knobs.compilation.scope():
         # Line information would carry this machine's paths into the engine.
         triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(
-            ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
-            target=GPUTarget("cuda", target_sm, 32),
+            compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
+            target=gpu_target("cuda", target_sm, 32),
             options=options,
         )
     metadata = compiled.metadata
@@ -168,7 +169,7 @@ def strip_hidden_parameters(ptx: str, name: str, num_visible: int, where: str) -
     if len(hidden) != _NUM_HIDDEN:
         raise PtxError(
             f"{where}: {len(parameters)} parameters, expected {num_visible} and {_NUM_HIDDEN} "
-            f"hidden ones; Triton {triton.__version__} is not a version that this code knows"
+            "hidden ones; this Triton is not a version that this code knows"
         )
     listing = _parameter_list(ptx, name)
     visible = ",".join(listing.split(",")[:num_visible]) + "\n"

@@ -15,9 +15,15 @@ from types import GenericAlias
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, Problem, Tactic
+from forcing_kv.plugins.launch import (
+    SHARED_LIMIT_BYTES,
+    Problem,
+    PtxError,
+    SharedMemoryError,
+    Tactic,
+)
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
-from forcing_kv.plugins.ptx import CompiledKernel, PtxError, SharedMemoryError, compile_kernel
+from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.runtime_trt.errors import require
 

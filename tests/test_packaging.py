@@ -17,8 +17,8 @@ from forcing_kv.tools.cli import COMMANDS
 
 FOLDERS = ("calibration", "export", "plugins", "runtime_trt", "tools")
 
-NEEDS_DEVICE_PACKAGES = ("kernel", "trt")
-"""Last names of the modules that may need Triton or TensorRT to import: one of each per plugin."""
+NEEDS_DEVICE_PACKAGES = ("chain_kernel", "kernel")
+"""Last names of the modules that may need Triton to import: those that define kernels."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

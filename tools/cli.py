@@ -56,6 +56,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify", "forcing_kv.export.cli", "verify"),
     Command("inspect", "forcing_kv.tools.inspect", "inspect"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
+    Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),
 )
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""
 

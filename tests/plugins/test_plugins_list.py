@@ -1,0 +1,59 @@
+"""`fkv plugins list` and the workloads that it and `fkv bench ops` take from the presets."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("torch", reason="needs PyTorch: pip install 'forcing-kv[export]'")
+
+from forcing_kv.export.presets import load_preset
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.tools.cli import COMMANDS, build_app
+from forcing_kv.tools.op_workload import workload_of
+
+
+def test_workload_of_the_published_model():
+    workload = workload_of(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"])
+    attention = workload.cases()[1]
+    assert [case.spec.torch_name for case in workload.cases()] == [
+        "qk_norm_rope",
+        "head_indexed_attention",
+        "segment_similarity",
+        "similarity_eviction",
+    ]
+    assert attention.sizes["N"] == 4680
+    assert set(attention.integers["hist_len"]) == {3120, 4680}
+    assert attention.integers["hist_len"].count(4680) == 8
+    for case in workload.cases():
+        case.spec.check([t.shape(case.sizes) for t in case.spec.inputs], case.attributes)
+
+
+def test_policy_without_segments_has_no_eviction():
+    workload = workload_of(load_preset("krea-14b"), RESOLUTIONS["480p"])
+    assert len(workload.cases()) == 2
+
+
+def test_more_dynamic_heads_than_heads_are_refused():
+    with pytest.raises(InputError, match="13 dynamic heads asked for"):
+        workload_of(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"], 13)
+
+
+@pytest.mark.slow
+def test_list_names_every_tactic():
+    pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+    arguments = ["plugins", "list", "--resolution", "12x16", "--sm", "90", "--sm", "86", "--json"]
+    result = CliRunner().invoke(build_app(COMMANDS), arguments)
+    assert result.exit_code == 0, result.output
+    kernels = json.loads(result.stdout)["kernels"]
+    assert {row["device_sm"] for row in kernels} == {90, 86}
+    assert all(row["fits"] == (row["registers"] is not None) for row in kernels)
+    assert sum(row["default"] for row in kernels) == 2 * 4
+
+
+def test_unknown_device_is_refused():
+    pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+    result = CliRunner().invoke(build_app(COMMANDS), ["plugins", "list", "--sm", "75"])
+    assert isinstance(result.exception, InputError)
+    assert "--sm [75]" in str(result.exception)

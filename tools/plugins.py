@@ -1,0 +1,156 @@
+"""`fkv plugins list`: every operator's kernels on every device, compiled here and now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forcing_kv.export.presets import PRESETS, load_preset
+from forcing_kv.runtime_trt.console import print_json, track
+from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
+from forcing_kv.tools.op_workload import workload_of
+
+if TYPE_CHECKING:
+    from forcing_kv.plugins.cases import OpCase
+    from forcing_kv.plugins.launch import Tactic
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One tactic of one operator on one device."""
+
+    op: str
+    tactic: str
+    number: int
+    """By which TensorRT knows the tactic."""
+    device_sm: int
+    target_sm: int
+    """Device that the PTX was compiled for; an older one if the tactic is portable."""
+    fits: bool
+    """Whether its shared memory fits the device; if not, it is not offered there."""
+    shared_bytes: int | None = None
+    registers: int | None = None
+    spilled_bytes: int | None = None
+    ptx_bytes: int | None = None
+    default: bool = False
+    """Used where no measurement says otherwise."""
+
+
+def list_plugins(
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PRESETS)}, or a .json file.")
+    ] = "self-forcing-1.3b",
+    resolution: Annotated[
+        str, typer.Option(help=f"One of {', '.join(RESOLUTIONS)}, or latent ROWSxCOLUMNS.")
+    ] = "480p",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    dynamic_heads: Annotated[
+        int | None, typer.Option(help="Dynamic heads of a layer; by default the published share.")
+    ] = None,
+    sm: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Compute capability to compile for, such as 90; repeat it. All if left out."
+        ),
+    ] = None,
+    multiprocessors: Annotated[
+        int, typer.Option(help="Streaming multiprocessors to schedule for.")
+    ] = 132,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the custom operators: tactics, shared memory, registers and PTX size per device.
+
+    Compiles every kernel for the model's sizes and has NVIDIA's assembler accept it; no GPU needed.
+    """
+    require("torch")
+    require("triton")
+    from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES
+
+    devices = sm or list(SHARED_LIMIT_BYTES)
+    unknown = sorted(set(devices) - set(SHARED_LIMIT_BYTES))
+    if unknown:
+        raise InputError(f"--sm {unknown}: there are kernels for {list(SHARED_LIMIT_BYTES)}")
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise InputError(f"--dtype {dtype}: allowed are float16, bfloat16 and float32")
+    size = parse_latent_size("--resolution", resolution)
+    workload = workload_of(load_preset(model), size, dynamic_heads)
+    jobs = [
+        (case, number, tactic, device)
+        for case in workload.cases()
+        for number, tactic in _tactics(case)
+        for device in devices
+    ]
+    rows = [
+        _row(case, number, tactic, device, dtype, multiprocessors)
+        for case, number, tactic, device in track(jobs, "compiling kernels")
+    ]
+    if as_json:
+        print_json({"workload": workload.label, "dtype": dtype, "kernels": [*map(asdict, rows)]})
+        return
+    _print_table(f"{workload.label}, {dtype}", rows)
+
+
+def _tactics(case: OpCase) -> Iterator[tuple[int, Tactic]]:
+    from forcing_kv.plugins.registry import op_module
+
+    return enumerate(op_module(case.spec, "kernel").TACTICS, 1)
+
+
+def _row(
+    case: OpCase, number: int, tactic: Tactic, device: int, dtype: str, num_sms: int
+) -> KernelRow:
+    from forcing_kv.plugins.launch import Problem, SharedMemoryError, default_tactic
+    from forcing_kv.plugins.ptx import compile_kernel, tensor_dtypes
+    from forcing_kv.plugins.ptxas import assemble
+
+    spec = case.spec
+    shapes = [tensor.shape(case.sizes) for tensor in spec.inputs]
+    problem = Problem(spec.read_sizes(shapes, case.attributes), case.attributes, dtype, num_sms)
+    row: dict[str, Any] = {
+        "op": spec.name,
+        "tactic": tactic.name,
+        "number": number,
+        "device_sm": device,
+        "target_sm": tactic.target_sm(device),
+        "default": tactic == default_tactic([tactic for _, tactic in _tactics(case)], device),
+    }
+    try:
+        kernel = compile_kernel(spec, problem, tensor_dtypes(spec, dtype), tactic, device)
+    except SharedMemoryError:
+        return KernelRow(**row, fits=False)
+    report = assemble(kernel)
+    return KernelRow(
+        **row,
+        fits=True,
+        shared_bytes=kernel.shared_bytes,
+        registers=report.registers,
+        spilled_bytes=report.spilled_bytes,
+        ptx_bytes=len(kernel.ptx),
+    )
+
+
+def _print_table(title: str, rows: list[KernelRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    out.print(f"{title}; * default tactic, registers and spilled bytes of a thread")
+    columns = ("tactic", "device", "PTX for", "shared KiB", "registers", "spilled", "PTX KiB")
+    for op in dict.fromkeys(row.op for row in rows):
+        table = Table(*columns, title=op, title_justify="left", title_style="bold")
+        for row in (row for row in rows if row.op == op):
+            table.add_row(*_cells(row))
+        out.print(table)
+
+
+def _cells(row: KernelRow) -> tuple[str, ...]:
+    name = f"{row.number} {row.tactic}{'*' if row.default else ''}"
+    place = (name, f"sm_{row.device_sm}", f"sm_{row.target_sm}")
+    if row.shared_bytes is None or row.ptx_bytes is None:
+        return (*place, "does not fit", "", "", "")
+    sizes = (f"{row.shared_bytes / 1024:.1f}", f"{row.ptx_bytes / 1024:.0f}")
+    return (*place, sizes[0], str(row.registers), str(row.spilled_bytes), sizes[1])
