@@ -279,7 +279,9 @@ class EvictGraph(nn.Module):
     def __init__(self, config: RolloutConfig) -> None:
         super().__init__()
         self.config = config
-        self._candidates = {layer: _candidates(config, layer) for layer in config.evicted_layers}
+        self._candidates = {
+            layer: candidate_layout(config, layer) for layer in config.evicted_layers
+        }
 
     def forward(
         self,
@@ -340,7 +342,8 @@ class EvictGraph(nn.Module):
         return dyn_k, dyn_v, kept[layers.index(1)]
 
 
-def _candidates(config: RolloutConfig, layer: int) -> CandidateLayout:
+def candidate_layout(config: RolloutConfig, layer: int) -> CandidateLayout:
+    """Where the candidates of an evicted layer lie."""
     group = config.layouts[layer].group("dynamic")
     assert group is not None, f"layer {layer} is not evicted"
     policy, tokens = config.policy, config.chunk.tokens_per_frame
