@@ -108,13 +108,18 @@ def read_manifest(bundle: Path) -> Manifest:
 
 def _manifest(data: dict[str, Any]) -> Manifest:
     config = RolloutConfig.from_json(data["config"], "config")
-    graphs = {name: _graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
+    graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
     _check_graphs(config, graphs)
     parts = {"config": config, "graphs": graphs, "engines": tuple(data.get("engines", ()))}
     return from_mapping(Manifest, {**data, **parts}, "manifest")
 
 
-def _graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
+def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
+    """Read a graph's entry, in the manifest or in an engine record.
+
+    Raises:
+        InputError: unknown or missing keys; names `where`.
+    """
     parts = dict(data)
     for key in ("inputs", "outputs"):
         parts[key] = tuple(
