@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from forcing_kv.plugins.accuracy import float64_outputs, output_errors
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.cases import OpCase, cases_of
 from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION, op_module
@@ -25,12 +26,32 @@ def test_reference_equals_plain_loop(case, truth, reference):
         np.testing.assert_allclose(found.double().numpy(), true, rtol=0, atol=5e-6)
 
 
+def test_float64_truth_equals_plain_loop(case, truth):
+    if case.spec.tolerance == "exact":
+        return
+    inputs = case.build(torch.float32)
+    found = float64_outputs(case.spec, inputs, case.attributes)
+    for x, true in zip(found, truth(case, inputs), strict=True):
+        assert x.dtype == torch.float64
+        np.testing.assert_allclose(x.numpy(), true, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_reference_stays_near_the_truth(case, dtype, truth, reference):
     inputs = case.build(dtype)
     for found, true in zip(reference(case, inputs), truth(case, inputs), strict=True):
         bound = 4 * torch.finfo(dtype).eps * max(1.0, np.abs(true).max())
         np.testing.assert_allclose(found.double().numpy(), true, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, 1.0])
+def test_a_wrong_or_missing_value_is_found(wrong, reference):
+    for spec in OPS:
+        case = cases_of(spec)[-1]
+        inputs = case.build(torch.float16)
+        outputs = reference(case, inputs)
+        outputs[0].view(-1)[-1] += wrong
+        assert not output_errors(spec, inputs, case.attributes, outputs)[0].passed
 
 
 def test_shapes_and_dtypes_follow_the_specification(case, reference):
