@@ -146,7 +146,7 @@ def check() -> Callable[[OpCase, Sequence[torch.Tensor], Sequence[Any]], None]:
 def make_strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in every second element of a larger storage filled with NaN."""
     filler = torch.nan if tensor.is_floating_point() else -1
-    storage = torch.full((*tensor.shape, 2), filler, dtype=tensor.dtype)
+    storage = tensor.new_full((*tensor.shape, 2), filler)
     storage[..., 0] = tensor
     return storage[..., 0]
 
