@@ -55,6 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("run", "forcing_kv.tools.run", "run"),
     Command("verify", "forcing_kv.export.cli", "verify"),
     Command("inspect", "forcing_kv.tools.inspect", "inspect"),
+    Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
     Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,9 +88,7 @@ def run_evaluation(
     with progress("generating", total) as task:
         for name, count, chunks in lengths:
             chosen = clips_of(count)
-            results = compare(
-                model, rows, chosen, chunks, lambda chunks=chunks: task.advance(chunks)
-            )
+            results = compare(model, rows, chosen, chunks, partial(task.advance, chunks))
             record[name] = {
                 "num_clips": count,
                 "num_frames": chunks * shipped.CHUNK.num_frames,
