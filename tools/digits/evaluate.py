@@ -28,8 +28,12 @@ MOTION = ("displacement", "heading")
 
 def evaluate_command(
     out: Annotated[Path, typer.Option(help="Folder for eval.json and eval.png.")],
-    checkpoint: Annotated[Path, typer.Option(help="Weights.")] = shipped.CHECKPOINT,
-    heads: Annotated[Path, typer.Option(help="Head partition for Forcing-KV.")] = shipped.HEADS,
+    checkpoint: Annotated[
+        Path, typer.Option(help="Weights.", show_default="shipped")
+    ] = shipped.CHECKPOINT,
+    heads: Annotated[
+        Path, typer.Option(help="Head partition.", show_default="shipped")
+    ] = shipped.HEADS,
     clips: Annotated[int, typer.Option(min=40, help="Clips of 21 frames per row.")] = 160,
     long_clips: Annotated[int, typer.Option(min=40, help="Clips of 60 frames per row.")] = 40,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a goal is missed.")] = False,
