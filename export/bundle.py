@@ -130,7 +130,7 @@ def export_bundle(
                 graph = onnx_model(source)
                 relative = f"{GRAPH_FOLDER}/{source.name}.onnx"
                 write_onnx(graph, folder / relative, store)
-                graphs[source.name] = _graph_info(graph, relative, folder)
+                graphs[source.name] = graph_info(graph, relative, folder)
         report("manifest")
         manifest = Manifest(
             name=labels.name,
@@ -146,7 +146,9 @@ def export_bundle(
     return manifest
 
 
-def _graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
+def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
+    """What the manifest says about a graph that was written to `folder`."""
+
     def infos(values: Any) -> tuple[TensorInfo, ...]:
         return tuple(
             TensorInfo(value.name, tuple(value.shape.numpy()), value.dtype.name.lower())

@@ -41,6 +41,21 @@ class GraphInfo:
 
 
 @dataclass(frozen=True)
+class DecoderInfo:
+    """One exported video decoder: latents to pixels, a latent frame at a time."""
+
+    graphs: Mapping[str, GraphInfo]
+    """`decode` for every frame and, where the first one is special, `decode_first`."""
+    weights_file: str
+    """Path within the bundle."""
+    weights_sha256: str
+    num_trimmed_frames: int
+    """Pixel frames at the start of a video that are warm-up and left out."""
+    source: str = ""
+    """What it was exported from, for people."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a runtime must know about a bundle."""
 
@@ -57,6 +72,8 @@ class Manifest:
     """Kind of text encoder that makes this model's prompt embeddings."""
     decoder: str | None = None
     """Kind of decoder that turns its latents into pixels."""
+    decoders: Mapping[str, DecoderInfo] = field(default_factory=dict)
+    """Exported decoders by kind: `vae`, `tae`."""
     plugin_abi: int = 1
     """Version of the custom operators that the graphs use."""
     engines: tuple[Mapping[str, Any], ...] = ()
@@ -111,7 +128,16 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
     _check_graphs(config, graphs)
     parts = {"config": config, "graphs": graphs, "engines": tuple(data.get("engines", ()))}
+    parts["decoders"] = {
+        kind: _decoder_info(decoder, f"decoders.{kind}")
+        for kind, decoder in data.get("decoders", {}).items()
+    }
     return from_mapping(Manifest, {**data, **parts}, "manifest")
+
+
+def _decoder_info(data: Mapping[str, Any], where: str) -> DecoderInfo:
+    graphs = {name: graph_info(graph, f"{where}.{name}") for name, graph in data["graphs"].items()}
+    return from_mapping(DecoderInfo, {**data, "graphs": graphs}, where)
 
 
 def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
@@ -154,14 +180,28 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
         BundleError: a file is missing or altered.
     """
     wanted = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
-    wanted[WEIGHT_FILE] = manifest.weights_sha256
+    _check_hashes(bundle, {**wanted, WEIGHT_FILE: manifest.weights_sha256}, "fkv export")
+
+
+def check_decoder_files(bundle: Path, decoder: DecoderInfo) -> None:
+    """Compare a decoder's graphs and weights with the hashes of the manifest.
+
+    Raises:
+        BundleError: a file is missing or altered.
+    """
+    wanted = {graph.file: graph.sha256 for graph in decoder.graphs.values()}
+    wanted[decoder.weights_file] = decoder.weights_sha256
+    _check_hashes(bundle, wanted, "fkv add-decoder --force")
+
+
+def _check_hashes(bundle: Path, wanted: Mapping[str, str], command: str) -> None:
     for file, sha256 in wanted.items():
         path = bundle / file
         if not path.is_file():
-            raise BundleError(f"{path}: missing; export the bundle again with `fkv export`")
+            raise BundleError(f"{path}: missing; make it again with `{command}`")
         found = sha256_of(path)
         if found != sha256:
             raise BundleError(
                 f"{path}: altered since export (sha256 {found[:12]}... found, {sha256[:12]}... "
-                "recorded); export the bundle again with `fkv export`"
+                f"recorded); make it again with `{command}`"
             )

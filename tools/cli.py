@@ -51,6 +51,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("demo", "forcing_kv.tools.demo", "demo"),
     Command("encode-prompt", "forcing_kv.tools.encode_prompt", "encode_prompt"),
     Command("export", "forcing_kv.export.cli", "export"),
+    Command("add-decoder", "forcing_kv.export.decoder_cli", "add_decoder"),
     Command("build", "forcing_kv.export.build_cli", "build"),
     Command("run", "forcing_kv.tools.run", "run"),
     Command("verify", "forcing_kv.export.cli", "verify"),

@@ -1,0 +1,122 @@
+"""Decoders in a bundle: ONNX Runtime against torch, one frame after another, and mistakes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from forcing_kv.export.decoders import add_decoder
+from forcing_kv.export.tae import TinyDecoder, tiny_decoder
+from forcing_kv.export.vae import wan_decoder
+from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
+from forcing_kv.runtime_trt.errors import BundleError, InputError
+from forcing_kv.runtime_trt.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Both decoders for the digits' latents, with random weights; the VAE with two levels less."""
+    folder = tmp_path_factory.mktemp("decoders")
+    torch.manual_seed(0)
+    AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]
+    ).save_pretrained(folder / "vae")
+    torch.save(TinyDecoder(16, (8, 6, 4, 4)).state_dict(), folder / "taew2_1.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(digits_bundle, sources, tmp_path_factory):
+    """A bundle with both decoders."""
+    folder = tmp_path_factory.mktemp("decoders") / "bundle"
+    shutil.copytree(digits_bundle, folder)
+    add_decoder(folder, wan_decoder(sources / "vae", (8, 8)))
+    add_decoder(folder, tiny_decoder(sources / "taew2_1.pth", (8, 8)))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["vae", "tae"])
+def test_onnx_decoder_streams_what_torch_decodes(bundle, sources, kind):
+    source = (wan_decoder(sources / "vae", (8, 8)) if kind == "vae"
+              else tiny_decoder(sources / "taew2_1.pth", (8, 8)))  # fmt: skip
+    latents = np.random.default_rng(0).standard_normal((7, 16, 8, 8), np.float32)
+    with torch.no_grad():
+        wanted = source.decode_clip(torch.from_numpy(latents)).numpy()
+    decoder = VideoDecoder.open(bundle, read_manifest(bundle), kind, num_threads=1)
+    for _ in range(2):
+        parts = [decoder.decode(part) for part in (latents[:3], latents[3:4], latents[4:])]
+        np.testing.assert_allclose(np.concatenate(parts), wanted, atol=1e-5)
+        decoder.reset()
+    assert to_rgb8(wanted).shape == (len(wanted), *wanted.shape[2:], 3)
+
+
+def test_decoder_needs_neither_torch_nor_diffusers(bundle, run_blocked):
+    heavy = ["torch", "diffusers", "safetensors", "onnx"]
+    done = run_blocked(
+        "from pathlib import Path\nimport numpy as np\n"
+        "from forcing_kv.runtime_trt.decoder import VideoDecoder\n"
+        "from forcing_kv.runtime_trt.manifest import read_manifest\n"
+        f"bundle = Path({str(bundle)!r})\n"
+        "decoder = VideoDecoder.open(bundle, read_manifest(bundle), 'tae', 1)\n"
+        "print(decoder.decode(np.zeros((3, 16, 8, 8), np.float32)).shape)",
+        blocked=heavy,
+    )
+    assert done.stdout == "(9, 3, 64, 64)\n", done.stderr
+
+
+def test_run_decodes_with_the_bundles_decoder(bundle, run_fkv, tmp_path):
+    for decode, size in (("tae", 64), ("vae", 16)):
+        out = tmp_path / f"{decode}.npz"
+        done = run_fkv(
+            "run", bundle, "--prompt", "a digit 3 moving left .", "--decode", decode, "--out", out,
+            "--num-chunks", 2, "--num-threads", 1,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        with np.load(out) as data:
+            assert data["frames"].shape[1:] == (size, size, 3)
+            assert len(data["frames"]) == (21 if decode == "tae" else 11)
+
+
+def test_a_second_decoder_of_a_kind_needs_force(bundle, sources, run_fkv):
+    before = (bundle / "manifest.json").read_bytes()
+    done = run_fkv("add-decoder", bundle, "--tae", sources / "taew2_1.pth")
+    assert done.code == 2
+    assert "--force" in done.err
+    assert (bundle / "manifest.json").read_bytes() == before
+    done = run_fkv("add-decoder", bundle, "--tae", sources / "taew2_1.pth", "--force", "--json")
+    assert done.code == 0, done.err
+    assert set(json.loads(done.out)) == {"vae", "tae"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give --vae, --tae or both"),
+        (("--tae", "nothing.pth"), "no such file"),
+        (("--vae", "nothing.pth"), "no such file"),
+        (("--tae", "x.pth", "--dtype", "int8"), "--dtype is 'int8'"),
+    ],
+)
+def test_mistakes_leave_the_bundle_as_it_is(digits_bundle, run_fkv, options, message):
+    before = {file: file.stat().st_mtime_ns for file in digits_bundle.rglob("*")}
+    done = run_fkv("add-decoder", digits_bundle, *options)
+    assert done.code == 2
+    assert message in done.err
+    assert {file: file.stat().st_mtime_ns for file in digits_bundle.rglob("*")} == before
+
+
+def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, tmp_path):
+    with pytest.raises(InputError, match="fkv add-decoder"):
+        VideoDecoder.open(digits_bundle, read_manifest(digits_bundle), "vae")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    with (folder / "graphs" / "tae.bin").open("r+b") as file:
+        file.write(b"\1\2\3\4")
+    with pytest.raises(BundleError, match="altered since export"):
+        VideoDecoder.open(folder, read_manifest(folder), "tae")
+    decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1)
+    with pytest.raises(InputError, match=r"takes frames of \[16, 8, 8\]"):
+        decoder.decode(np.zeros((3, 16, 4, 8), np.float32))
