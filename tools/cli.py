@@ -58,11 +58,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("inspect", "forcing_kv.tools.inspect", "inspect"),
     Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
+    Command("bench ops", "forcing_kv.tools.bench.ops", "bench_ops"),
     Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),
 )
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""
 
 GROUPS = {
+    "bench": "Measure speed, behind a check that the results are right.",
     "calibrate": "Measure a model on real rollouts.",
     "plugins": "Look at the custom operators.",
 }

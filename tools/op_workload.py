@@ -33,6 +33,13 @@ class Workload:
     """Frames and latent size of a chunk."""
     policy: CachePolicy
     """What each kind of head keeps."""
+    num_layers: int
+    """Blocks of the model, L."""
+
+    @property
+    def num_compressed_layers(self) -> int:
+        """Layers that an eviction compacts."""
+        return self.num_layers - (0 if self.policy.compress_first_layer else 1)
 
     @property
     def num_tokens(self) -> int:
@@ -113,4 +120,5 @@ def workload_of(
     rows, columns = latent_size
     chunk = ChunkShape(preset.chunk_frames, rows, columns, preset.model.patch_size)
     label = f"{preset.name} {rows}x{columns}, {heads - dynamic} static + {dynamic} dynamic heads"
-    return Workload(label, heads, preset.model.head_dim, dynamic, chunk, preset.policy)
+    model = preset.model
+    return Workload(label, heads, model.head_dim, dynamic, chunk, preset.policy, model.num_layers)
