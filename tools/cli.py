@@ -57,6 +57,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify", "forcing_kv.export.cli", "verify"),
     Command("inspect", "forcing_kv.tools.inspect", "inspect"),
     Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
+    Command("plan", "forcing_kv.tools.plan", "plan"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
     Command("bench ops", "forcing_kv.tools.bench.ops", "bench_ops"),
     Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),

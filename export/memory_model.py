@@ -1,0 +1,138 @@
+"""Device memory of a deployment, from its configuration alone: weights, buffers, activations.
+
+Byte counts of weights and buffers are exact; activations are an estimate. Nothing is loaded, and
+torch is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
+from forcing_kv.runtime_trt.layout import ModelShape
+
+FLOAT32_NBYTES = 4
+OVERHEAD_NBYTES = 1_000_000_000
+"""Driver context, libraries and allocator slack that a process needs beside what is counted."""
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Parameters of one part of the model."""
+
+    compute: int
+    """In the compute dtype."""
+    float32: int = 0
+    """In float32 whatever the compute dtype: norms, modulation, time embedding."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.compute + self.float32
+
+    def nbytes(self, dtype: DType) -> int:
+        """Bytes of the part."""
+        return self.compute * ITEMSIZES[dtype] + self.float32 * FLOAT32_NBYTES
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def weight_counts(model: ModelShape) -> dict[str, WeightCount]:
+    """Parameters by part; `text ...` is what the prompt graph holds, the step graph the rest."""
+    dim, ffn, layers = model.dim, model.ffn_dim, model.num_layers
+    patch = model.patch_size**2 * model.in_channels
+    square = _linear(dim, dim)
+    time = _linear(model.freq_dim, dim) + square + _linear(dim, 6 * dim)
+    return {
+        "projections": WeightCount(layers * 4 * square, layers * 2 * dim),
+        "cross-attention": WeightCount(layers * 2 * square, layers * dim),
+        "feed-forward": WeightCount(layers * (_linear(dim, ffn) + _linear(ffn, dim))),
+        "norms and modulation": WeightCount(0, layers * (2 * dim + 6 * dim) + 2 * dim),
+        "embeddings and head": WeightCount(_linear(patch, dim) + _linear(dim, patch), time),
+        "text embedding": WeightCount(_linear(model.text_dim, dim) + square),
+        "text keys and values": WeightCount(layers * 2 * square, layers * dim),
+    }
+
+
+def num_parameters(model: ModelShape) -> int:
+    """Parameters of the whole denoiser."""
+    return sum(count.total for count in weight_counts(model).values())
+
+
+def engine_nbytes(model: ModelShape, dtype: DType) -> dict[str, int]:
+    """Weights that each engine holds."""
+    sizes = {"prompt": 0, "step": 0}
+    for part, count in weight_counts(model).items():
+        sizes["prompt" if part.startswith("text") else "step"] += count.nbytes(dtype)
+    return sizes
+
+
+def buffer_nbytes(config: RolloutConfig) -> dict[str, int]:
+    """Bytes of every buffer that a session binds to its graphs, by purpose."""
+    model, chunk, layers = config.model, config.chunk, config.model.num_layers
+    row = model.head_dim * ITEMSIZES[config.dtype]
+    sizes = {f"K/V {kind}": 0 for kind in ("uncompressed", "static", "dynamic")}
+    for layout in config.layouts:
+        for group in layout.groups:
+            sizes[f"K/V {group.kind}"] += 2 * group.num_rows * row
+        # A layer that keeps nothing still has one row, so that no binding is empty.
+        unowned = layout.num_rows - sum(group.num_rows for group in layout.groups)
+        sizes[f"K/V {layout.groups[0].kind}"] += 2 * unowned * row
+    sizes["K/V of the chunk"] = 2 * layers * model.num_heads * chunk.num_tokens * row
+    kept = config.policy.num_dynamic_frames * chunk.tokens_per_frame
+    evicted = sum(len(config.partition.dynamic_heads(layer)) for layer in config.evicted_layers)
+    sizes["K/V of the eviction"] = 2 * evicted * kept * row
+    sizes["K/V of the text"] = 2 * layers * model.num_heads * model.text_len * row
+    sizes["inputs and outputs"] = FLOAT32_NBYTES * _num_small(config)
+    return sizes
+
+
+def _num_small(config: RolloutConfig) -> int:
+    """Elements of the float32 and int32 inputs and outputs of the graphs."""
+    model, policy = config.model, config.policy
+    frames, channels, height, width = config.latent_shape
+    latents = 4 * frames * channels * height * width  # x, eps, x0, x_next
+    scalars = model.freq_dim + 3  # the sinusoid, two noise levels, the valid new rows
+    rope = 2 * frames * model.rope_pairs[0]
+    lengths = model.num_layers * model.num_heads
+    prompt = model.text_len * model.text_dim
+    selection = frames * policy.num_segments + policy.num_kept_segments
+    selection *= bool(config.evicted_layers)
+    return latents + scalars + rope + lengths + prompt + selection
+
+
+def activation_nbytes(config: RolloutConfig) -> int:
+    """Estimate of the scratch of one step: the widest point of a block, attention not unfolded."""
+    model, size = config.model, ITEMSIZES[config.dtype]
+    attention = 6 * model.dim  # residual, normed input, q, k, v and the output
+    feed_forward = 2 * model.dim + model.ffn_dim
+    islands = 2 * model.dim * FLOAT32_NBYTES  # a norm's input and output
+    return config.chunk.num_tokens * (max(attention, feed_forward) * size + islands)
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """Device memory of one session."""
+
+    weights: int
+    buffers: Mapping[str, int]
+    activations: int
+    """An estimate."""
+
+    @classmethod
+    def of(cls, config: RolloutConfig) -> MemoryCost:
+        """Memory of a configuration."""
+        weights = sum(engine_nbytes(config.model, config.dtype).values())
+        return cls(weights, buffer_nbytes(config), activation_nbytes(config))
+
+    @property
+    def total(self) -> int:
+        """Everything, the overhead of the process included."""
+        return self.weights + sum(self.buffers.values()) + self.activations + OVERHEAD_NBYTES
+
+    def fits(self, memory_gib: int) -> bool:
+        """Whether one session runs on a card of this size."""
+        return self.total <= memory_gib * 2**30

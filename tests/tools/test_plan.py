@@ -1,0 +1,162 @@
+"""`fkv plan`: its numbers, its picture, and its refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from forcing_kv.export.memory_model import buffer_nbytes
+from forcing_kv.export.presets import PRESETS
+from forcing_kv.runtime_trt import Session
+from forcing_kv.runtime_trt.chunk_program import plan_memory
+from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.tools.plan_request import spread
+
+
+def plan(run_fkv, *options):
+    done = run_fkv("plan", *options, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_numbers_of_the_default(run_fkv):
+    record = plan(run_fkv, "--compare", "dense", "--device", "h200")
+    assert record["num_parameters"] == 1_418_996_800
+    assert record["heads"] == {
+        "static": 134, "total": 360, "source": "the published count, spread evenly",
+    }  # fmt: skip
+    parts = record["steady_step"]["parts"]
+    attention = parts.pop("self-attention")["tflop"]
+    assert attention == pytest.approx(7.55, rel=0.01)
+    assert sum(part["tflop"] for part in parts.values()) == pytest.approx(12.15, rel=0.01)
+    assert record["kv_nbytes"]["attended"] / 1e9 == pytest.approx(1.61, rel=0.01)
+    assert 96 <= record["fps_bound"]["steady"] <= 100
+    assert "denoiser alone" in record["fps_bound"]["definition"]
+    dense = record["compare"]
+    assert dense["policy"]["num_dynamic_frames"] == 0
+    assert dense["mean_step"]["num_chunks"] == 7
+    assert dense["mean_step"]["parts"]["self-attention"]["tflop"] == pytest.approx(16.15, rel=0.01)
+    memory = record["memory_nbytes"]
+    assert memory["total"] == (
+        sum(memory["engines"].values())
+        + sum(memory["buffers"].values())
+        + memory["activations_estimate"]
+        + memory["overhead_assumed"]
+    )
+    assert set(record["fits_gib"]) == {"16", "24", "32", "80", "141"}
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_every_preset_and_size(run_fkv, model):
+    for resolution in ("480p", "720p", "1080p", "32x48"):
+        record = plan(run_fkv, "--model", model, "--resolution", resolution, "--device", "rtx4090")
+        assert record["steady_step"]["ideal_ms"] > 0
+        assert "24" in record["fits_gib"]
+
+
+def test_krea_shows_both_warm_ups(run_fkv):
+    warmup = plan(run_fkv, "--model", "krea-14b")["kv_nbytes"]["warmup"]
+    assert warmup["exact"] / 1e9 == pytest.approx(3.83, rel=0.01)
+    assert warmup["steady"] / 1e9 == pytest.approx(2.56, rel=0.01)
+
+
+def test_policies_may_be_changes_or_files(run_fkv, tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({"num_static_frames": 2, "num_temporal_frames": 2}))
+    changed = plan(run_fkv, "--policy", "num_static_frames=2, num_temporal_frames=2")
+    assert changed["policy"] == plan(run_fkv, "--policy", file)["policy"]
+    assert plan(run_fkv, "--policy", "warmup=steady,global_sink=false")["policy"]["warmup"]
+    assert changed["kv_nbytes"]["pools"] > plan(run_fkv)["kv_nbytes"]["pools"]
+
+
+def test_partition_files_and_counts(run_fkv, tmp_path):
+    shape = PRESETS["self-forcing-1.3b"].model
+    layers = [
+        {"static_head": list(heads), "dynamic_head": [h for h in range(12) if h not in heads]}
+        for heads in spread(shape, 90).static_heads
+    ]
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps({"layers": layers}))
+    from_file = plan(run_fkv, "--heads", file)
+    counted = plan(run_fkv, "--static-heads", 90)
+    assert from_file["heads"]["static"] == counted["heads"]["static"] == 90
+    assert from_file["heads"]["source"] == "heads.json"
+    assert from_file["memory_nbytes"] == counted["memory_nbytes"]
+    for count in (0, 1, 29, 134, 311, 360):
+        sizes = [len(heads) for heads in spread(shape, count).static_heads]
+        assert sum(sizes) == count
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_tables_and_picture(run_fkv, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "p.png"
+    done = run_fkv("plan", "--compare", "dense", "--plot", picture)
+    assert done.code == 0, done.err
+    for word in ("Memory of one session", "K/V static", "self-attention", "FPS bound", "dense"):
+        assert word in done.out
+    assert "134 static heads of 360" in done.err
+    assert min(Image.open(picture).size) > 300
+
+
+def test_bytes_are_those_that_onnxruntime_allocates(run_fkv, digits_bundle):
+    record = plan(run_fkv, "--bundle", digits_bundle)
+    manifest = read_manifest(digits_bundle)
+    with Session.open(digits_bundle, "onnxruntime") as session:
+        buffers = {name: array.nbytes for name, array in session.backend.buffers.items()}
+    predicted = record["memory_nbytes"]["buffers"]
+    assert predicted == buffer_nbytes(manifest.config)
+    assert sum(predicted.values()) == sum(buffers.values()), buffers
+    pools = sum(size for name, size in buffers.items() if name.startswith(("hist_k.", "hist_v.")))
+    assert pools == record["kv_nbytes"]["pools"] == manifest.config.nbytes_kv
+    weights = sum(record["memory_nbytes"]["engines"].values())
+    # Equal norm weights are stored once, small ones in the graphs; every tensor starts on a page.
+    assert 0.98 * weights <= manifest.weights_nbytes <= 1.1 * weights + 2**20
+
+
+def test_bytes_are_those_that_the_chunk_graph_runtime_allocates(digits_bundle):
+    manifest = read_manifest(digits_bundle)
+    specs = plan_memory(manifest.config, manifest.graphs, 0).specs
+    found = sum(
+        spec.nbytes for name, spec in specs.items() if name.partition(".")[0][-2:] in ("_k", "_v")
+    )  # fmt: skip
+    predicted = buffer_nbytes(manifest.config)
+    small = predicted.pop("inputs and outputs")
+    assert found == sum(predicted.values())
+    total = plan_memory(manifest.config, manifest.graphs, 0).nbytes
+    latents = 4 * int(np.prod(manifest.config.latent_shape))
+    # Every step has latents of its own here, and buffers are padded.
+    assert total - found - small <= 24 * latents + 256 * len(specs)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--model", "gpt"), "self-forcing-1.3b"),
+        (("--device", "tpu"), "rtx4090"),
+        (("--resolution", "4k"), "1080p"),
+        (("--resolution", "61x104"), "nearest sizes"),
+        (("--dtype", "int8"), "bfloat16"),
+        (("--policy", "magic"), "dense"),
+        (("--policy", "sinks=1"), "num_sink_frames"),
+        (("--policy", "num_sink_frames=x"), "num_sink_frames"),
+        (("--policy", "missing.json"), "missing.json"),
+        (("--static-heads", "361"), "360 heads"),
+        (("--static-heads", "360"), "layer 1 has no dynamic head"),
+        (("--heads", "none.json"), "none.json"),
+        (("--plot", "p.pdf"), ".png"),
+        (("--bundle", "nothing"), "not a bundle"),
+    ],
+)
+def test_mistakes_are_named(run_fkv, options, told):
+    done = run_fkv("plan", *options)
+    assert done.code == 2
+    assert told in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_bundle_has_its_own_model(run_fkv, digits_bundle):
+    done = run_fkv("plan", "--bundle", digits_bundle, "--resolution", "480p")
+    assert done.code == 2
+    assert "resolution" in done.err

@@ -1,0 +1,152 @@
+"""What `fkv plan` is asked about, resolved to configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+from forcing_kv.export.model_config import read_json
+from forcing_kv.export.presets import Preset, load_preset
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.heads import read_heads
+from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape, from_mapping
+from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.resolution import check_latent_size, parse_latent_size
+
+DEFAULT_MODEL = "self-forcing-1.3b"
+DENSE_WINDOW = 21
+"""Frames of the dense window that a bundle is compared with, as in Self Forcing."""
+
+PUBLISHED_STATIC_HEADS: Mapping[str, int] = MappingProxyType(
+    {"self-forcing-1.3b": 134, "longlive-1.3b": 154, "krea-14b": 800}
+)
+"""Static heads of the partitions published for these models (Forcing-KV, configs_head/)."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Options of `fkv plan` that choose the model; None takes the default."""
+
+    model: str | None = None
+    bundle: Path | None = None
+    resolution: str | None = None
+    heads: Path | None = None
+    static_heads: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at a size, for which policies are planned."""
+
+    name: str
+    base: RolloutConfig
+    """With the dense policy."""
+    own_policy: CachePolicy
+    heads_source: str
+    """Where the head partition comes from, for people."""
+
+    def config(self, policy: str) -> RolloutConfig:
+        """The configuration under a policy.
+
+        Args:
+            policy: `forcing-kv` (the model's own), `dense`, a `.json` file, or changes of the
+                model's own: `field=value,field=value`.
+
+        Raises:
+            InputError: it is none of them, or does not fit the model.
+        """
+        chosen = self._policy(policy)
+        chunk = self.base.chunk
+        segments = chosen.num_segments if chosen.num_dynamic_frames else 1
+        size = (chunk.latent_height, chunk.latent_width)
+        check_latent_size(size, chunk.patch_size, segments)
+        return replace(self.base, policy=chosen)
+
+    def _policy(self, text: str) -> CachePolicy:
+        known = {"forcing-kv": self.own_policy, "dense": self.base.policy}
+        if text in known:
+            return known[text]
+        if text.endswith(".json"):
+            content = read_json(Path(text))
+            if not isinstance(content, Mapping):
+                raise InputError(f"{text}: give an object with fields of the policy")
+            return from_mapping(CachePolicy, content, text)
+        if "=" not in text:
+            raise InputError(
+                f"policy {text!r} is unknown; give one of {list(known)}, a .json file, or changes "
+                "such as num_sink_frames=0"
+            )
+        pairs = [change.partition("=") for change in text.split(",")]
+        changes = {key.strip(): _value(value.strip()) for key, _, value in pairs}
+        allowed = [field.name for field in fields(self.own_policy)]
+        unknown = sorted(set(changes) - set(allowed))
+        if unknown:
+            raise InputError(f"policy: unknown fields {unknown}; allowed are {allowed}")
+        return replace(self.own_policy, **changes)
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False}
+    return int(text) if text.isdecimal() else words.get(text.lower(), text)
+
+
+def resolve(request: PlanRequest) -> Subject:
+    """Look up what is asked for; no weights are needed.
+
+    Raises:
+        InputError: unknown names, wrong files, or options that contradict each other.
+    """
+    if request.bundle is not None:
+        others = {name: value for name, value in vars(request).items() if name != "bundle"}
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise InputError(f"a bundle has its own {given}; leave them out, or leave out --bundle")
+        return _of_bundle(request.bundle)
+    preset = load_preset(request.model or DEFAULT_MODEL)
+    size = parse_latent_size("--resolution", request.resolution or "480p")
+    check_latent_size(size, preset.model.patch_size, 1)
+    preset = replace(preset, latent_size=size)
+    partition, source = _partition(preset, request)
+    dense = CachePolicy.dense(preset.dense_window, preset.chunk_frames, preset.dense_sink)
+    dtype = cast(Any, request.dtype or "bfloat16")
+    base = RolloutConfig(preset.model, preset.chunk, dense, partition, preset.schedule, dtype)
+    return Subject(preset.name, base, preset.policy, source)
+
+
+def _of_bundle(bundle: Path) -> Subject:
+    manifest = read_manifest(bundle)
+    config = manifest.config
+    frames = config.chunk.num_frames
+    dense = CachePolicy.dense(max(DENSE_WINDOW, frames), frames)
+    base = replace(config, policy=dense)
+    return Subject(manifest.name, base, config.policy, "the bundle's")
+
+
+def _partition(preset: Preset, request: PlanRequest) -> tuple[HeadPartition, str]:
+    """The partition to plan with, and where it comes from."""
+    model, heads, num_static = preset.model, request.heads, request.static_heads
+    if heads is not None:
+        if num_static is not None:
+            raise InputError("--heads and --static-heads exclude each other; give one")
+        return read_heads(heads, model).partition, heads.name
+    total = model.num_layers * model.num_heads
+    if num_static is not None:
+        if not 0 <= num_static <= total:
+            raise InputError(f"--static-heads is {num_static}; the model has {total} heads")
+        return spread(model, num_static), "as asked, spread evenly"
+    if preset.name in PUBLISHED_STATIC_HEADS:
+        count = PUBLISHED_STATIC_HEADS[preset.name]
+        return spread(model, count), "the published count, spread evenly"
+    return spread(model, total // 2), "assumed: half of them, spread evenly; give --heads"
+
+
+def spread(model: ModelShape, num_static: int) -> HeadPartition:
+    """A partition with this many static heads, as even over the layers as can be."""
+    ends = [num_static * (layer + 1) // model.num_layers for layer in range(model.num_layers)]
+    counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return HeadPartition(model.num_heads, tuple(tuple(range(count)) for count in counts))
