@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.inductor_package import InductorOptions, compile_package
+from forcing_kv.export.inductor_package import (
+    CompiledPackage,
+    InductorOptions,
+    compile_package,
+)
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.backends.open_inductor import package_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
@@ -19,30 +23,41 @@ from forcing_kv.runtime_trt.inductor_package import InductorPackage
 from forcing_kv.runtime_trt.session import Session
 
 
-@contextmanager
-def inductor_session(
+def compile_model(
     model: CausalWanModel,
     config: RolloutConfig,
+    folder: Path,
     options: InductorOptions,
-    *,
-    use_graphs: bool = True,
     report: Callable[[str], None] = lambda _: None,
-) -> Iterator[Session]:
-    """Compile a model to a temporary package and open a session on it.
+) -> CompiledPackage:
+    """Compile a model as `fkv build --backend inductor` would, straight from its weights.
 
     Args:
         model: weights under the official names, heads in checkpoint order; not changed.
         config: rollout configuration.
+        folder: existing directory that receives the package.
         options: target and fusions.
-        use_graphs: on CUDA, replay a captured graph a chunk.
         report: told the name of each part when it begins.
     """
     prepared = sort_heads_(copy.deepcopy(model), config.partition)
     prepared = prepared.cast_(getattr(torch, config.dtype)).to(options.device).eval()
+    return compile_package(prepared, config, folder, options, report)
+
+
+def open_compiled(
+    compiled: CompiledPackage, config: RolloutConfig, device: str, *, use_graphs: bool = True
+) -> Session:
+    """A session on a compiled package; on CUDA it replays a captured graph a chunk by default."""
+    package = InductorPackage(compiled.path, compiled.graphs, compiled.constants, device)
+    return Session(package_backend(config, package, use_graphs=use_graphs))
+
+
+@contextmanager
+def inductor_session(
+    model: CausalWanModel, config: RolloutConfig, options: InductorOptions
+) -> Iterator[Session]:
+    """Compile a model to a temporary package and open a session on it; arguments as above."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_package(prepared, config, Path(folder), options, report)
-        package = InductorPackage(
-            compiled.path, compiled.graphs, compiled.constants, options.device
-        )
-        with Session(package_backend(config, package, use_graphs=use_graphs)) as session:
+        compiled = compile_model(model, config, Path(folder), options)
+        with open_compiled(compiled, config, options.device) as session:
             yield session

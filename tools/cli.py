@@ -59,7 +59,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
     Command("plan", "forcing_kv.tools.plan", "plan"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
+    Command("bench step", "forcing_kv.tools.bench.cli", "bench_step"),
+    Command("bench chunk", "forcing_kv.tools.bench.cli", "bench_chunk"),
+    Command("bench rollout", "forcing_kv.tools.bench.cli", "bench_rollout"),
     Command("bench ops", "forcing_kv.tools.bench.ops", "bench_ops"),
+    Command("bench load", "forcing_kv.tools.bench.cli", "bench_load"),
+    Command("bench suite", "forcing_kv.tools.bench.cli", "bench_suite"),
+    Command("bench report", "forcing_kv.tools.bench.cli", "bench_report"),
     Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),
 )
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""

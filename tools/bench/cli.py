@@ -1,0 +1,212 @@
+"""`fkv bench`: speed and memory behind a correctness gate, as rows of JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
+from forcing_kv.runtime_trt.errors import InputError
+
+if TYPE_CHECKING:
+    from forcing_kv.tools.bench.rows import Row
+
+Subjects = Annotated[
+    list[str] | None,
+    typer.Option("--subject", help="What to measure; repeat it. `--list` names them all."),
+]
+Model = Annotated[str, typer.Option(help="wan-1.3b (random weights), digits or golden.")]
+Size = Annotated[
+    str | None, typer.Option(help="480p, 720p or 1080p. Default: 480p, or the model's own.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+DTypeName = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, float16 or bfloat16. Default: bfloat16 on CUDA."),
+]
+Chunks = Annotated[int, typer.Option(min=5, help="Measured chunks.")]
+Warmup = Annotated[int, typer.Option(min=1, help="Chunks before them, to the steady state.")]
+Gate = Annotated[int, typer.Option(min=4, help="Chunks of the correctness gate's rollout.")]
+Bundle = Annotated[Path | None, typer.Option(help="Measure this bundle instead of a model.")]
+BackendName = Annotated[str, typer.Option("--backend", help="The bundle's backend.")]
+Out = Annotated[Path | None, typer.Option(help="Append every row to this file (JSON lines).")]
+Folder = Annotated[Path, typer.Option(help="Where reference rollouts are kept between calls.")]
+Commit = Annotated[
+    str | None, typer.Option(help="Commit to record, where there is no git checkout.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="PyTorch threads on a CPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows.")]
+ListThem = Annotated[bool, typer.Option("--list", help="Name every subject and stop.")]
+
+_FOLDER = Path(".bench")
+
+
+def _run(kind: str, **options: Any) -> None:
+    """Measure and show the rows of one kind; exit 1 where a gate or a subject failed."""
+    from forcing_kv.tools.bench.rows import append_row
+    from forcing_kv.tools.bench.run import BenchRequest, list_subjects, run
+
+    if options.pop("list_them"):
+        for line in list_subjects():
+            talk(line)
+        return
+    out, as_json = options.pop("out"), options.pop("as_json")
+    rows = []
+    for row in run(BenchRequest(**options)):
+        if out is not None:
+            append_row(out, row)
+        if row.kind == kind or row.status != "ok":
+            rows.append(row)
+    finish(rows, as_json=as_json)
+
+
+def finish(rows: list[Row], *, as_json: bool) -> None:
+    """Show rows; exit 1 where one is not good."""
+    from dataclasses import asdict
+
+    from forcing_kv.tools.bench.report import table
+
+    console().print(table(rows))
+    for row in rows:
+        if row.status != "ok":
+            talk(f"{row.subject}: {row.status}: {row.error}", style="red")
+    if as_json:
+        print_json([asdict(row) for row in rows])
+    if any(row.status != "ok" for row in rows):
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def bench_step(
+    subject: Subjects = None,
+    model: Model = "wan-1.3b",
+    size: Size = None,
+    device: Device = "cuda",
+    dtype: DTypeName = None,
+    chunks: Chunks = 20,
+    warmup_chunks: Warmup = 12,
+    gate_chunks: Gate = 7,
+    bundle: Bundle = None,
+    backend: BackendName = "auto",
+    out: Out = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    threads: Threads = 1,
+    list_them: ListThem = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time of one denoise step in steady state, beside its bound."""
+    _run("step", **locals())
+
+
+def bench_chunk(
+    subject: Subjects = None,
+    model: Model = "wan-1.3b",
+    size: Size = None,
+    device: Device = "cuda",
+    dtype: DTypeName = None,
+    chunks: Chunks = 20,
+    warmup_chunks: Warmup = 12,
+    gate_chunks: Gate = 7,
+    bundle: Bundle = None,
+    backend: BackendName = "auto",
+    out: Out = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    threads: Threads = 1,
+    list_them: ListThem = False,
+    as_json: AsJson = False,
+) -> None:
+    """Denoiser time and FPS of a chunk: steps, clean pass, eviction and commit; and its parts."""
+    _run("chunk", **locals())
+
+
+def bench_rollout(
+    subject: Subjects = None,
+    model: Model = "wan-1.3b",
+    size: Size = None,
+    device: Device = "cuda",
+    dtype: DTypeName = None,
+    chunks: Chunks = 50,
+    warmup_chunks: Warmup = 12,
+    gate_chunks: Gate = 7,
+    bundle: Bundle = None,
+    backend: BackendName = "auto",
+    out: Out = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    threads: Threads = 1,
+    list_them: ListThem = False,
+    as_json: AsJson = False,
+) -> None:
+    """Latency over many chunks: p50, p99, jitter, growth of time and memory; end to end."""
+    _run("rollout", **locals())
+
+
+def bench_load(
+    subject: Subjects = None,
+    model: Model = "wan-1.3b",
+    size: Size = None,
+    device: Device = "cuda",
+    dtype: DTypeName = None,
+    gate_chunks: Gate = 7,
+    bundle: Bundle = None,
+    backend: BackendName = "auto",
+    out: Out = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    threads: Threads = 1,
+    list_them: ListThem = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time to build, to open, and from a prompt to the first latents and frame."""
+    _run("load", chunks=5, warmup_chunks=1, **locals())
+
+
+def bench_suite(
+    out: Annotated[Path, typer.Option(help="File that rows are appended to (JSON lines).")],
+    model: Model = "wan-1.3b",
+    device: Device = "cuda",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run items whose name contains this; repeat it.")
+    ] = None,
+    budget_s: Annotated[
+        float | None, typer.Option(help="Stop within this time; call again to go on.")
+    ] = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is there.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Name what would run and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure everything, most important first; skips what the file already holds."""
+    from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected, suite_items
+
+    options = SuiteOptions(out, folder, tuple(only or ()), budget_s, force, commit)
+    items = selected(suite_items(device, model), options)
+    if dry_run:
+        for item in items:
+            talk(item.name)
+        return
+    finish(list(run_suite(items, options, talk)), as_json=as_json)
+
+
+def bench_report(
+    rows: Annotated[Path, typer.Argument(help="File of rows (JSON lines).")],
+    out: Annotated[Path, typer.Option(help="Folder that receives report.md and charts.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier report.")] = False,
+) -> None:
+    """Make a table and PNG charts from rows."""
+    from forcing_kv.tools.bench.report import write_report
+    from forcing_kv.tools.bench.rows import read_rows
+
+    if (out / "report.md").exists() and not force:
+        raise InputError(f"{out / 'report.md'} exists; choose another --out, or give --force")
+    found = list(read_rows(rows))
+    if not found:
+        raise InputError(f"{rows}: no rows; measure some with `fkv bench suite --out {rows}`")
+    for path in write_report(found, out):
+        talk(f"wrote {path}")

@@ -1,0 +1,74 @@
+"""Memory and energy of the device, as far as it tells them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from forcing_kv.runtime_trt.session import Session
+
+
+def reset_peak_memory(device: str) -> None:
+    """Forget the peak so far."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(device: str) -> dict[str, int]:
+    """Bytes in use on the whole device, and PyTorch's peak; the process's peak on a CPU."""
+    if device == "cpu":
+        import resource
+
+        return {"process_peak_nbytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "device_used_nbytes": total - free,
+        "torch_peak_nbytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def kv_nbytes(session: Session) -> int:
+    """Bytes of the buffers that hold the past, measured on the buffers themselves."""
+    backend: Any = session.backend
+    if hasattr(backend, "nbytes_kv"):
+        return int(backend.nbytes_kv)
+    total = 0
+    for layer in range(session.config.model.num_layers):
+        for name in ("hist_k", "hist_v"):
+            total += _buffer_nbytes(backend, f"{name}.{layer}")
+    return total
+
+
+def _buffer_nbytes(backend: Any, name: str) -> int:
+    """Bytes of one named buffer of a runtime backend."""
+    for holder in ("buffers", "tensors"):
+        if hasattr(backend, holder):
+            return int(getattr(backend, holder)[name].nbytes)
+    return int(backend.memory.plan.specs[name].nbytes)
+
+
+class EnergyMeter:
+    """Energy that the GPU used since this object was made, by NVML's counter."""
+
+    def __init__(self, device: str) -> None:
+        self._read: Any = None
+        if device != "cuda":
+            return
+        try:
+            nvml = importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            handle = nvml.nvmlDeviceGetHandleByIndex(0)
+            nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except Exception:  # Not installed, or not offered in this machine: reported as null.
+            return
+        self._read = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        self._start = self._read()
+
+    def joules(self) -> float | None:
+        """Joules so far; None where NVML does not say."""
+        return None if self._read is None else (self._read() - self._start) / 1e3

@@ -1,0 +1,246 @@
+"""Opens a subject, passes the gate and measures; every result and every failure is a row."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from forcing_kv.runtime_trt.noise import draw_noise
+from forcing_kv.runtime_trt.session import Chunk, Session
+from forcing_kv.tools.bench.device_counters import (
+    EnergyMeter,
+    kv_nbytes,
+    memory,
+    reset_peak_memory,
+)
+from forcing_kv.tools.bench.gate import References, check, roll_out
+from forcing_kv.tools.bench.roofline import step_work
+from forcing_kv.tools.bench.rows import Row, describe_environment, describe_workload
+from forcing_kv.tools.bench.statistics import latency, summary
+from forcing_kv.tools.bench.subjects import LoadClock, Subject
+from forcing_kv.tools.bench.workloads import Workload
+
+MEASURE_SEED = 9
+NUM_NOISES = 4
+"""Noise is drawn before the clock starts; chunks take these in turn."""
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How much to measure."""
+
+    device: str
+    num_chunks: int = 50
+    """Measured chunks."""
+    warmup_chunks: int = 12
+    """Chunks before them: the window fills, code is compiled and captured."""
+    gate_chunks: int = 7
+    """Chunks of the gate's rollout."""
+    budget_s: float = 120.0
+    """Measuring stops early after this long, but not before `MIN_CHUNKS`."""
+    folder: Path = Path(".bench")
+    """Where reference rollouts are kept."""
+    commit: str | None = None
+    """Commit to record, where there is no git checkout."""
+
+
+MIN_CHUNKS = 5
+
+
+def measure(subject: Subject, workload: Workload, options: MeasureOptions) -> Iterator[Row]:
+    """Measure one subject on one workload.
+
+    Yields:
+        Rows of kind load, chunk, step and rollout as they are ready; one row with a status other
+        than `ok` where something fails.
+    """
+    environment = describe_environment(options.device, options.commit)
+    blank = Row("chunk", subject.name, describe_workload(workload), environment)
+    run = {
+        "summary": subject.summary,
+        "asked_chunks": options.num_chunks,
+        "warmup_chunks": options.warmup_chunks,
+        "seed": MEASURE_SEED,
+    }
+    blank = replace(blank, run=run)
+    try:
+        yield from _measure(subject, workload, options, blank)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        place = traceback.format_exc(limit=-3)
+        yield replace(blank, status="failed", error=f"{message[:2000]}\n{_without_paths(place)}")
+
+
+def _without_paths(text: str) -> str:
+    """The end of a traceback without the machine's folders."""
+    root = str(Path(__file__).resolve().parents[2])
+    return text.replace(root, ".")[-2000:]
+
+
+def _measure(
+    subject: Subject, workload: Workload, options: MeasureOptions, blank: Row
+) -> Iterator[Row]:
+    references = References(workload, options.device, options.gate_chunks, options.folder)
+    # Made first, so that their memory is free again when the subject is opened.
+    references.get("float32")
+    reset_peak_memory(options.device)
+    before = memory(options.device)
+    prompt = workload.prompt()
+    clock = LoadClock()
+    with subject.open(workload, options.device, clock) as session:
+        begin = perf_counter()
+        found = roll_out(session, prompt, options.gate_chunks)
+        gate_ms = 1e3 * (perf_counter() - begin)
+        verdict = check(found, references)
+        blank = replace(blank, gate=asdict(verdict))
+        if not verdict.passed:
+            yield replace(blank, status="gate_failed", error="the gate's rollout is out of bounds")
+            return
+        gc.collect()
+        reset_peak_memory(options.device)
+        session.reset()
+        first = _time_to_first(session, workload)
+        parts = {f"{part}_ms": round(value, 1) for part, value in clock.parts_ms.items()}
+        load = {**parts, "first_rollout_ms": round(gate_ms, 1), **first}
+        yield replace(blank, kind="load", metrics=load)
+        session.reset()
+        yield from _rollout(session, workload, options, blank, before)
+
+
+def _time_to_first(session: Session, workload: Workload) -> dict[str, float | None]:
+    """Time from a prompt embedding to the first chunk, everything warm."""
+    prompt = workload.prompt()
+    start = perf_counter()
+    session.set_prompt(prompt)
+    chunk = session.generate_chunk(seed=MEASURE_SEED)
+    latents_ms = 1e3 * (perf_counter() - start)
+    frame_ms = None
+    if workload.decode is not None:
+        workload.decode(chunk.latents)
+        frame_ms = round(1e3 * (perf_counter() - start), 3)
+    return {"time_to_first_latents_ms": round(latents_ms, 3), "time_to_first_frame_ms": frame_ms}
+
+
+def _rollout(
+    session: Session,
+    workload: Workload,
+    options: MeasureOptions,
+    blank: Row,
+    before: Mapping[str, int],
+) -> Iterator[Row]:
+    """Warm up to the steady state, then measure chunk after chunk."""
+    noises = [_noise(session, i) for i in range(NUM_NOISES)]
+    session.set_prompt(workload.prompt())
+    for i in range(options.warmup_chunks):
+        session.generate_chunk(*noises[i % NUM_NOISES])
+    at_start = memory(options.device)
+    energy, start = EnergyMeter(options.device), perf_counter()
+    walls: list[float] = []
+    chunks: list[Mapping[str, float]] = []
+    for i in range(options.num_chunks):
+        if i >= MIN_CHUNKS and perf_counter() - start > options.budget_s:
+            break
+        begin = perf_counter()
+        chunk = session.generate_chunk(*noises[i % NUM_NOISES])
+        walls.append(1e3 * (perf_counter() - begin))
+        chunks.append(_timings(chunk))
+    joules = energy.joules()
+    at_end = memory(options.device)
+    run = {**blank.run, "num_chunks": len(chunks)}
+    blank = replace(blank, run=run)
+    denoiser = [times["chunk"] for times in chunks]
+    metrics = _chunk_metrics(workload, blank, chunks, walls)
+    metrics |= {
+        "kv_nbytes": kv_nbytes(session),
+        "memory": at_end,
+        "memory_before_open": dict(before),
+        "joules_per_chunk": None if joules is None else round(joules / len(chunks), 3),
+    }
+    yield replace(blank, metrics=metrics)
+    if "steps_only_ms" in metrics:
+        yield replace(blank, kind="step", metrics=_step_metrics(workload, blank, metrics))
+    yield replace(
+        blank,
+        kind="rollout",
+        metrics={
+            **latency(denoiser),
+            "wall": latency(walls),
+            "memory_growth_nbytes": {key: at_end[key] - at_start[key] for key in at_end},
+            "end_to_end": _end_to_end(session, workload, min(len(chunks), 20)),
+            "chunk_ms": [round(value, 3) for value in denoiser],
+        },
+    )
+
+
+def _noise(session: Session, index: int) -> tuple[Any, Any]:
+    shape, draws = session.config.latent_shape, session.config.schedule.num_steps - 1
+    eps = [draw_noise(MEASURE_SEED, index, draw + 1, shape) for draw in range(draws)]
+    drawn = np.stack(eps) if eps else np.zeros((0, *shape), np.float32)
+    return draw_noise(MEASURE_SEED, index, 0, shape), drawn
+
+
+def _timings(chunk: Chunk) -> dict[str, float]:
+    """Times by part; `chunk` is the sum where the backend gives none."""
+    times = dict(chunk.timings_ms)
+    times.setdefault("chunk", sum(times.values()))
+    return times
+
+
+def _chunk_metrics(
+    workload: Workload,
+    blank: Row,
+    chunks: list[Mapping[str, float]],
+    walls: list[float],
+) -> dict[str, Any]:
+    whole = summary([times["chunk"] for times in chunks])
+    frames, steps = workload.pixel_frames, workload.config.schedule.num_steps
+    metrics: dict[str, Any] = {
+        "denoiser_ms": whole,
+        "denoiser_fps": round(1e3 * frames / whole["median"], 3),
+        "wall_ms": summary(walls),
+    }
+    for part in ("steps", "clean", "evict", "commit"):
+        if all(part in times for times in chunks):
+            name = "steps_only_ms" if part == "steps" else f"{part}_ms"
+            metrics[name] = summary([times[part] for times in chunks])
+    ideal = step_work(workload.config).ideal_ms(str(blank.environment.get("gpu")))
+    if ideal is not None and workload.config.dtype != "float32":
+        bound = (steps + 1) * ideal
+        metrics["bound_ms"] = round(bound, 3)
+        metrics["share_of_bound"] = round(bound / whole["median"], 4)
+    return metrics
+
+
+def _step_metrics(workload: Workload, blank: Row, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """One denoise step: the mean of a chunk's steps."""
+    steps, work = workload.config.schedule.num_steps, step_work(workload.config)
+    times = {key: value / steps for key, value in metrics["steps_only_ms"].items()}
+    ideal = work.ideal_ms(str(blank.environment.get("gpu")))
+    return {
+        "step_ms": {key: round(value, 4) for key, value in times.items()},
+        "tflop": {key: round(value / 1e12, 6) for key, value in asdict(work).items()},
+        "tflops_per_s": round(work.total_flop / times["median"] / 1e9, 4),
+        "bound_ms": None if workload.config.dtype == "float32" else ideal,
+    }
+
+
+def _end_to_end(session: Session, workload: Workload, num_chunks: int) -> dict[str, Any]:
+    """Frames a second with noise drawn and latents on the host, and with pixels where decoded."""
+    start = perf_counter()
+    latents = [session.generate_chunk(seed=MEASURE_SEED).latents for _ in range(num_chunks)]
+    seconds = perf_counter() - start
+    frames = workload.pixel_frames * num_chunks
+    found: dict[str, Any] = {"latents_fps": round(frames / seconds, 3), "pixels_fps": None}
+    if workload.decode is not None:
+        begin = perf_counter()
+        for chunk in latents:
+            workload.decode(chunk)
+        found["pixels_fps"] = round(frames / (seconds + perf_counter() - begin), 3)
+    return found

@@ -1,0 +1,174 @@
+"""Tables and charts from benchmark rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forcing_kv.tools.bench.rows import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BASELINE = "eager-dense"
+"""Every ratio is against this subject on the same workload size and device."""
+
+_SPEED_UP = "Speed-up: against eager-dense on the same machine. Definitions: docs/performance.md."
+
+Cells = list[str]
+_HEADER = (
+    "workload", "subject", "denoiser ms", "denoiser FPS", "steps only ms", "p99 ms", "KV MB",
+    "speed-up", "gate error / bound", "of bound",
+)  # fmt: skip
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of every key, in order of first appearance."""
+    kept: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        kept[row.key] = row
+    return list(kept.values())
+
+
+def cells(rows: Sequence[Row]) -> Iterable[Cells]:
+    """One line of the table for each chunk row, and for each row without a number."""
+    rows = latest(rows)
+    rollouts = {row.key[1:]: row for row in rows if row.kind == "rollout"}
+    baselines = {
+        _group(row): row.metrics["denoiser_ms"]["median"]
+        for row in rows
+        if row.kind == "chunk" and row.subject == BASELINE and row.status == "ok"
+    }
+    for row in rows:
+        if row.status != "ok":
+            yield [_label(row), row.subject, row.status, *[""] * (len(_HEADER) - 3)]
+            continue
+        if row.kind != "chunk":
+            continue
+        metrics, gate = row.metrics, row.gate or {}
+        median = metrics["denoiser_ms"]["median"]
+        base, rollout = baselines.get(_group(row)), rollouts.get(row.key[1:])
+        share = metrics.get("share_of_bound")
+        yield [
+            _label(row),
+            row.subject,
+            f"{median:.2f}",
+            f"{metrics['denoiser_fps']:.2f}",
+            _number(metrics.get("steps_only_ms", {}).get("median"), ".2f"),
+            _number(rollout.metrics["p99_ms"] if rollout else None, ".2f"),
+            _number(metrics["kv_nbytes"] / 1e6, ".2f"),
+            _number(None if base is None else base / median, ".2f", "x"),
+            f"{gate.get('error', 0):.1e} / {gate.get('bound', 0):.1e}",
+            _number(None if share is None else 100 * share, ".0f", "%"),
+        ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
+    from rich.table import Table
+
+    lines = list(cells(rows))
+    if lines:
+        made = Table(*_HEADER)
+        for line in lines:
+            made.add_row(*line)
+        return made
+    made = Table("workload", "subject", "kind", "metrics")
+    for row in rows:
+        shown = {k: v for k, v in row.metrics.items() if not isinstance(v, list)}
+        made.add_row(_label(row), row.subject, row.kind, ", ".join(_flat(shown)))
+    return made
+
+
+def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write `report.md` and its charts; returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = list(_charts(rows, folder))
+    lines = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
+    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    failed = [f"- {row.subject} ({_label(row)}): {(row.error or '').splitlines()[0]}"
+              for row in latest(rows) if row.status != "ok"]  # fmt: skip
+    text = ["# Benchmark report", "", *_environments(rows), "", *lines, ""]
+    text += [_SPEED_UP, ""]
+    text += [f"![{chart.stem}]({chart.name})" for chart in charts]
+    if failed:
+        text += ["", "## Without a number", "", *failed]
+    report = folder / "report.md"
+    report.write_text("\n".join(text) + "\n")
+    return [report, *charts]
+
+
+def _environments(rows: Sequence[Row]) -> list[str]:
+    seen: dict[str, None] = {}
+    for row in rows:
+        env = row.environment
+        machine = env.get("gpu") or f"{env.get('cpu')}, {env.get('threads')} thread(s)"
+        versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
+        driver = f", driver {env['driver']}" if env.get("driver") else ""
+        seen[f"- {machine}{driver}; {versions}; commit {env['commit']}"] = None
+    return list(seen)
+
+
+def _charts(rows: Sequence[Row], folder: Path) -> Iterable[Path]:
+    """A bar chart of denoiser FPS and a line chart of latency, for each workload and device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [row for row in latest(rows) if row.status == "ok"]
+    groups = dict.fromkeys(_group(row) for row in good if row.kind == "chunk")
+    for group in groups:
+        own = [row for row in good if _group(row) == group]
+        chunks = [row for row in own if row.kind == "chunk"]
+        name = "-".join(group).replace("/", "_")
+        figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.4 * len(chunks)))
+        axes.barh([row.subject for row in chunks], [r.metrics["denoiser_fps"] for r in chunks])
+        axes.invert_yaxis()
+        axes.set_xlabel("denoiser FPS (steps + clean pass + eviction + commit)")
+        axes.set_title(_label(chunks[0]))
+        for place, row in enumerate(chunks):
+            axes.text(row.metrics["denoiser_fps"], place, f" {row.metrics['denoiser_fps']:.1f}",
+                      va="center")  # fmt: skip
+        yield _save(pyplot, figure, folder / f"fps-{name}.png")
+        figure, axes = pyplot.subplots(figsize=(7, 3.5))
+        for row in own:
+            if row.kind == "rollout":
+                axes.plot(row.metrics["chunk_ms"], label=row.subject, linewidth=1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("measured chunk")
+        axes.set_ylabel("ms a chunk, denoiser")
+        axes.set_title(_label(chunks[0]))
+        axes.legend(fontsize=7)
+        yield _save(pyplot, figure, folder / f"latency-{name}.png")
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def _group(row: Row) -> tuple[str, ...]:
+    work = row.workload
+    values = [work.get(key) for key in ("model", "size", "dtype")]
+    return tuple(str(value) for value in (*values, row.environment.get("device")))
+
+
+def _label(row: Row) -> str:
+    model, size, dtype, device = _group(row)
+    return " ".join(part for part in (model, size, dtype, device) if part not in ("native", "None"))
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}"

@@ -1,0 +1,175 @@
+"""Rows of the benchmark: JSON lines that hold what is needed to reproduce them; never edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.bench.workloads import Workload, mean_attended_frames
+
+SCHEMA = 1
+Status = Literal["ok", "gate_failed", "failed"]
+"""ok: measured behind a passed gate; gate_failed: wrong results, so no number; failed: an error."""
+
+_PACKAGES = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, or the reason why there is none."""
+
+    kind: str
+    """step, chunk, rollout, load, ops or growth."""
+    subject: str
+    workload: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    status: Status = "ok"
+    error: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers, by names that `docs/performance.md` defines."""
+    gate: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Warm-up, repetitions, seed."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the row measures: a later row of the same key replaces it in reports."""
+        work = self.workload
+        return (
+            self.kind, self.subject, str(self.environment.get("device")),
+            *(str(work.get(name)) for name in ("model", "size", "policy", "dtype")),
+        )  # fmt: skip
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append a row; it is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"schema": SCHEMA, **asdict(row)}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read rows in the order in which they were appended.
+
+    Raises:
+        InputError: a line is not a row of this schema.
+    """
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            schema = content.pop("schema")
+            row = Row(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: not a benchmark row ({error})") from error
+        if schema != SCHEMA:
+            raise InputError(f"{path}:{number}: schema {schema}, this version reads {SCHEMA}")
+        yield row
+
+
+def describe_workload(workload: Workload) -> dict[str, Any]:
+    """What a row says about its workload."""
+    config = workload.config
+    static = sum(len(heads) for heads in config.partition.static_heads)
+    total = config.model.num_layers * config.model.num_heads
+    return {
+        "model": workload.model,
+        "size": workload.size,
+        "policy": workload.policy,
+        "dtype": config.dtype,
+        "latent_shape": list(config.latent_shape),
+        "tokens_per_frame": config.chunk.tokens_per_frame,
+        "num_steps": config.schedule.num_steps,
+        "pixel_frames_per_chunk": workload.pixel_frames,
+        "static_heads": static,
+        "dynamic_heads": total - static,
+        "attended_frames": round(mean_attended_frames(config), 4),
+        "cache_policy": asdict(config.policy),
+    }
+
+
+def describe_environment(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    found: dict[str, Any] = {
+        "device": device,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+    }
+    if device == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpu_nbytes": properties.total_memory,
+            "sm": f"{properties.major}{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    else:
+        import torch
+
+        found |= {
+            "cpu": _cpu_name(),
+            "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+    return found
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """Commit of the working tree, with a plus where it differs; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        run = [
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def _driver() -> str | None:
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

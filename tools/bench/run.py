@@ -1,0 +1,131 @@
+"""What `fkv bench step`, `chunk`, `rollout` and `load` measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
+from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.tools.bench.measure import MeasureOptions, measure
+from forcing_kv.tools.bench.rows import Row
+from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
+from forcing_kv.tools.bench.workloads import Workload, random_prompt, workload
+
+if TYPE_CHECKING:
+    from forcing_kv.export.denoiser import CausalWanModel
+
+DEFAULT_SUBJECTS = {
+    "cuda": ("eager-dense", "eager-forcing-kv", "inductor"),
+    "cpu": ("eager-dense", "eager-forcing-kv", "onnxruntime-dense", "onnxruntime"),
+}
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """Options of a measuring command."""
+
+    subject: list[str] | None
+    model: str
+    size: str | None
+    device: str
+    dtype: str | None
+    chunks: int
+    warmup_chunks: int
+    gate_chunks: int
+    bundle: Path | None
+    backend: str
+    folder: Path
+    commit: str | None
+    threads: int
+
+
+def list_subjects() -> Iterator[str]:
+    """One line for each subject."""
+    for each in SUBJECTS.values():
+        yield f"{each.name:26} {each.policy:10} {'/'.join(each.devices):8} {each.summary}"
+
+
+def run(request: BenchRequest) -> Iterator[Row]:
+    """Measure everything that was asked for, yielding rows as they are ready.
+
+    Raises:
+        InputError: an unknown subject, model, size or dtype, or one that the device cannot run.
+        BackendUnavailableError: no CUDA device.
+    """
+    _prepare(request)
+    options = MeasureOptions(
+        device=request.device,
+        num_chunks=request.chunks,
+        warmup_chunks=request.warmup_chunks,
+        gate_chunks=request.gate_chunks,
+        folder=request.folder,
+        commit=request.commit,
+    )
+    # All are looked up before the first is measured.
+    for chosen, work in list(_pairs(request)):
+        yield from measure(chosen, work, options)
+
+
+def _prepare(request: BenchRequest) -> None:
+    if request.device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {request.device!r}; give cpu or cuda")
+    import torch
+
+    if request.device == "cpu":
+        torch.set_num_threads(request.threads)
+    elif not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "PyTorch finds no CUDA device here; give --device cpu --model digits to try the "
+            "benchmark on the small model"
+        )
+
+
+def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:
+    if request.bundle is not None:
+        yield bundle_subject(request.bundle, request.backend), bundle_workload(request.bundle)
+        return
+    dtype: Any = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
+    size = request.size or ("480p" if request.model == "wan-1.3b" else "native")
+    for name in request.subject or DEFAULT_SUBJECTS[request.device]:
+        chosen = subject(name)
+        if request.device not in chosen.devices:
+            raise InputError(
+                f"subject {name} runs on {' or '.join(chosen.devices)}, not on {request.device}"
+            )
+        yield chosen, workload(request.model, size, chosen.policy, dtype)
+
+
+def bundle_workload(bundle: Path) -> Workload:
+    """The model of a bundle, for its references: heads are sorted already."""
+    manifest = read_manifest(bundle)
+    config = manifest.config
+    counts = [len(heads) for heads in config.partition.static_heads]
+    static = tuple(tuple(range(count)) for count in counts)
+    config = replace(config, partition=HeadPartition(config.partition.num_heads, static))
+
+    def load(device: str) -> CausalWanModel:
+        from forcing_kv.export.bundle_weights import read_bundle_weights
+
+        return read_bundle_weights(bundle, manifest).model.float().to(device)
+
+    def prompt() -> Any:
+        return random_prompt(config.model, max(1, config.model.text_len // 3)).astype(np.float32)
+
+    chunk = config.chunk
+    dense = config.policy.num_dynamic_frames == 0 and config.partition.num_layers * (
+        config.partition.num_heads
+    ) == sum(counts)
+    return Workload(
+        manifest.name,
+        f"{chunk.latent_height}x{chunk.latent_width}",
+        cast(Any, "dense" if dense else "forcing-kv"),
+        config,
+        load,
+        prompt,
+    )

@@ -1,0 +1,206 @@
+"""What is measured: each a way to run a workload, under a fixed name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.session import Session
+from forcing_kv.tools.bench.workloads import PolicyName, Workload
+
+AUTOTUNE = "max-autotune-no-cudagraphs"
+"""Mode of `torch.compile`: it searches matrix products, and leaves capturing to us."""
+
+
+class LoadClock:
+    """Adds up what a subject needs before its first chunk, by part: weights, build, open."""
+
+    def __init__(self) -> None:
+        self.parts_ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the block's time to `part`."""
+        start = perf_counter()
+        yield
+        self.parts_ms[part] = self.parts_ms.get(part, 0.0) + 1e3 * (perf_counter() - start)
+
+
+Open = Callable[[Workload, str, LoadClock], AbstractContextManager[Session]]
+"""(workload, device, clock) -> an opened session."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to measure."""
+
+    name: str
+    policy: PolicyName
+    summary: str
+    """How it runs, for tables."""
+    open: Open
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def subject(name: str) -> Subject:
+    """Look up a subject.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in SUBJECTS:
+        raise InputError(f"subject {name!r} is unknown; choose one of {list(SUBJECTS)}")
+    return SUBJECTS[name]
+
+
+def bundle_subject(bundle: Path, backend: str) -> Subject:
+    """An exported bundle on one of the runtime's backends."""
+
+    def open_it(_: Workload, __: str, clock: LoadClock) -> Session:
+        with clock("open"):
+            return Session.open(bundle, backend)
+
+    return Subject(f"bundle-{backend}", "forcing-kv", f"{bundle.name} on {backend}", open_it)
+
+
+def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool = False) -> Open:
+    @contextmanager
+    def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
+        from forcing_kv.export.fusion import FusionOptions
+        from forcing_kv.tools.bench.torch_backend import TorchBackend, TorchOptions
+
+        mode = (AUTOTUNE if device == "cuda" else "default") if compiled else None
+        options = TorchOptions(style, mode, graph, FusionOptions(qkv=qkv))  # type: ignore[arg-type]
+        with clock("weights"):
+            model = workload.load(device)
+        with clock("open"):
+            backend = TorchBackend(model, workload.config, device, options)
+        del model
+        with Session(backend) as session:
+            yield session
+
+    return open_it
+
+
+def _inductor(*, use_graphs: bool) -> Open:
+    @contextmanager
+    def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
+        from forcing_kv.export.inductor_package import InductorOptions
+        from forcing_kv.export.inductor_session import compile_model, open_compiled
+
+        options = InductorOptions("cuda" if device == "cuda" else "cpu")
+        config = workload.config
+        with tempfile.TemporaryDirectory() as folder:
+            with clock("weights"):
+                model = workload.load(device)
+            with clock("build"):
+                compiled = compile_model(model, config, Path(folder), options)
+            del model
+            with clock("open"):
+                session = open_compiled(compiled, config, device, use_graphs=use_graphs)
+            with session:
+                yield session
+
+    return open_it
+
+
+@contextmanager
+def _onnxruntime(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
+    from forcing_kv.export.bundle import BundleLabels, export_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        labels = BundleLabels(workload.model)
+        with clock("weights"):
+            model = workload.load(device)
+        with clock("build"):
+            export_bundle(model, workload.config, bundle, labels, consume=True)
+        del model
+        with clock("open"):
+            session = Session.open(bundle, "onnxruntime", num_threads=1)
+        with session:
+            yield session
+
+
+_ALL = (
+    Subject("eager-dense", "dense", "eager PyTorch, dense window, SDPA", _torch("dense")),
+    Subject(
+        "eager-forcing-kv",
+        "forcing-kv",
+        "eager PyTorch, compressed, as the research code does it",
+        _torch("reference"),
+    ),
+    Subject(
+        "eager-grouped",
+        "forcing-kv",
+        "eager PyTorch, compressed, heads sorted, no host reads",
+        _torch("grouped"),
+    ),
+    Subject(
+        "compile-dense", "dense", "torch.compile of eager-dense", _torch("dense", compiled=True)
+    ),
+    Subject(
+        "compile-dense-graph",
+        "dense",
+        "torch.compile of eager-dense, CUDA graph",
+        _torch("dense", compiled=True, graph=True),
+        ("cuda",),
+    ),
+    Subject(
+        "compile-forcing-kv",
+        "forcing-kv",
+        "torch.compile of eager-grouped",
+        _torch("grouped", compiled=True),
+    ),
+    Subject(
+        "compile-forcing-kv-graph",
+        "forcing-kv",
+        "torch.compile of eager-grouped, CUDA graph",
+        _torch("grouped", compiled=True, graph=True),
+        ("cuda",),
+    ),
+    Subject(
+        "operators", "forcing-kv", "our operators, eager around them", _torch("operators")
+    ),
+    Subject(
+        "operators-graph",
+        "forcing-kv",
+        "our operators, eager around them, CUDA graph",
+        _torch("operators", graph=True),
+        ("cuda",),
+    ),
+    Subject(
+        "operators-compile",
+        "forcing-kv",
+        "torch.compile around our operators",
+        _torch("operators", compiled=True, qkv=True),
+    ),
+    Subject(
+        "operators-compile-graph",
+        "forcing-kv",
+        "torch.compile around our operators, CUDA graph",
+        _torch("operators", compiled=True, graph=True, qkv=True),
+        ("cuda",),
+    ),
+    Subject(
+        "inductor-no-graph",
+        "forcing-kv",
+        "Inductor package, call by call",
+        _inductor(use_graphs=False),
+        ("cuda",),
+    ),
+    Subject(
+        "inductor", "forcing-kv", "Inductor package, one CUDA graph a chunk where there is CUDA",
+        _inductor(use_graphs=True),
+    ),
+    Subject("onnxruntime", "forcing-kv", "ONNX Runtime", _onnxruntime, ("cpu",)),
+    Subject("onnxruntime-dense", "dense", "ONNX Runtime, dense window", _onnxruntime, ("cpu",)),
+)  # fmt: skip
+
+SUBJECTS = {each.name: each for each in _ALL}
+"""Every subject by name; `eager-*` and `compile-*` are the baselines."""

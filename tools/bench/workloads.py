@@ -1,0 +1,216 @@
+"""What is benchmarked: a model, a resolution and a cache policy, each under a fixed name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from forcing_kv.export.denoiser import CausalWanModel
+
+PolicyName = Literal["forcing-kv", "dense"]
+
+PIXEL_FRAMES_PER_LATENT = 4
+"""Pixel frames of one latent frame, as in every published FPS."""
+
+WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
+"""Wan2.1-T2V-1.3B."""
+
+LATENT_SIZES = {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
+"""Latent rows and columns."""
+
+NUM_STATIC_HEADS = 134
+"""Static heads of the published Self Forcing partition; the other 226 are dynamic."""
+
+DENSE_WINDOW_FRAMES = 21
+"""Self Forcing's window: seven chunks, the running one included."""
+
+SPREAD_SEED = 20260509
+"""Seed of the spread of static heads over layers."""
+
+MODELS = ("wan-1.3b", "digits", "golden")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model at one size under one policy."""
+
+    model: str
+    """wan-1.3b (random weights: speed does not depend on them), digits or golden."""
+    size: str
+    """480p, 720p or 1080p; the small models have their own size alone, `native`."""
+    policy: PolicyName
+    config: RolloutConfig
+    load: Callable[[str], CausalWanModel]
+    """Makes the float32 model on a device, heads in checkpoint order."""
+    prompt: Callable[[], NDArray[np.float32]]
+    """A prompt embedding [text_len, text_dim]."""
+    pixel_frames_per_latent: int = PIXEL_FRAMES_PER_LATENT
+    decode: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    """Latents [F, C, h, w] to pixels; None where the workload has no decoder."""
+
+    @property
+    def pixel_frames(self) -> int:
+        """Pixel frames of one chunk."""
+        return self.pixel_frames_per_latent * self.config.chunk.num_frames
+
+    def as_dtype(self, dtype: DType) -> Workload:
+        """The same workload in another compute dtype."""
+        return replace(self, config=replace(self.config, dtype=dtype))
+
+
+def workload(model: str, size: str, policy: PolicyName, dtype: DType) -> Workload:
+    """Look up a workload.
+
+    Raises:
+        InputError: no such model, size or policy.
+    """
+    if policy not in ("forcing-kv", "dense"):
+        raise InputError(f"policy {policy!r} is unknown; choose forcing-kv or dense")
+    if model == "wan-1.3b":
+        if size not in LATENT_SIZES:
+            raise InputError(f"size {size!r} is unknown; choose one of {list(LATENT_SIZES)}")
+        return _wan(size, policy, dtype)
+    if size != "native":
+        raise InputError(f"the {model} model has one size, native; found {size!r}")
+    if model == "digits":
+        return _digits(policy, dtype)
+    if model == "golden":
+        return _golden(policy, dtype)
+    raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
+
+
+def spread_partition(shape: ModelShape, num_static: int, seed: int) -> HeadPartition:
+    """A random partition with `num_static` static heads; layer 1 keeps a dynamic one."""
+    total = shape.num_layers * shape.num_heads
+    order = np.random.default_rng(seed).permutation(total)
+    spared = shape.num_heads  # head 0 of layer 1
+    static = sorted(int(head) for head in order[order != spared][:num_static])
+    layers = [divmod(head, shape.num_heads) for head in static]
+    return HeadPartition(
+        shape.num_heads,
+        tuple(
+            tuple(head for owner, head in layers if owner == layer)
+            for layer in range(shape.num_layers)
+        ),
+    )
+
+
+def mean_attended_frames(config: RolloutConfig) -> float:
+    """Frames of keys that a head attends to in a steady chunk, own chunk included, on average."""
+    policy, frames = config.policy, config.chunk.num_frames
+    seen = 0.0
+    for layout in config.layouts:
+        for group in layout.groups:
+            local = policy.local_frames(group.kind, warmup=False)
+            selected = policy.num_dynamic_frames if group.kind == "dynamic" else 0
+            seen += group.num_heads * (policy.num_sink_frames + local + selected + frames)
+    return seen / (config.model.num_layers * config.model.num_heads)
+
+
+def dense_policy(chunk_frames: int) -> CachePolicy:
+    """Self Forcing's dense window."""
+    return CachePolicy.dense(DENSE_WINDOW_FRAMES, chunk_frames)
+
+
+def _policy(
+    policy: PolicyName, own: CachePolicy, partition: HeadPartition, chunk: ChunkShape
+) -> tuple[CachePolicy, HeadPartition]:
+    if policy == "forcing-kv":
+        return own, partition
+    layers = partition.num_layers
+    return dense_policy(chunk.num_frames), HeadPartition.uniform(
+        layers, partition.num_heads, static=True
+    )
+
+
+def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
+    chunk = ChunkShape(3, *LATENT_SIZES[size])
+    partition = spread_partition(WAN_1_3B, NUM_STATIC_HEADS, SPREAD_SEED)
+    config = RolloutConfig(
+        WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
+    )
+    return Workload("wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B))
+
+
+def random_prompt(shape: ModelShape, num_text: int = 40, seed: int = 7) -> NDArray[np.float32]:
+    """A prompt embedding of `num_text` random rows, then padding."""
+    prompt = np.zeros((shape.text_len, shape.text_dim), np.float32)
+    rows = np.random.default_rng(seed).standard_normal((num_text, shape.text_dim))
+    prompt[:num_text] = 0.2 * rows
+    return prompt
+
+
+def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> CausalWanModel:
+    """A model with PyTorch's default initialisation, made on the device."""
+    import torch
+
+    from forcing_kv.export.denoiser import CausalWanModel
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = CausalWanModel(shape)
+    return model.requires_grad_(False).eval()
+
+
+def _digits(policy: PolicyName, dtype: DType) -> Workload:
+    from forcing_kv.export.shipped import shipped_model
+    from forcing_kv.runtime_trt.heads import read_heads
+
+    shipped = shipped_model("digits")
+    partition = read_heads(shipped.HEADS, shipped.MODEL).partition
+    policy_and_heads = _policy(policy, shipped.POLICY, partition, shipped.CHUNK)
+    config = RolloutConfig(shipped.MODEL, shipped.CHUNK, *policy_and_heads, shipped.SCHEDULE, dtype)
+
+    def load(device: str) -> CausalWanModel:
+        from forcing_kv.export.checkpoints import load_model
+
+        return _on(load_model(shipped.CHECKPOINT, shipped.MODEL), device)
+
+    from forcing_kv.tools.digits.codec import decode
+
+    text = shipped.CALIBRATION_PROMPTS[0]
+    return Workload(
+        model="digits",
+        size="native",
+        policy=policy,
+        config=config,
+        load=load,
+        prompt=lambda: shipped.encode_prompt(text),
+        pixel_frames_per_latent=1,
+        decode=decode,
+    )
+
+
+def _golden(policy: PolicyName, dtype: DType) -> Workload:
+    from forcing_kv.export.verify import GoldenCase
+
+    folder = Path(__file__).parents[2] / "tests/golden/fkv_selfforcing"
+    case = GoldenCase.load(folder)
+    config = case.config
+    chosen = _policy(policy, config.policy, config.partition, config.chunk)
+    config = replace(config, policy=chosen[0], partition=chosen[1], dtype=dtype)
+
+    def prompt() -> NDArray[np.float32]:
+        rows: NDArray[Any] = case.inputs["prompt_embeds"][0]
+        return rows
+
+    return Workload(
+        "golden", "native", policy, config, lambda device: _on(case.load_model(), device), prompt
+    )
+
+
+def _on(model: CausalWanModel, device: torch.device | str) -> CausalWanModel:
+    return model.to(device)
