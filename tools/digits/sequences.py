@@ -31,6 +31,9 @@ HELDOUT_CAPTIONS = ((0, "left"), (3, "right"), (5, "up"), (8, "down"))
 """Pairs never seen in training, each word of which is."""
 NEAR_GAP, FAR_GAP = 5, 19
 """Bounds of the second chunk index in most gapped short sequences, and in the far ones."""
+DENSE_MIX, COMPRESSED_MIX = (0.40, 0.20, 0.15), (0.20, 0.25, 0.40)
+"""Shares of cache patterns in `sample_visible` (dense, one sink and one local frame, the same with
+segments; the rest is of random size), at first and in the later part of training."""
 LAST_START = 14
 """Bound of the first chunk index of long sequences."""
 NOISY_CONTEXT_SHARE, CONTEXT_SIGMA = 0.5, 0.15
@@ -134,27 +137,32 @@ def _segments(frames: Int, query: Int, rng: np.random.Generator) -> Bool:
     return seen
 
 
-def sample_visible(frames: Int, query: Int, rng: np.random.Generator) -> Bool:
+def sample_visible(
+    frames: Int,
+    query: Int,
+    rng: np.random.Generator,
+    mix: tuple[float, float, float] = DENSE_MIX,
+) -> Bool:
     """Draw a cache pattern for one sample: what each query chunk sees of the clean frames.
 
-    40% dense, 20% one sink and one local frame, 15% the same with random segments (Forcing-KV's
-    dynamic heads), 25% random sink and local sizes; a third of those lose a quarter of the older
-    segments.
+    Dense, one sink and one local frame, the same with random segments (Forcing-KV's dynamic heads),
+    or random sink and local sizes, a third of which lose a quarter of the older segments.
 
     Args:
         frames: absolute index of each clean frame [K].
         query: chunk index of each query chunk [Q].
         rng: generator of the batch.
+        mix: shares of the first three patterns.
 
     Returns:
         [Q, K, P], True where seen.
     """
     kind = rng.random()
-    if kind < 0.40:
+    if kind < mix[0]:
         return _dense(frames, query)
-    if kind < 0.60:
+    if kind < mix[0] + mix[1]:
         return _window(frames, query, 1, 1)
-    if kind < 0.75:
+    if kind < sum(mix):
         return _window(frames, query, 1, 1) | _segments(frames, query, rng)
     sink, local = int(rng.integers(0, 4)), int(rng.integers(1, 7))
     seen = _window(frames, query, sink, local)
@@ -164,7 +172,13 @@ def sample_visible(frames: Int, query: Int, rng: np.random.Generator) -> Bool:
     return seen
 
 
-def make_batch(seed: int, index: int, size: int, long: bool = False) -> Batch:
+def make_batch(
+    seed: int,
+    index: int,
+    size: int,
+    long: bool = False,
+    mix: tuple[float, float, float] = DENSE_MIX,
+) -> Batch:
     """A training batch; the same arguments give the same batch.
 
     Args:
@@ -172,6 +186,7 @@ def make_batch(seed: int, index: int, size: int, long: bool = False) -> Batch:
         index: which batch of the run.
         size: samples.
         long: whether the sequences are long ones.
+        mix: shares of cache patterns.
     """
     rng = sample_rng(seed, index)
     captions = training_captions()
@@ -184,7 +199,7 @@ def make_batch(seed: int, index: int, size: int, long: bool = False) -> Batch:
         digit, direction = captions[pick]
         clips.append(data.make_clip(digit, direction, style, frames))
         query = np.array(indices[:-1] + [indices[slot] for slot in source])
-        visible.append(sample_visible(frames[:-FRAMES], query, rng))
+        visible.append(sample_visible(frames[:-FRAMES], query, rng, mix))
         chunks.append(indices)
         sources.append(source)
     latents = codec.encode(np.stack(clips))

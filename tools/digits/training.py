@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from forcing_kv.tools.digits.network import build_model
 from forcing_kv.tools.digits.objective import Predictor, step_loss
 from forcing_kv.tools.digits.optimiser import Average, build_optimisers
-from forcing_kv.tools.digits.sequences import make_batch
+from forcing_kv.tools.digits.sequences import COMPRESSED_MIX, DENSE_MIX, make_batch
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class TrainConfig:
     """Progress after which half the steps train on the model's own predictions."""
     long_start: float = 0.286
     """Progress after which every third step trains on long sequences."""
+    compressed_start: float = 0.4375
+    """Progress after which most samples have a compressed cache."""
     precision: str = "bfloat16"
     """Compute dtype of the matrix products: bfloat16 or float32."""
     compile: bool = True
@@ -65,6 +67,18 @@ class Progress:
         """Share of the run that is done, 0..1, by steps or by time."""
         timed = self.elapsed_s / (60 * config.budget_minutes) if config.budget_minutes else 0.0
         return min(1.0, max(self.step / config.steps, timed))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What kind of step the progress of a run calls for."""
+
+    forcing: bool
+    """Train on the model's own predictions."""
+    long: bool
+    """Long sequences."""
+    compressed: bool
+    """Mostly compressed caches."""
 
 
 class Trainer:
@@ -89,10 +103,11 @@ class Trainer:
         if (folder / "state.pt").exists():
             self._load()
 
-    def _backward(self, index: int, forcing: bool, long: bool) -> Tensor:
+    def _backward(self, index: int, phase: Phase) -> Tensor:
         """Accumulate the gradient of one shard's batch; returns loss sums and counts [4]."""
-        config = self.config
-        batch = make_batch(config.seed, index, config.batch, long)
+        config, forcing = self.config, phase.forcing
+        mix = COMPRESSED_MIX if phase.compressed else DENSE_MIX
+        batch = make_batch(config.seed, index, config.batch, phase.long, mix)
         loss, errors = step_loss(self.predict, batch, config.seed * 10**9 + index, forcing)
         (loss / config.shards).backward()
         start = torch.from_numpy(batch.query_chunks[:, batch.num_clean :] == 0)
@@ -121,10 +136,13 @@ class Trainer:
         config, step = self.config, self.progress.step
         fraction = self.progress.fraction(config)
         lr = config.lr * min(1.0, (step + 1) / config.warmup) * (1 - fraction)
-        forcing = fraction > config.forcing_start and step % 2 == 1
-        long = fraction > config.long_start and step % 3 == 2
+        phase = Phase(
+            forcing=fraction > config.forcing_start and step % 2 == 1,
+            long=fraction > config.long_start and step % 3 == 2,
+            compressed=fraction > config.compressed_start,
+        )
         shards = range(self.rank, config.shards, self.world)
-        sums = [self._backward(step * config.shards + shard, forcing, long) for shard in shards]
+        sums = [self._backward(step * config.shards + shard, phase) for shard in shards]
         start, num_start, later, num_later = self._reduce(torch.stack(sums).sum(0)).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
