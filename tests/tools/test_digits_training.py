@@ -95,6 +95,10 @@ def test_a_run_ends_saves_and_logs(tmp_path: Path) -> None:
     trainer.run(lambda progress, record: reported.append(record), every=4)
     assert [record["step"] for record in reported] == [4, 8]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    trainer.progress.step = 4
+    trainer.save()
+    _trainer(tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     weights = trainer.average.state_dict()
     from forcing_kv.export.checkpoints import load_model
     from forcing_kv.tools.digits.shipped import MODEL

@@ -48,7 +48,7 @@ class TrainConfig:
     """Progress after which half the steps train on the model's own predictions."""
     long_start: float = 0.286
     """Progress after which every third step trains on long sequences."""
-    compressed_start: float = 0.4375
+    compressed_start: float = 0.456
     """Progress after which most samples have a compressed cache."""
     precision: str = "bfloat16"
     """Compute dtype of the matrix products: bfloat16 or float32."""
@@ -212,3 +212,12 @@ class Trainer:
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
+        if self.rank == 0 and (self.folder / "log.jsonl").exists():
+            self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Drop log entries of steps that were lost with the process that made them."""
+        log = self.folder / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
+        log.write_text("".join(kept))
