@@ -93,7 +93,7 @@ class DeviceMemory:
     """
 
     def __init__(self, cuda: Cuda, plan: MemoryPlan, stream: int) -> None:
-        require_free_memory(cuda, plan.nbytes, "buffers")
+        require_free_memory(cuda, plan.nbytes, "a session on this engine")
         self.plan = plan
         self.base = cuda.malloc(plan.nbytes)
         assert self.base % ALIGNMENT == 0, f"device memory at {self.base:#x} is not aligned"
@@ -154,7 +154,7 @@ def require_free_memory(cuda: Cuda, nbytes: int, what: str) -> None:
     free = cuda.free_nbytes()
     if nbytes > free:
         raise BackendUnavailableError(
-            f"{what} need {nbytes / 1e9:.2f} GB of GPU memory, but only {free / 1e9:.2f} GB of "
+            f"{what} needs {nbytes / 1e9:.2f} GB of GPU memory, but only {free / 1e9:.2f} GB of "
             f"{cuda.device.total_nbytes / 1e9:.2f} GB are free on {cuda.device.name}; stop other "
             "processes on this GPU (`nvidia-smi`), or export a smaller resolution or cache policy "
             "(`fkv plan` predicts the size)"

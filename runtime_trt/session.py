@@ -55,7 +55,12 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: str | os.PathLike[str], backend: str = "auto", *, num_threads: int = 0
+        cls,
+        bundle: str | os.PathLike[str],
+        backend: str = "auto",
+        *,
+        num_threads: int = 0,
+        use_graphs: bool = True,
     ) -> Session:
         """Open a bundle.
 
@@ -63,6 +68,7 @@ class Session:
             bundle: directory written by `fkv export`.
             backend: a backend's name, or `auto` for the best that is present.
             num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+            use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
         Raises:
             BundleError: the bundle is missing, altered, or of another version.
@@ -70,7 +76,7 @@ class Session:
         """
         from forcing_kv.runtime_trt.backends import open_backend
 
-        return cls(open_backend(bundle, backend, num_threads=num_threads))
+        return cls(open_backend(bundle, backend, num_threads=num_threads, use_graphs=use_graphs))
 
     @property
     def backend_name(self) -> str:

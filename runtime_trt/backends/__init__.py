@@ -3,49 +3,117 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from forcing_kv.runtime_trt.backends.base import Backend
-from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.runtime_trt.manifest import check_files, read_manifest
+from forcing_kv.runtime_trt.engine_record import FLAVOURS, build_command
+from forcing_kv.runtime_trt.errors import (
+    BackendUnavailableError,
+    ForcingKvError,
+    InputError,
+    missing_dependency,
+)
+from forcing_kv.runtime_trt.manifest import Manifest, check_files, read_manifest
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
 """Every backend that can open a bundle, best first."""
+
+_MODULES = {name: (flavour.module, flavour.extra) for name, flavour in FLAVOURS.items()} | {
+    "inductor": ("torch", "inductor"),
+    "onnxruntime": ("onnxruntime", "onnxruntime"),
+}
+
+_log = logging.getLogger(__name__)
 
 
 def available_backends() -> dict[str, str | None]:
-    """Why each backend cannot run here, or None where it can."""
-    missing = importlib.util.find_spec("onnxruntime") is None
+    """What each backend lacks on this machine, whatever the bundle; None where it is installed."""
     return {
-        "onnxruntime": "the Python package onnxruntime is not installed; "
-        "pip install 'forcing-kv[onnxruntime]'"
-        if missing
-        else None
+        name: None
+        if importlib.util.find_spec(module) is not None
+        else str(missing_dependency(module, extra=extra))
+        for name, (module, extra) in _MODULES.items()
     }
 
 
-def choose_backend(wanted: str) -> str:
-    """Resolve `auto` to the best backend that is present.
+def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
+    """Resolve `auto` to the best backend that can run here.
+
+    Args:
+        wanted: a backend's name, or auto.
+        bundle: bundle to run, which must hold an engine for the backends that need one; without it
+            only what is installed counts.
+
+    Returns:
+        The backend, and why it is the one.
 
     Raises:
         InputError: no such backend.
-        BackendUnavailableError: it, or every backend, cannot run here.
+        BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
     """
     if wanted != "auto" and wanted not in BACKENDS:
         raise InputError(f"backend {wanted!r} is unknown; choose auto or one of {list(BACKENDS)}")
-    reasons = available_backends()
-    candidates = BACKENDS if wanted == "auto" else (wanted,)
-    for name in candidates:
-        if reasons[name] is None:
-            return name
-    raise BackendUnavailableError("; ".join(f"{name}: {reasons[name]}" for name in candidates))
+    manifest = None if bundle is None else read_manifest(bundle)
+    installed = available_backends()
+    passed_over: list[str] = []
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        reason = installed[name]
+        if reason is None and bundle is not None and manifest is not None:
+            reason = _unusable(name, bundle, manifest)
+        if reason is None:
+            why = "asked for" if wanted != "auto" else "the best that can run here"
+            return name, "; ".join([why, *passed_over])
+        passed_over.append(f"{name}: {reason}")
+    raise BackendUnavailableError("; ".join(passed_over))
+
+
+def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
+    """Why a backend that is installed cannot run this bundle here, or None."""
+    try:
+        if name in FLAVOURS:
+            from forcing_kv.runtime_trt.backends.open_tensorrt import checked_record
+
+            checked_record(bundle, manifest, name)
+        elif name == "inductor":
+            from forcing_kv.runtime_trt.inductor_package import check_environment
+
+            environment = _inductor_record(bundle, manifest)["environment"]
+            check_environment(environment, environment["device"])
+        elif manifest.config.dtype == "bfloat16":
+            return "it does not run bfloat16 on the CPU; export with --dtype float32"
+    except ForcingKvError as error:
+        return str(error)
+    return None
+
+
+def _inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """The Inductor engine of a bundle, one for CUDA before one for the CPU."""
+    records = [record for record in manifest.engines if record.get("backend") == "inductor"]
+    if not records:
+        raise BackendUnavailableError(
+            f"{bundle} holds no inductor engine; make one with {build_command(bundle, 'inductor')}"
+        )
+    return max(records, key=lambda record: record["environment"]["device"] == "cuda")
 
 
 def open_backend(
-    bundle: str | os.PathLike[str], backend: str = "auto", *, num_threads: int = 0
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    num_threads: int = 0,
+    use_graphs: bool = True,
 ) -> Backend:
     """Check a bundle and open it on a backend.
+
+    Args:
+        bundle: directory written by `fkv export`.
+        backend: a backend's name, or auto.
+        num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+        use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
     Raises:
         BundleError: the bundle is missing, altered, or of another version.
@@ -54,7 +122,25 @@ def open_backend(
     folder = Path(bundle)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    choose_backend(backend)
+    name, why = choose_backend(backend, folder if backend == "auto" else None)
+    opened = _open(name, folder, manifest, num_threads, use_graphs)
+    opened.chosen_because = why
+    _log.info("%s runs on %s: %s", folder, name, why)
+    return opened
+
+
+def _open(
+    name: str, bundle: Path, manifest: Manifest, num_threads: int, use_graphs: bool
+) -> Backend:
+    if name in FLAVOURS:
+        from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
+
+        return open_tensorrt(bundle, manifest, name, use_graphs=use_graphs)
+    if name == "inductor":
+        from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
+
+        record = _inductor_record(bundle, manifest)
+        return open_inductor(bundle, manifest, record, use_graphs=use_graphs)
     from forcing_kv.runtime_trt.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(folder, manifest, num_threads)
+    return OnnxRuntimeBackend(bundle, manifest, num_threads)

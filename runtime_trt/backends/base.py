@@ -90,6 +90,8 @@ class Backend(ABC):
     """
 
     name: str
+    chosen_because: str = "given"
+    """Why this backend runs, and what keeps the better ones from it."""
 
     def __init__(self, config: RolloutConfig) -> None:
         self.config = config

@@ -198,9 +198,9 @@ class ChunkGraphBackend(Backend):
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
         if self._use_graphs:
             self._graph_of(variant).launch(self._cuda, self._stream, self.memory.base)
+            mark("chunk")
         else:
             self._program.chunk(self._stream, variant, mark)
-        mark("chunk")
 
     def submit(self, request: ChunkRequest) -> PendingChunk:
         """See base class; at most two chunks are on their way."""
@@ -244,10 +244,9 @@ class ChunkGraphBackend(Backend):
         return result
 
     def _timings(self, slot: Slot, parts: list[str]) -> dict[str, float]:
-        """Device time of the whole chunk and, where launches were not captured, of its parts."""
+        """Device time by part; of a captured chunk only the whole is known."""
         events, elapsed = slot.events, self._cuda.elapsed_ms
-        timings = {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts[:-1])}
-        return timings | {"chunk": elapsed(events["start"], events["chunk"])}
+        return {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts)}
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """See base class."""

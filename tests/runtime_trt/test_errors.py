@@ -24,7 +24,7 @@ def test_require_names_the_extra(monkeypatch):
 
 
 def test_require_takes_another_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependencyError, match=r"`cuda.bindings`.*forcing-kv\[rtx\]"):
         require("cuda.bindings", extra="rtx")
 

@@ -1,0 +1,194 @@
+"""Which of a bundle's TensorRT engines fits this machine, and why none does.
+
+Everything here is checked before a TensorRT runtime exists: without a driver, creating one and
+using it ends the process. One error each, with the command that mends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.runtime_trt.chunk_program import plan_memory
+from forcing_kv.runtime_trt.cuda import DeviceInfo
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, graph_info, sha256_of
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the three packages that run TensorRT engines."""
+
+    name: str
+    """Backend name."""
+    module: str
+    """Python module of the runtime."""
+    extra: str
+    """Extra of `forcing-kv` that brings it."""
+    built_by: str
+    """Backend name in the records of the engines that it runs."""
+    built_with: str
+    """Module whose version those records hold."""
+
+
+FLAVOURS: Mapping[str, Flavour] = {
+    "tensorrt": Flavour("tensorrt", "tensorrt", "trt", "tensorrt", "tensorrt"),
+    "tensorrt-lean": Flavour("tensorrt-lean", "tensorrt_lean", "trt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", "tensorrt-rtx", "tensorrt_rtx"),
+}
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The engines of one folder of a bundle."""
+
+    bundle: Path
+    content: Mapping[str, Any]
+    """The entry of the manifest."""
+    graphs: Mapping[str, GraphInfo]
+    """Inputs and outputs; `file` is the plan."""
+
+    @classmethod
+    def of(cls, bundle: Path, content: Mapping[str, Any]) -> EngineRecord:
+        """Read one entry of the manifest's engines.
+
+        Raises:
+            BundleError: it is malformed.
+        """
+        where = f"{bundle}: engine {content.get('folder')}"
+        try:
+            graphs = {
+                name: graph_info(info, f"{where}: {name}")
+                for name, info in content["graphs"].items()
+            }
+            assert content["environment"] is not None
+            assert content["options"] is not None
+            return cls(bundle, content, graphs)
+        except (AssertionError, AttributeError, KeyError, TypeError) as error:
+            raise BundleError(
+                f"{where}: its record is malformed ({error}); build it again with `fkv build`"
+            ) from error
+
+    @property
+    def sm(self) -> int:
+        """Compute capability that it was built for, major * 10 + minor."""
+        return int(self.content["environment"]["sm"])
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Build options."""
+        return dict(self.content["options"])
+
+    @property
+    def build_command(self) -> str:
+        """Command that builds it again."""
+        return build_command(self.bundle, str(self.content["backend"]), self.sm, self.options)
+
+    def runs_on(self, sm: int) -> bool:
+        """Whether a GPU of that compute capability can run it."""
+        compatible = self.options.get("hardware_compatible") and min(sm, self.sm) >= 80
+        return self.sm == sm or bool(compatible)
+
+    def nbytes_on_device(self, manifest: Manifest) -> int:
+        """Device memory that a first session needs: weights, buffers and scratch."""
+        details = self.content.get("details", {}).values()
+        weights = sum(detail.get("weight_nbytes") or 0 for detail in details)
+        scratch = max((detail.get("scratch_nbytes") or 0 for detail in details), default=0)
+        return weights + plan_memory(manifest.config, self.graphs, scratch).nbytes
+
+
+def build_command(
+    bundle: Path, backend: str, sm: int | None = None, options: Mapping[str, Any] | None = None
+) -> str:
+    """The `fkv build` that makes the engine that is missing."""
+    flags = [f"--{name.replace('_', '-')}" for name, on in (options or {}).items() if on is True]
+    if backend == "tensorrt-rtx" and sm is not None:
+        flags.insert(0, f"--target sm{sm}")
+    return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"
+
+
+def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[EngineRecord]:
+    """Engines of the bundle that this flavour could run on some GPU.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    records = [
+        EngineRecord.of(bundle, content)
+        for content in manifest.engines
+        if content.get("backend") == flavour.built_by
+    ]
+    if not records:
+        raise BackendUnavailableError(
+            f"{bundle} holds no {flavour.built_by} engine; make one with "
+            f"{build_command(bundle, flavour.built_by)}"
+        )
+    if flavour.name != "tensorrt-lean":
+        return records
+    compatible = [record for record in records if record.options.get("version_compatible")]
+    if not compatible:
+        command = build_command(bundle, "tensorrt", options={"version_compatible": True})
+        raise BackendUnavailableError(
+            "the lean runtime runs version-compatible engines only, and none of this bundle's "
+            f"engines is; {command}"
+        )
+    return compatible
+
+
+def choose_record(records: list[EngineRecord], device: DeviceInfo) -> EngineRecord:
+    """The engine for this GPU: its own before one that is merely compatible.
+
+    Raises:
+        BackendUnavailableError: none fits.
+    """
+    fitting = [record for record in records if record.runs_on(device.sm)]
+    if not fitting:
+        found = ", ".join(sorted({f"sm{record.sm}" for record in records}))
+        backend, bundle = str(records[0].content["backend"]), records[0].bundle
+        raise BackendUnavailableError(
+            f"{bundle}: its {backend} engines are for {found}, but this GPU ({device.name}) is "
+            f"sm{device.sm}; {build_command(bundle, backend, device.sm)}"
+        )
+    return max(fitting, key=lambda record: record.sm == device.sm)
+
+
+def check_version(record: EngineRecord, flavour: Flavour, version: str) -> None:
+    """Compare the version that built an engine with the one that is installed.
+
+    Raises:
+        BackendUnavailableError: the installed one cannot run it.
+    """
+    built = str(record.content["environment"].get(flavour.built_with))
+    if built == version:
+        return
+    newer = _numbers(version) >= _numbers(built)
+    if record.options.get("version_compatible") and newer:
+        return
+    raise BackendUnavailableError(
+        f"{record.bundle}: the engine was built with {flavour.built_with} {built}, but "
+        f"{flavour.module} {version} is installed; {record.build_command}, or install version "
+        f"{built}"
+    )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def check_plans(record: EngineRecord) -> None:
+    """Compare every plan with its recorded hash.
+
+    Raises:
+        BundleError: one is missing or altered.
+    """
+    for graph in record.graphs.values():
+        path = record.bundle / graph.file
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; {record.build_command}")
+        if (found := sha256_of(path)) != graph.sha256:
+            raise BundleError(
+                f"{path}: altered since it was built (sha256 {found[:12]}... found, "
+                f"{graph.sha256[:12]}... recorded); {record.build_command}"
+            )

@@ -1,0 +1,73 @@
+"""The full Wan2.1-1.3B shape through export and TensorRT-RTX, with random weights and no GPU.
+
+Takes about ten minutes, 10 GB of memory and 10 GB of disk: `pytest -m slow -s` prints the figures.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MEASURE = """
+import json, resource, sys, time
+from pathlib import Path
+
+start = time.perf_counter()
+{body}
+print(json.dumps({{
+    "seconds": round(time.perf_counter() - start),
+    "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1),
+    **result,
+}}))
+"""
+
+EXPORT = """
+import torch
+from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+
+torch.set_num_threads(1)
+shape = ModelShape(30, dim=1536, ffn_dim=8960, num_heads=12)
+partition = HeadPartition(12, tuple(tuple(range(4 + layer % 2)) for layer in range(30)))
+config = RolloutConfig(shape, ChunkShape(3, 60, 104), CachePolicy(), partition, dtype="bfloat16")
+with torch.device("meta"):
+    model = CausalWanModel(shape).cast_(torch.bfloat16)
+model.to_empty(device="cpu").requires_grad_(False)
+for parameter in model.parameters():
+    parameter.normal_(0, 0.02)
+export_bundle(model, config, Path({bundle!r}), BundleLabels("random-1.3b"), consume=True)
+result = {{}}
+"""
+
+BUILD = """
+from forcing_kv.export.build import plan_build, run_build
+from forcing_kv.export.engine_options import EngineOptions
+
+plan = plan_build(Path({bundle!r}), EngineOptions("tensorrt-rtx", target="sm89"))
+record, _ = run_build(plan)
+result = {{"details": record["details"]}}
+"""
+
+
+def measured(body: str, bundle: Path) -> dict:
+    """Runs a piece of code in a process of its own."""
+    code = MEASURE.format(body=body.format(bundle=str(bundle)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_full_size_model_builds_without_a_gpu(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
+    bundle, start = tmp_path / "bundle", time.perf_counter()
+    figures = {"export": measured(EXPORT, bundle), "build": measured(BUILD, bundle)}
+    print(json.dumps(figures, indent=1), f"{time.perf_counter() - start:.0f} s in all")
+    step = figures["build"]["details"]["step"]
+    assert step["num_fused_attention"] == 2 * 30
