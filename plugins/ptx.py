@@ -100,6 +100,8 @@ def compile_kernel(
         )
     plan = op_module(spec, "kernel").launch(problem, tactic)
     names = plan.kernel.arg_names[: len(dtypes)]
+    expected = [f"{tensor.name}_ptr" for tensor in (*spec.inputs, *spec.outputs)]
+    assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
     signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
     signature |= dict.fromkeys(plan.constants, "constexpr")
     # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.

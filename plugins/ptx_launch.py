@@ -19,6 +19,8 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, require
 class LoadedKernel:
     """A compiled kernel, loaded into the current CUDA context; use it as a context manager.
 
+    Leaving the context unloads the kernel: wait for its launches before.
+
     Args:
         kernel: the kernel.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import GenericAlias
 from typing import Any
@@ -36,9 +37,9 @@ class TargetDevice:
     """Compute capability, 90 for 9.0."""
     num_sms: int
     """Streaming multiprocessors."""
-    max_shared_bytes: int | None = None
-    """Offer no tactic with more dynamic shared memory; None means the device's limit.
-    `SAFE_SHARED_BYTES` leaves the portable tactics, should TensorRT not raise the limit."""
+    portable_only: bool = False
+    """Offer the portable tactics alone: should TensorRT refuse PTX for one architecture (such as
+    sm_90a) or not grant a kernel more shared memory than every device does."""
 
     def __post_init__(self) -> None:
         if self.sm not in SHARED_LIMIT_BYTES:
@@ -80,8 +81,7 @@ class PluginKernels:
         kernel = self._compile(problem, dtypes, number)
         if kernel is None:
             raise SharedMemoryError(
-                f"{self.spec.name}: tactic {self.tactics[number - 1].name} does not fit sm_"
-                f"{self.device.sm}"
+                f"{self.spec.name}: tactic {self.tactics[number - 1].name} is not for {self.device}"
             )
         return kernel
 
@@ -104,14 +104,12 @@ class PluginKernels:
         key = (sizes, attributes, tuple(dtypes), number)
         if key not in self._compiled:
             tactic = self.tactics[number - 1]
-            try:
-                kernel = compile_kernel(self.spec, problem, dtypes, tactic, self.device.sm)
-            except SharedMemoryError:
-                self._compiled[key] = None
-            else:
-                limit = self.device.max_shared_bytes
-                fits = limit is None or kernel.shared_bytes <= limit
-                self._compiled[key] = kernel if fits else None
+            self._compiled[key] = None
+            if tactic.portable or not self.device.portable_only:
+                with suppress(SharedMemoryError):
+                    self._compiled[key] = compile_kernel(
+                        self.spec, problem, dtypes, tactic, self.device.sm
+                    )
         return self._compiled[key]
 
 

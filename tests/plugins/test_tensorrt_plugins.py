@@ -193,7 +193,7 @@ def test_tactics_are_offered_in_the_network_s_types_and_launch(spec, plugin_of):
     from forcing_kv.plugins.launch import SAFE_SHARED_BYTES
     from forcing_kv.plugins.ptx import entry_parameters
 
-    driven = plugin_of(cases_of(spec)[-1], "BF16").prepare()
+    driven = plugin_of(cases_of(spec)[0], "BF16").prepare()
     combination = driven.combinations()
     assert [description.type for description in combination] == driven.types
     tactics = driven.tactics()
@@ -232,14 +232,13 @@ def test_dynamic_shapes_are_refused(plugin_of):
         driven.combinations()
 
 
-def test_shared_memory_limit_leaves_the_portable_tactics(trt):
-    from forcing_kv.plugins.launch import SAFE_SHARED_BYTES
+def test_portable_tactics_alone_can_be_offered(trt):
     from forcing_kv.plugins.ptx import tensor_dtypes
     from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
     from forcing_kv.plugins.tensorrt_plugin import PluginKernels, TargetDevice
 
-    kernels = PluginKernels(HEAD_INDEXED_ATTENTION, TargetDevice(SM, NUM_SMS, SAFE_SHARED_BYTES))
-    case = cases_of(HEAD_INDEXED_ATTENTION)[-1]
+    kernels = PluginKernels(HEAD_INDEXED_ATTENTION, TargetDevice(SM, NUM_SMS, portable_only=True))
+    case = cases_of(HEAD_INDEXED_ATTENTION)[0]
     shapes = [tensor.shape(case.sizes) for tensor in case.spec.inputs]
     dtypes = tensor_dtypes(case.spec, "float16")
     offered = kernels.offered(kernels.problem(shapes, dtypes, case.attributes), dtypes)
