@@ -1,4 +1,8 @@
-"""Writes generated frames: mp4, gif or npz, frame by frame, all or nothing."""
+"""Writes generated frames: mp4, gif or npz, frame by frame, all or nothing.
+
+While a video is being made it stands beside the output as `NAME.partial.mp4`, in fragments that
+players can show already; the output itself appears at the end.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,11 @@ Float32 = NDArray[np.float32]
 
 CODECS = {".mp4": ("libx264", "yuv420p"), ".gif": ("gif", "rgb8")}
 """Suffix -> codec and pixel format."""
+ENCODER_OPTIONS = {".mp4": {"crf": "18", "tune": "zerolatency"}}
+"""No frames are held back, so that a growing file shows what has been generated."""
+FRAGMENTS = {".mp4": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}}
+FRAGMENT_FRAMES = 12
+"""Frames from key frame to key frame: a chunk of three latent frames."""
 
 
 class Writer(Protocol):
@@ -43,9 +52,14 @@ class VideoWriter:
         codec, pixel_format = CODECS[container]
         self._scale = scale
         self._av = av
-        self._file = av.open(str(path), "w", format=container[1:])
-        self._stream: Any = self._file.add_stream(codec, rate=fps)
+        self._path, self._container = path, container
+        options = {**FRAGMENTS.get(container, {}), "flush_packets": "1"}
+        self._file = av.open(str(path), "w", format=container[1:], options=options)
+        self._stream: Any = self._file.add_stream(
+            codec, rate=fps, options=ENCODER_OPTIONS.get(container, {})
+        )
         self._stream.pix_fmt = pixel_format
+        self._stream.gop_size = FRAGMENT_FRAMES
         self._sized = False
 
     def write(self, latents: Float32, frames: Uint8 | None) -> None:
@@ -64,6 +78,31 @@ class VideoWriter:
         if self._sized:
             self._file.mux(self._stream.encode())
         self._file.close()
+
+    def finish(self, path: Path) -> None:
+        """Move the closed file to `path`, an mp4 as one piece that every player can seek in."""
+        if self._container not in FRAGMENTS or not self._sized:
+            self._path.replace(path)
+            return
+        whole = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self._join_fragments(whole)
+            whole.replace(path)
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def _join_fragments(self, whole: Path) -> None:
+        options = {"movflags": "faststart"}
+        with (
+            self._av.open(str(self._path)) as source,
+            self._av.open(str(whole), "w", format="mp4", options=options) as target,
+        ):
+            read = source.streams.video[0]
+            written = target.add_stream_from_template(read)
+            for packet in source.demux(read):
+                if packet.dts is not None:
+                    packet.stream = written
+                    target.mux(packet)
 
 
 class LatentWriter:
@@ -115,17 +154,21 @@ def open_writer(path: Path, fps: int, scale: int = 1) -> Iterator[Writer]:
     check_output(path)
     if fps < 1:
         raise InputError(f"--fps is {fps}; it must be at least 1")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.suffix == ".npz":
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    else:
+        temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         if path.suffix == ".npz":
             collector = LatentWriter()
             yield collector
             collector.save(temporary)
+            temporary.replace(path)
         else:
             video = VideoWriter(temporary, fps, scale, container=path.suffix)
             with _Closing(video):
                 yield video
-        temporary.replace(path)
+            video.finish(path)
     finally:
         temporary.unlink(missing_ok=True)
 

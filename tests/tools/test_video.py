@@ -1,0 +1,68 @@
+"""Writers: a growing file can be watched, the finished one is whole, a failed one is not there."""
+
+import av
+import numpy as np
+import pytest
+
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.preview import Preview, contact_sheet
+from forcing_kv.tools.video import open_writer
+
+LATENTS = np.zeros((3, 16, 2, 2), np.float32)
+
+
+def frames(count, value=0):
+    made = np.full((count, 32, 48, 3), value, np.uint8)
+    made[:, :, : 24 + value % 8] = 255 - value
+    return made
+
+
+def count_frames(path):
+    with av.open(str(path)) as video:
+        return sum(1 for _ in video.decode(video=0))
+
+
+def test_frames_can_be_watched_while_they_are_written(tmp_path):
+    out = tmp_path / "v.mp4"
+    with open_writer(out, fps=16) as writer:
+        writer.write(LATENTS, frames(12))
+        writer.write(LATENTS, frames(12, 40))
+        writer.write(LATENTS, frames(12, 80))
+        assert not out.exists()
+        assert count_frames(tmp_path / "v.partial.mp4") >= 12
+    assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
+    assert count_frames(out) == 36
+    with av.open(str(out)) as video:
+        assert float(video.duration / av.time_base) == pytest.approx(36 / 16, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npz"])
+def test_a_failure_leaves_nothing(tmp_path, name):
+    def fail():
+        with open_writer(tmp_path / name, fps=16) as writer:
+            writer.write(LATENTS, frames(3))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_preview_is_replaced_whole(tmp_path):
+    from PIL import Image
+
+    preview = Preview(tmp_path / "live.png", scale=2)
+    for value in (0, 60):
+        preview.show(frames(5, value))
+        with Image.open(tmp_path / "live.png") as image:
+            assert image.size == (4 * 48 * 2, 2 * 32 * 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["live.png"]
+    sheet = contact_sheet(frames(5, 60))
+    assert np.array_equal(sheet[32:, :48], frames(1, 60)[0])
+    assert not sheet[32:, 48:].any()
+
+
+def test_preview_that_cannot_be_written_is_refused(tmp_path):
+    for path in (tmp_path / "live.jpg", tmp_path / "no" / "live.png"):
+        with pytest.raises(InputError, match="--live"):
+            Preview(path)

@@ -1,0 +1,144 @@
+"""What `fkv run` generates: prompts from the command line, from files, or a script of switches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.manifest import Manifest
+from forcing_kv.runtime_trt.prompt_file import read_prompts
+from forcing_kv.tools.encode_prompt import encode_texts, read_lines
+
+Float32 = NDArray[np.float32]
+_SCRIPT_KEYS = {"frame", "prompt", "prompt_file", "index"}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One prompt of a video, and from which latent frame on it holds."""
+
+    frame: int
+    """0 for the first; a switch takes effect at the first chunk that starts at or after it."""
+    text: str
+    embeds: Float32
+    """[text_len, text_dim]."""
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """How prompts were given; exactly one of the first four is set."""
+
+    prompt: str | None = None
+    prompts: Path | None = None
+    """Text file, a prompt and so a video a line."""
+    prompt_file: Path | None = None
+    """Encoded prompts: a file of `fkv encode-prompt`, or `.npy`."""
+    script: Path | None = None
+    """JSON lines: one video with prompt switches."""
+    text_encoder: str | None = None
+    """Folder of the text encoder, where prompts are text."""
+
+    def videos(self, manifest: Manifest) -> list[list[Switch]]:
+        """For each video its prompts, in order, the first at frame 0.
+
+        Raises:
+            InputError: what is missing or wrong.
+        """
+        given = [self.prompt, self.prompts, self.prompt_file, self.script]
+        if sum(value is not None for value in given) != 1:
+            raise InputError("give one of --prompt, --prompts, --prompt-file and --script")
+        if self.prompt_file is not None:
+            texts, embeds = read_embeds(self.prompt_file)
+            return [[Switch(0, text, array)] for text, array in zip(texts, embeds, strict=True)]
+        if self.script is not None:
+            return [self._script(manifest, self.script)]
+        lines = [self.prompt] if self.prompt is not None else read_lines(self.prompts or Path())
+        embeds = self._encode(manifest, lines)
+        return [[Switch(0, text, array)] for text, array in zip(lines, embeds, strict=True)]
+
+    def _script(self, manifest: Manifest, path: Path) -> list[Switch]:
+        entries = _read_script(path)
+        texts = [entry["prompt"] for entry in entries if "prompt" in entry]
+        encoded = iter(self._encode(manifest, texts)) if texts else iter(())
+        switches = []
+        for entry in entries:
+            if "prompt" in entry:
+                switches.append(Switch(entry["frame"], entry["prompt"], next(encoded)))
+                continue
+            file, index = path.parent / entry["prompt_file"], entry.get("index", 0)
+            names, embeds = read_embeds(file)
+            if not 0 <= index < len(names):
+                raise InputError(f"{path}: {file} holds {len(names)} prompts; index is {index}")
+            switches.append(Switch(entry["frame"], names[index], embeds[index]))
+        return switches
+
+    def _encode(self, manifest: Manifest, texts: Sequence[str]) -> Float32:
+        if manifest.text_encoder == "digits":
+            return encode_texts(list(texts), "digits").embeds
+        if self.text_encoder is None:
+            raise InputError(
+                f"this bundle's text encoder is {manifest.text_encoder}; give its folder with "
+                "--text-encoder, or encode the prompts beforehand with `fkv encode-prompt` and "
+                "give --prompt-file"
+            )
+        text_len = manifest.config.model.text_len
+        return encode_texts(list(texts), self.text_encoder, text_len).embeds
+
+
+def read_embeds(path: Path) -> tuple[tuple[str, ...], Float32]:
+    """Texts and embeddings [prompts, text_len, text_dim] of a file.
+
+    Args:
+        path: a file of `fkv encode-prompt`, or `.npy` of one prompt or of a stack.
+
+    Raises:
+        InputError: unreadable, or of another rank.
+    """
+    if path.suffix == ".safetensors":
+        content = read_prompts(path)
+        return content.prompts, content.embeds
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as .safetensors or .npy ({error})") from error
+    if not isinstance(loaded, np.ndarray) or loaded.ndim not in (2, 3):
+        raise InputError(f"{path}: needed is one array [text_len, text_dim], or a stack of such")
+    embeds = loaded if loaded.ndim == 3 else loaded[None]
+    return ("",) * len(embeds), embeds
+
+
+def _read_script(path: Path) -> list[Mapping[str, Any]]:
+    """Entries of a script, checked, in order of frames."""
+    entries: list[Mapping[str, Any]] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}: entry {number} is not JSON ({error})") from error
+        _check_entry(entry, f"{path}: entry {number}")
+        entries.append(entry)
+    frames = [entry["frame"] for entry in entries]
+    if frames[0] != 0 or frames != sorted(set(frames)):
+        raise InputError(
+            f"{path}: the frames are {frames}; they must begin with 0 and grow from entry to entry"
+        )
+    return entries
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    example = '{"frame": 12, "prompt": "..."} or {"frame": 12, "prompt_file": "p.safetensors"}'
+    if not isinstance(entry, dict) or set(entry) - _SCRIPT_KEYS:
+        raise InputError(f"{where}: write {example}")
+    frame, index = entry.get("frame"), entry.get("index", 0)
+    if type(frame) is not int or frame < 0 or type(index) is not int:
+        raise InputError(f"{where}: frame and index must be integers from 0 on; write {example}")
+    texts = [entry[key] for key in ("prompt", "prompt_file") if key in entry]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise InputError(f"{where}: give one of prompt and prompt_file; write {example}")
