@@ -242,11 +242,6 @@ class CausalWanModel(nn.Module):
         norm = "norm" in name or name.endswith("modulation")
         return norm or name.startswith(self.FLOAT32_PREFIXES)
 
-    def is_island(self, name: str) -> bool:
-        """Whether Wan keeps the parameter `name` in float32 whatever the compute dtype."""
-        norm = "norm" in name or name.endswith("modulation")
-        return norm or name.startswith(self.FLOAT32_PREFIXES)
-
     def cast_(self, dtype: torch.dtype) -> CausalWanModel:
         """Cast the linear weights to `dtype`, keeping Wan's float32 islands; returns self."""
         for name, parameter in self.named_parameters():
