@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
+from forcing_kv.plugins.launch import Problem, Tactic
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.torch_library import output_dtype
+from forcing_kv.plugins.tuning import best_tactic
 
 
 @cache
@@ -77,13 +78,21 @@ def run_kernel(
     )
 
 
+def tactic_for(spec: OpSpec, problem: Problem, device: int) -> Tactic:
+    """The tactic to launch on a CUDA device: the measured one, or the default one."""
+    major, minor = torch.cuda.get_device_capability(device)
+    tactics = op_module(spec, "kernel").TACTICS
+    gpu = torch.cuda.get_device_name(device)
+    return best_tactic(spec, tactics, problem, gpu, 10 * major + minor)
+
+
 def run_on_cuda(spec: OpSpec, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator on CUDA tensors, with the default tactic of the device."""
+    """The operator on CUDA tensors."""
     inputs, attributes = spec.split_arguments(arguments)
     outputs = empty_outputs(spec, inputs, attributes)
     device = inputs[0].device.index or 0
-    major, minor = torch.cuda.get_device_capability(device)
-    tactic = default_tactic(op_module(spec, "kernel").TACTICS, 10 * major + minor)
+    num_sms = multiprocessors(device)
+    tactic = tactic_for(spec, problem_of(spec, inputs, attributes, num_sms), device)
     with torch.cuda.device(device):
-        run_kernel(spec, inputs, attributes, outputs, tactic, multiprocessors(device))
+        run_kernel(spec, inputs, attributes, outputs, tactic, num_sms)
     return outputs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from forcing_kv.plugins.cases import OpCase
     from forcing_kv.plugins.launch import Tactic
+    from forcing_kv.plugins.tuning import TunedTactic
     from forcing_kv.tools.bench.gpu_timing import DeviceBounds
     from forcing_kv.tools.bench.rows import Row
 
@@ -45,6 +47,9 @@ def bench_ops(
     out: Annotated[
         Path | None, typer.Option(help="File to append the rows to, as JSON lines.")
     ] = None,
+    update_table: Annotated[
+        bool, typer.Option("--update-table", help="Write the fastest tactics to the tuned table.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check and time the custom operators on this GPU, beside baselines and measured bounds.
@@ -67,6 +72,11 @@ def bench_ops(
             rows.append(row)
             if out is not None:
                 append_row(out, row)
+    if update_table:
+        from forcing_kv.plugins import tuning
+
+        tuning.update_table(bench.tuned)
+        talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
     else:
@@ -97,6 +107,7 @@ class _Bench:
         from forcing_kv.tools.bench.gpu_timing import measure_bounds
         from forcing_kv.tools.bench.rows import describe_environment
 
+        self.tuned: list[TunedTactic] = []
         self._dtype = dtype
         self._run = {"warmup": warmup, "iterations": iterations}
         self._environment = describe_environment("cuda")
@@ -120,10 +131,30 @@ class _Bench:
             timed = [(row.metrics["time_ms"]["median"], t) for row, t in found if row.metrics]
             if len(timed) == len(found):
                 best[case.spec.name] = min(timed, key=lambda pair: pair[0])[1]
+                self.tuned.append(self._tuned(case, {t.name: ms for ms, t in timed}))
                 yield from self._baseline_rows(workload, case, inputs)
         evictions = [case for case in cases[2:] if case.spec.name in best]
         if len(evictions) == 2:
             yield self._eviction_row(workload, evictions, best)
+
+    def _tuned(self, case: OpCase, times_ms: dict[str, float]) -> TunedTactic:
+        import torch
+
+        from forcing_kv.plugins.tuning import TunedTactic
+
+        fastest = min(times_ms, key=times_ms.__getitem__)
+        median_ms = times_ms.pop(fastest)
+        shapes = [tensor.shape(case.sizes) for tensor in case.spec.inputs]
+        return TunedTactic(
+            op=case.spec.name,
+            gpu=torch.cuda.get_device_name(),
+            dtype=self._dtype,
+            sizes=case.spec.read_sizes(shapes, case.attributes),
+            tactic=fastest,
+            median_ms=median_ms,
+            others_ms=times_ms,
+            date=datetime.now(UTC).date().isoformat(),
+        )
 
     def _row(self, workload: Workload, op: str, implementation: str, **entries: Any) -> Row:
         from forcing_kv.tools.bench.rows import Row

@@ -1,0 +1,90 @@
+"""Measured tactics: which one is fastest for a problem on a GPU, kept with its measurement.
+
+The table is data, written by `fkv bench ops --update-table` on the GPU in question and committed.
+TensorRT does not read it: it times the tactics itself when it builds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
+from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.runtime_trt.layout import from_mapping
+
+TABLE = Path(__file__).with_name("tuned_tactics.json")
+
+
+@dataclass(frozen=True)
+class TunedTactic:
+    """The fastest tactic of one problem on one GPU."""
+
+    op: str
+    """Operator, by its ONNX name."""
+    gpu: str
+    """Name of the GPU, as its driver has it."""
+    dtype: str
+    """Compute dtype."""
+    sizes: Mapping[str, int]
+    """Size of every named axis."""
+    tactic: str
+    """Name of the fastest tactic."""
+    median_ms: float
+    """Its time, with a cold L2 cache."""
+    others_ms: Mapping[str, float]
+    """Times of the other tactics."""
+    date: str
+    """Day of the measurement."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What was measured."""
+        return (self.op, self.gpu, self.dtype, *sorted(self.sizes.items()))
+
+
+def read_table(path: Path = TABLE) -> dict[tuple[object, ...], TunedTactic]:
+    """Read a table.
+
+    Raises:
+        InputError: an entry has unknown or missing fields.
+    """
+    entries = (
+        from_mapping(TunedTactic, entry, str(path)) for entry in json.loads(path.read_text())
+    )
+    return {entry.key: entry for entry in entries}
+
+
+def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
+    """Add entries to a table; an entry replaces the one for the same problem and GPU."""
+    table = read_table(path) | {entry.key: entry for entry in entries}
+    lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+
+
+@cache
+def _committed_table() -> dict[tuple[object, ...], TunedTactic]:
+    return read_table()
+
+
+def best_tactic(
+    spec: OpSpec, tactics: Sequence[Tactic], problem: Problem, gpu: str, device_sm: int
+) -> Tactic:
+    """The measured tactic of a problem, or the default one where none was measured.
+
+    Args:
+        spec: the operator.
+        tactics: its kernel's tactics.
+        problem: the call.
+        gpu: name of the GPU.
+        device_sm: its compute capability, 90 for 9.0.
+    """
+    key = (spec.name, gpu, problem.dtype, *sorted(problem.sizes.items()))
+    entry = _committed_table().get(key)
+    named = {tactic.name: tactic for tactic in tactics}
+    if entry is None or entry.tactic not in named:
+        return default_tactic(tactics, device_sm)
+    return named[entry.tactic]

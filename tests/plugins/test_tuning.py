@@ -1,0 +1,51 @@
+"""The table of measured tactics."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from forcing_kv.plugins import tuning
+from forcing_kv.plugins.launch import Problem, Tactic
+from forcing_kv.plugins.registry import QK_NORM_ROPE
+from forcing_kv.plugins.tuning import TunedTactic, best_tactic, read_table, update_table
+from forcing_kv.runtime_trt.errors import InputError
+
+TACTICS = (Tactic("small", 4, portable=True), Tactic("wide", 8), Tactic("deep", 8))
+PROBLEM = Problem({"N": 8, "H": 2, "D": 32}, {}, "bfloat16", 132)
+ENTRY = TunedTactic(
+    "FkQkNormRope", "GPU", "bfloat16", {"D": 32, "H": 2, "N": 8}, "deep", 0.1, {"wide": 0.2}, "-"
+)
+
+
+def test_committed_table_names_tactics_that_exist():
+    pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+    from forcing_kv.plugins.registry import OPS, op_module
+
+    names = {s.name: {t.name for t in op_module(s, "kernel").TACTICS} for s in OPS}
+    assert all(entry.tactic in names[entry.op] for entry in read_table().values())
+
+
+def test_measured_tactic_is_taken_on_its_gpu_alone(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text("[]")
+    update_table([ENTRY], path)
+    monkeypatch.setattr(tuning, "_committed_table", lambda: read_table(path))
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "GPU", 90).name == "deep"
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 90).name == "wide"
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 86).name == "small"
+
+
+def test_later_measurement_replaces_the_earlier(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("[]")
+    update_table([ENTRY], path)
+    update_table([replace(ENTRY, tactic="wide"), replace(ENTRY, gpu="other")], path)
+    assert [entry.tactic for entry in read_table(path).values()] == ["wide", "deep"]
+
+
+def test_unknown_field_is_refused_with_the_known_ones(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps([asdict(ENTRY) | {"speed": 1}]))
+    with pytest.raises(InputError, match=r"unknown keys \['speed'\]"):
+        read_table(path)
