@@ -80,3 +80,50 @@ def test_unknown_operator_of_a_tactic():
 
     with pytest.raises(InputError, match=r"unknown operators \['attention'\]"):
         triton_bodies({"attention": "64x64"})
+
+
+class _H200:
+    """What Triton asks of a driver when PyTorch has a kernel's memory accesses analysed."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def is_active(self):
+        return True
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="needs the Python package triton"
+)
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_compiler_sees_that_inputs_are_only_read(spec, monkeypatch):
+    """Else it would copy every history pool before every call."""
+    import torch._higher_order_ops.triton_kernel_wrap as wrap
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.runtime import driver
+
+    from forcing_kv.plugins.triton_run import empty_outputs, problem_of
+
+    monkeypatch.setattr(driver, "_active", _H200())
+    kernel = op_module(spec, "kernel")
+    case = next(case for case in CASES if case.spec is spec)
+    real = case.build(torch.float16)
+    with FakeTensorMode():
+        inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in real]
+        outputs = empty_outputs(spec, inputs, case.attributes)
+    for tactic in kernel.TACTICS:
+        plan = kernel.launch(problem_of(spec, inputs, case.attributes, 132), tactic)
+        names = plan.kernel.arg_names
+        given = dict(zip(names, [*inputs, *outputs], strict=False)) | dict(plan.constants)
+        analyse = getattr(wrap, "identify_mutated_tensors", None)
+        if analyse is not None:
+            written = set(analyse(plan.kernel, given, {}))
+        else:
+            access = wrap.identify_accessed_tensors(plan.kernel, given, {})
+            written = {dep.name for dep in access.read_writes.writes}
+        assert written == set(names[len(inputs) : len(inputs) + len(outputs)])
