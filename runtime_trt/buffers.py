@@ -81,24 +81,28 @@ class MemoryPlan:
 
 
 class DeviceMemory:
-    """One zero-filled allocation on the device that holds every buffer of a plan.
+    """One allocation on the device that holds every buffer of a plan.
 
     Args:
         cuda: the device.
         plan: what to hold.
-        stream: where the zero fill is enqueued.
 
     Raises:
         BackendUnavailableError: there is not enough free memory.
     """
 
-    def __init__(self, cuda: Cuda, plan: MemoryPlan, stream: int) -> None:
+    def __init__(self, cuda: Cuda, plan: MemoryPlan) -> None:
         require_free_memory(cuda, plan.nbytes, "a session on this engine")
         self.plan = plan
         self.base = cuda.malloc(plan.nbytes)
         assert self.base % ALIGNMENT == 0, f"device memory at {self.base:#x} is not aligned"
-        # A backend may read rows beyond the valid prefix and mask them later: no NaN may lie there.
-        cuda.fill(self.base, 0, plan.nbytes, stream)
+
+    def clear(self, cuda: Cuda, stream: int) -> None:
+        """Fill every buffer with zeros, in stream order.
+
+        An engine may read rows beyond the valid prefix and mask them later: no NaN may lie there.
+        """
+        cuda.fill(self.base, 0, self.plan.nbytes, stream)
 
     def address(self, name: str) -> int:
         """Device address of a buffer; fixed for the life of this object."""

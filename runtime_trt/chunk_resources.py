@@ -62,13 +62,15 @@ class ChunkResources:
             self.stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
             self.copy_stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
             plan = plan_memory(config, graphs, scratch_nbytes)
-            self.memory = DeviceMemory(cuda, plan, self.stream)
+            self.memory = DeviceMemory(cuda, plan)
             stack.callback(cuda.free, self.memory.base)
             self.slots = tuple(self._slot(stack, config, held) for held in SLOTS)
             stack.callback(self._drop_graphs)
-            # Run first when the stack unwinds: nothing is freed under work that is on its way.
+            # Runs first when the stack unwinds: nothing is freed under work that is on its way.
+            # So nothing is enqueued before this line.
             for stream in (self.copy_stream, self.stream):
                 stack.callback(cuda.synchronize, stream)
+            self._begin()
             self._stack = stack.pop_all()
 
     @staticmethod
@@ -89,9 +91,14 @@ class ChunkResources:
         events = {
             name: self._owned(stack, cuda.create_event, cuda.destroy_event) for name in SLOT_EVENTS
         }
-        for name in ("uploaded", "copied"):
-            cuda.record(events[name], self.stream)
         return Slot(upload, result, held, events)
+
+    def _begin(self) -> None:
+        """Zero the memory, and let the first wait for each slot's events pass."""
+        self.memory.clear(self._cuda, self.stream)
+        for slot in self.slots:
+            for name in ("uploaded", "copied"):
+                self._cuda.record(slot.events[name], self.stream)
 
     def _drop_graphs(self) -> None:
         for graph in self.graphs.values():

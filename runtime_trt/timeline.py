@@ -181,7 +181,12 @@ class Timeline:
             moves.append((base + slot, base + destination))
             slots[destination] = frame
         incoming = [frame for frame in fresh if frame in target]
-        for frame, slot in zip(incoming, free, strict=True):
+        assert len(incoming) == len(free), "every free slot is filled"
+        for frame in incoming:
+            # A ring, so that a window longer than a chunk comes back to the same copies.
+            own = (frame - base) % num_target
+            slot = own if window > self._chunk_frames and own in free else free[0]
+            free.remove(slot)
             writes.append((frame - first, base + slot))
             slots[slot] = frame
         rows.local = [frame for frame in slots if frame is not None]

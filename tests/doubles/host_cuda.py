@@ -119,13 +119,13 @@ class HostCuda:
 
     def record(self, event, stream):
         found = self.events[event]
-        found.records += 1
-        number = found.records
+        number = found.records + 1
 
         def work():
             found.passed = number
 
         self._enqueue("eventrecord", stream, work)
+        found.records = number
 
     def wait(self, stream, event):
         found, number = self.events[event], self.events[event].records
@@ -149,9 +149,8 @@ class HostCuda:
 
     def end_capture(self, stream):
         found = self.streams[stream]
-        graph = self._create(self.graphs, found.capture, "end_capture")
-        found.capture = None
-        return graph
+        nodes, found.capture = found.capture, None
+        return self._create(self.graphs, nodes, "end_capture")
 
     def graph_nodes(self, graph):
         return Counter(kind for kind, _ in self.graphs[graph])
