@@ -15,8 +15,8 @@ from forcing_kv.runtime_trt.manifest import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-_INTERFACE_TYPES = {"float": "<f4", "float16": "<f2", "bfloat16": "<u2", "int32": "<i4"}
-"""Type strings of the CUDA array interface, which knows no bfloat16: its bits go as uint16."""
+_INTERFACE_TYPES = {"float": "<f4", "float16": "<f2", "bfloat16": "<i2", "int32": "<i4"}
+"""Type strings of the CUDA array interface, which knows no bfloat16: its bits go as int16."""
 
 
 @dataclass(frozen=True)

@@ -174,10 +174,9 @@ def _attend_queries(
 
 
 @triton.jit
-def _head_by_length(hist_len_ptr, position, H: tl.constexpr, HEADS: tl.constexpr):
+def _head_by_length(length, position, HEADS: tl.constexpr):
     """The head in `position` when heads with more history come first, then lower heads."""
     head = tl.arange(0, HEADS)
-    length = tl.load(hist_len_ptr + head, mask=head < H, other=-1)
     longer = length[None, :] > length[:, None]
     lower_equal = (length[None, :] == length[:, None]) & (head[None, :] < head[:, None])
     rank = tl.sum((longer | lower_equal).to(tl.int32), axis=1)
@@ -210,8 +209,12 @@ def head_indexed_attention_kernel(
 ):
     """Grid (H * (FULL_TILES + TAIL_TILES)): every head's full tiles, then every head's tail."""
     program = tl.program_id(0)
+    # Loaded here and not in the function: PyTorch would take an address that a call gives, and with
+    # it this input, for written memory.
+    slot = tl.arange(0, HEADS)
+    length = tl.load(hist_len_ptr + slot, mask=slot < H, other=-1)
     if program < H * FULL_TILES:
-        head = _head_by_length(hist_len_ptr, program // max(FULL_TILES, 1), H, HEADS)
+        head = _head_by_length(length, program // max(FULL_TILES, 1), HEADS)
         _attend_queries(
             q_ptr,
             k_new_ptr,
@@ -235,7 +238,7 @@ def head_indexed_attention_kernel(
         )
     else:
         rest = program - H * FULL_TILES
-        head = _head_by_length(hist_len_ptr, rest // max(TAIL_TILES, 1), H, HEADS)
+        head = _head_by_length(length, rest // max(TAIL_TILES, 1), HEADS)
         _attend_queries(
             q_ptr,
             k_new_ptr,
