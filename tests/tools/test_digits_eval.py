@@ -88,7 +88,8 @@ def test_rows_share_their_noise_and_part_where_caches_do() -> None:
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     clips = comparison.clips_of(2)
     rows = comparison.standard_rows(PARTITION)
-    results = comparison.compare(model, rows, clips, 4)
+    latents = [comparison.generate(model, row, clips, 4) for row in rows]
+    results = comparison.compare(rows, clips, latents)
     distance = {result.row.name: result.latent_distance for result in results}
     assert not distance["dense"].any()
     for name in ("forcing-kv", "recency-only", "random segments", "all-static", "no context"):
@@ -98,6 +99,21 @@ def test_rows_share_their_noise_and_part_where_caches_do() -> None:
     record = comparison.row_record(results[1], clips)
     assert json.loads(json.dumps(record))["measures"]["digit"]["mean"] <= 1
     assert len(record["digit_by_frame"]) == 12
+
+
+def test_jobs_keep_the_order_whoever_does_them(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from forcing_kv.tools.digits import comparison, workers
+    from forcing_kv.tools.digits.network import build_model
+
+    model = build_model(3).requires_grad_(False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    row, clips = comparison.standard_rows(PARTITION)[3], comparison.clips_of(9)
+    jobs = workers.split_jobs(row, clips, 1)
+    assert [len(job.clips) for job in jobs] == [8, 1]
+    made = np.concatenate(list(workers.run_jobs(tmp_path / "model.safetensors", jobs, 1)))
+    assert np.array_equal(made, comparison.generate(model, row, clips, 1))
 
 
 def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ Legend: F frames, C latent channels, P segments per frame, B dynamic budget in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import SelectSegments, eager_session
+from forcing_kv.export.engine import eager_session
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.tools.digits import codec, metrics, text
@@ -80,25 +80,34 @@ def clips_of(count: int) -> list[Clip]:
     return [Clip(captions[i % len(captions)], FIRST_SEED + i) for i in range(count)]
 
 
-def _random_choice(rng: np.random.Generator, num_kept: int) -> SelectSegments:
-    def select(scores: Float32) -> NDArray[np.int32]:
-        return np.sort(rng.permutation(scores.size)[:num_kept]).astype(np.int32)
+class _RandomChoice:
+    """Keeps as many segments as the policy does, at random; every clip starts its own sequence."""
 
-    return select
+    def __init__(self, num_kept: int) -> None:
+        self._num_kept = num_kept
+        self.restart(0)
+
+    def restart(self, seed: int) -> None:
+        self._rng = np.random.Generator(np.random.Philox(key=seed))
+
+    def __call__(self, scores: Float32) -> NDArray[np.int32]:
+        return np.sort(self._rng.permutation(scores.size)[: self._num_kept]).astype(np.int32)
 
 
-def generate(
-    model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int
-) -> Iterator[Float32]:
-    """Latents [F, C, h, w] of each clip under a row's policy, in the eager backend."""
-    rng = np.random.Generator(np.random.Philox(key=FIRST_SEED))
-    select = _random_choice(rng, row.policy.num_kept_segments) if row.random_segments else None
-    with eager_session(model, row.config, select=select) as session:
+def generate(model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int) -> Float32:
+    """Latents [clips, F, C, h, w] of clips under a row's policy, in the eager backend."""
+    choice = _RandomChoice(row.policy.num_kept_segments)
+    latents = []
+    with eager_session(
+        model, row.config, select=choice if row.random_segments else None
+    ) as session:
         for clip in clips:
+            choice.restart(clip.seed)
             session.reset()
             session.set_prompt(encode_prompt(clip.caption))
             chunks = session.stream(num_chunks, seed=clip.seed)
-            yield np.concatenate([chunk.latents for chunk in chunks])
+            latents.append(np.concatenate([chunk.latents for chunk in chunks]))
+    return np.stack(latents)
 
 
 @dataclass(frozen=True)
@@ -158,30 +167,19 @@ def measure_row(
 
 
 def compare(
-    model: CausalWanModel,
-    rows: Sequence[Row],
-    clips: Sequence[Clip],
-    num_chunks: int,
-    advance: Callable[[], None] = lambda: None,
+    rows: Sequence[Row], clips: Sequence[Clip], latents: Sequence[Float32]
 ) -> list[RowResult]:
-    """Generate and measure every clip under every row; the first row is the reference.
+    """Measure the clips of every row; the first row is the reference of latent distances.
 
     Args:
-        model: the denoiser.
         rows: policies.
         clips: captions and seeds.
-        num_chunks: length of each clip.
-        advance: called after every clip.
+        latents: [clips, F, C, h, w] of each row.
     """
-    results: list[RowResult] = []
-    for row in rows:
-        videos = []
-        for latents in generate(model, row, clips, num_chunks):
-            videos.append(latents)
-            advance()
-        reference = results[0].latents if results else None
-        results.append(measure_row(row, np.stack(videos), clips, reference))
-    return results
+    return [
+        measure_row(row, made, clips, None if index == 0 else latents[0])
+        for index, (row, made) in enumerate(zip(rows, latents, strict=True))
+    ]
 
 
 def row_record(result: RowResult, clips: Sequence[Clip]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
-from forcing_kv.runtime_trt.console import ExitCode, print_json, progress, talk
+from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.manifest import sha256_of
@@ -37,7 +37,7 @@ def evaluate_command(
     clips: Annotated[int, typer.Option(min=40, help="Clips of 21 frames per row.")] = 160,
     long_clips: Annotated[int, typer.Option(min=40, help="Clips of 60 frames per row.")] = 40,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a goal is missed.")] = False,
-    num_threads: Annotated[int, typer.Option(help="CPU threads of torch; 0: its choice.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, one core each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result on stdout.")] = False,
 ) -> None:
     """Compare cache policies on the shipped digits model: digits, motion, shape, memory.
@@ -48,7 +48,7 @@ def evaluate_command(
     for file in (checkpoint, heads):
         if not file.is_file():
             raise InputError(f"{file}: no such file")
-    record = run_evaluation(checkpoint, heads, clips, long_clips, num_threads)
+    record = run_evaluation(checkpoint, heads, clips, long_clips, processes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
     from forcing_kv.tools.digits.eval_report import draw_curves, print_table
@@ -63,7 +63,7 @@ def evaluate_command(
 
 
 def run_evaluation(
-    checkpoint: Path, heads: Path, num_clips: int, num_long_clips: int, num_threads: int = 0
+    checkpoint: Path, heads: Path, num_clips: int, num_long_clips: int, processes: int = 1
 ) -> dict[str, Any]:
     """Generate, measure and judge; returns the content of `eval.json`.
 
@@ -72,32 +72,30 @@ def run_evaluation(
         heads: head partition of the Forcing-KV rows.
         num_clips: clips of 21 frames.
         num_long_clips: clips of 60 frames.
-        num_threads: CPU threads of torch; 0 leaves the choice to it.
+        processes: single-threaded processes that generate.
     """
-    import torch
-
-    from forcing_kv.export.checkpoints import load_model
     from forcing_kv.tools.digits.comparison import clips_of, compare, row_record, standard_rows
+    from forcing_kv.tools.digits.workers import run_jobs, split_jobs
 
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    model = load_model(checkpoint, shipped.MODEL)
     rows = standard_rows(read_heads(heads, shipped.MODEL).partition)
     record: dict[str, Any] = {
         "model_sha256": sha256_of(checkpoint),
         "heads_sha256": sha256_of(heads),
     }
-    lengths = (("short", num_clips, SHORT_CHUNKS), ("long", num_long_clips, LONG_CHUNKS))
-    total = len(rows) * sum(count * chunks for _, count, chunks in lengths)
-    with progress("generating", total) as task:
-        for name, count, chunks in lengths:
-            chosen = clips_of(count)
-            results = compare(model, rows, chosen, chunks, partial(task.advance, chunks))
-            record[name] = {
-                "num_clips": count,
-                "num_frames": chunks * shipped.CHUNK.num_frames,
-                "rows": [row_record(result, chosen) for result in results],
-            }
+    for name, count, chunks in (
+        ("short", num_clips, SHORT_CHUNKS),
+        ("long", num_long_clips, LONG_CHUNKS),
+    ):
+        clips = clips_of(count)
+        jobs = [job for row in rows for job in split_jobs(row, clips, chunks)]
+        made = list(track(run_jobs(checkpoint, jobs, processes), name, len(jobs)))
+        latents = np.concatenate(made).reshape(len(rows), count, -1, *made[0].shape[2:])
+        results = compare(rows, clips, list(latents))
+        record[name] = {
+            "num_clips": count,
+            "num_frames": chunks * shipped.CHUNK.num_frames,
+            "rows": [row_record(result, clips) for result in results],
+        }
     record["goals"] = judge(record["short"]["rows"])
     return record
 
