@@ -66,7 +66,7 @@ def test_rows_differ_in_memory_as_they_say() -> None:
     bytes_of = {row.name: row.config.nbytes_kv for row in standard_rows(PARTITION)}
     assert bytes_of["dense"] > 3 * bytes_of["forcing-kv"]
     assert bytes_of["random segments"] == bytes_of["forcing-kv"]
-    assert bytes_of["recency-only"] >= bytes_of["forcing-kv"]
+    assert bytes_of["recency-only"] == bytes_of["forcing-kv"]
     assert bytes_of["forcing-kv"] > bytes_of["all-static"] > bytes_of["no context"]
 
 

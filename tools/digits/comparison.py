@@ -47,17 +47,23 @@ class Row:
 def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
     """Dense, Forcing-KV with `partition`, and what it must beat.
 
-    `recency-only` spends the segments' memory on later frames: T_d + B local frames, no segments.
+    `recency-only` spends the segments' memory on recent frames, in the same heads: T_d + B local
+    frames and no segments. Its layer 0 is all static and its warm-up is clipped, so that nothing
+    but the segments changes and the bytes are equal.
     """
     dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
     static = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=True)
     local = POLICY.num_temporal_frames + POLICY.num_dynamic_frames
     no_segments = replace(POLICY, num_dynamic_frames=0)
-    recency = replace(no_segments, num_temporal_frames=local)
+    recency = replace(
+        no_segments, num_temporal_frames=local, compress_first_layer=True, warmup="steady"
+    )
+    every_head = static.static_heads[:1]
+    same_heads = HeadPartition(MODEL.num_heads, every_head + partition.static_heads[1:])
     return (
         Row("dense", CachePolicy.dense(DENSE_WINDOW, CHUNK.num_frames), dynamic),
         Row("forcing-kv", POLICY, partition),
-        Row("recency-only", recency, partition),
+        Row("recency-only", recency, same_heads),
         Row("random segments", POLICY, partition, random_segments=True),
         Row("all-static", no_segments, static),
         Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
