@@ -87,7 +87,8 @@ def _without_paths(text: str) -> str:
 def _measure(
     subject: Subject, workload: Workload, options: MeasureOptions, blank: Row
 ) -> Iterator[Row]:
-    references = References(workload, options.device, options.gate_chunks, options.folder)
+    num_gate = max(options.gate_chunks, subject.min_gate_chunks)
+    references = References(workload, options.device, num_gate, options.folder)
     # Made first, so that their memory is free again when the subject is opened.
     references.get("float32")
     reset_peak_memory(options.device)
@@ -96,7 +97,7 @@ def _measure(
     clock = LoadClock()
     with subject.open(workload, options.device, clock) as session:
         begin = perf_counter()
-        found = roll_out(session, prompt, options.gate_chunks)
+        found = roll_out(session, prompt, num_gate)
         gate_ms = 1e3 * (perf_counter() - begin)
         verdict = check(found, references)
         blank = replace(blank, gate=asdict(verdict))

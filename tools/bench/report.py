@@ -68,11 +68,12 @@ def table(rows: Sequence[Row]) -> Table:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
     from rich.table import Table
 
+    chosen = (1, 2, 3, 5, 6, 7, 8)
     lines = list(cells(rows))
-    if lines:
-        made = Table(*_HEADER)
+    if lines and any(row.kind == "chunk" for row in rows):
+        made = Table(*(_HEADER[i] for i in chosen), title=lines[0][0], title_justify="left")
         for line in lines:
-            made.add_row(*line)
+            made.add_row(*(line[i] for i in chosen))
         return made
     made = Table("workload", "subject", "kind", "metrics")
     for row in rows:

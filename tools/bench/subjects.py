@@ -45,6 +45,9 @@ class Subject:
     """How it runs, for tables."""
     open: Open
     devices: tuple[str, ...] = ("cpu", "cuda")
+    min_gate_chunks: int = 5
+    """Chunks until the gate has seen everything that is measured: the first steady chunk of a
+    compressed cache is chunk 3, a captured one is replayed from its second on."""
 
 
 def subject(name: str) -> Subject:
@@ -142,7 +145,10 @@ _ALL = (
         _torch("grouped"),
     ),
     Subject(
-        "compile-dense", "dense", "torch.compile of eager-dense", _torch("dense", compiled=True)
+        "compile-dense",
+        "dense",
+        "torch.compile of eager-dense", _torch("dense", compiled=True),
+        min_gate_chunks=8,
     ),
     Subject(
         "compile-dense-graph",
@@ -150,6 +156,7 @@ _ALL = (
         "torch.compile of eager-dense, CUDA graph",
         _torch("dense", compiled=True, graph=True),
         ("cuda",),
+        min_gate_chunks=9,
     ),
     Subject(
         "compile-forcing-kv",

@@ -287,12 +287,7 @@ class TorchBackend(Backend):
         """Whether every later chunk sees as many rows; only those are worth compiling for."""
         if self._history is None:
             return True
-        policy, chunk = self.config.policy, self.config.chunk
-        if self._options.style == "dense":
-            return plan.first_frame >= policy.warmup_frames
-        selecting = policy.num_dynamic_frames > 0
-        first = (policy.num_sink_frames + policy.warmup_frames) // chunk.num_frames + 1
-        return plan.index >= max(policy.last_warmup_chunk + 1 + selecting, first) + 1
+        return plan.index >= first_steady_chunk(self.config)
 
     def _denoise(self, plan: ChunkPlan, keep: bool) -> None:
         inputs = self._inputs
@@ -388,6 +383,14 @@ class TorchBackend(Backend):
         self._cross, self._made = ([], []), _Made()
         for pools in self.pools.values():
             pools.clear()
+
+
+def first_steady_chunk(config: RolloutConfig) -> int:
+    """First chunk from which on every chunk sees as many rows."""
+    policy, frames = config.policy, config.chunk.num_frames
+    selecting = policy.num_dynamic_frames > 0
+    filled = -(-(policy.num_sink_frames + policy.warmup_frames) // frames)
+    return max(policy.last_warmup_chunk + 1 + selecting, filled)
 
 
 def _kind_of(plan: ChunkPlan) -> Hashable:

@@ -1,0 +1,70 @@
+"""What the gate lets through."""
+
+import numpy as np
+import pytest
+
+from forcing_kv.tools.bench.gate import References, Rollout, check, worst_error
+
+SCORES = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
+BEST = np.arange(3, dtype=np.int32)
+
+
+def rollout(error: float = 0.0, kept=BEST, scores=SCORES) -> Rollout:
+    latents = np.ones((2, 3, 1, 2, 2), np.float32) * (1 + error)
+    return Rollout(latents, {1: scores}, {1: np.asarray(kept, np.int32)})
+
+
+class Fixed(References):
+    """References that are given."""
+
+    made: dict
+
+    def get(self, dtype, forced=None):
+        return self.made[dtype]
+
+
+@pytest.fixture
+def references(tiny, tmp_path):
+    def make(dtype: str, exact: Rollout, eager: Rollout) -> References:
+        fixed = Fixed(tiny().as_dtype(dtype), "cpu", 2, tmp_path)
+        fixed.made = {dtype: eager, "float32": exact}
+        return fixed
+
+    return make
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.019, True), (0.021, False)])
+def test_error_may_be_twice_the_eager_one(references, error, passed):
+    result = check(rollout(error), references("bfloat16", rollout(), rollout(0.01)))
+    assert result.passed is passed
+    assert result.kept == "equal"
+    assert result.bound == pytest.approx(0.02, rel=1e-5)
+
+
+def test_float32_has_a_fixed_bound(references):
+    assert check(rollout(5e-5), references("float32", rollout(), rollout())).passed
+    assert not check(rollout(2e-4), references("float32", rollout(), rollout())).passed
+
+
+@pytest.mark.parametrize(("rounding", "verdict"), [(0.06, "within rounding"), (0.04, "different")])
+def test_other_segments_need_an_excuse(references, rounding, verdict):
+    # Segment 3 instead of 2: their scores differ by 0.1, and each may be off by the rounding.
+    eager = rollout(0.01, scores=SCORES + np.float32(rounding))
+    result = check(rollout(0.01, kept=[0, 1, 3]), references("bfloat16", rollout(), eager))
+    assert result.kept == verdict
+    assert result.passed is (verdict == "within rounding")
+
+
+def test_not_a_number_never_passes(references):
+    found = rollout(float("nan"))
+    assert not check(found, references("bfloat16", rollout(), rollout(0.01))).passed
+    assert worst_error(found.latents, rollout().latents) == float("inf")
+
+
+def test_reference_rollouts_are_kept_on_disk(tiny, tmp_path, monkeypatch):
+    references = References(tiny(), "cpu", 4, tmp_path)
+    first = references.get("float32")
+    monkeypatch.setattr(References, "_make", None)
+    again = References(tiny(), "cpu", 4, tmp_path).get("float32")
+    np.testing.assert_array_equal(first.latents, again.latents)
+    assert {2, 3} == set(again.kept) == set(first.kept)

@@ -1,0 +1,98 @@
+"""A subject is measured behind the gate; a wrong or a failing one gives a row without a number."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from forcing_kv.export.engine import eager_session
+from forcing_kv.runtime_trt.session import Session
+from forcing_kv.tools.bench.measure import MeasureOptions, measure
+from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
+from forcing_kv.tools.bench.torch_backend import TorchBackend, TorchOptions, first_steady_chunk
+
+
+@pytest.fixture
+def options(tmp_path):
+    return MeasureOptions("cpu", num_chunks=5, warmup_chunks=3, gate_chunks=4, folder=tmp_path)
+
+
+def wrong(scale: float) -> Subject:
+    """Our operators on weights that are off by `scale`."""
+
+    @contextmanager
+    def open_it(workload, device, clock):
+        model = workload.load(device)
+        model.head.head.weight.data *= 1 + scale
+        with Session(
+            TorchBackend(model, workload.config, device, TorchOptions("operators"))
+        ) as opened:
+            yield opened
+
+    return Subject("wrong", "forcing-kv", "off", open_it)
+
+
+def broken() -> Subject:
+    @contextmanager
+    def open_it(workload, device, clock):
+        raise RuntimeError("no such kernel")
+        yield
+
+    return Subject("broken", "forcing-kv", "fails", open_it)
+
+
+@pytest.mark.parametrize("name", ["eager-dense", "eager-forcing-kv", "operators"])
+def test_good_subject_gives_every_row(tiny, options, name):
+    chosen = subject(name)
+    rows = list(measure(chosen, tiny(chosen.policy), options))
+    assert [row.kind for row in rows] == ["load", "chunk", "step", "rollout"]
+    assert {row.status for row in rows} == {"ok"}
+    assert rows[0].gate["passed"]
+    metrics = rows[1].metrics
+    parts = [metrics[f"{part}_ms"]["median"] for part in ("steps_only", "clean", "evict", "commit")]
+    assert sum(parts) == pytest.approx(metrics["denoiser_ms"]["median"], rel=0.5)
+    assert metrics["kv_nbytes"] == tiny(chosen.policy).config.nbytes_kv or name == "eager-dense"
+    assert len(rows[3].metrics["chunk_ms"]) == 5
+
+
+def test_wrong_subject_gets_no_number(tiny, options):
+    (row,) = measure(wrong(1e-2), tiny(), options)
+    assert row.status == "gate_failed"
+    assert row.gate["error"] > row.gate["bound"]
+    assert not row.metrics
+    assert not row.gate["passed"]
+
+
+def test_failing_subject_is_a_row(tiny, options):
+    (row,) = measure(broken(), tiny(), options)
+    assert row.status == "failed"
+    assert "RuntimeError: no such kernel" in row.error
+    assert str(options.folder) not in row.error
+
+
+def test_dense_baseline_wraps_around_like_the_engine(tiny):
+    workload = tiny("dense")
+    chunks = []
+    for session in (
+        eager_session(workload.load("cpu"), workload.config),
+        Session(TorchBackend(workload.load("cpu"), workload.config, "cpu", TorchOptions("dense"))),
+    ):
+        with session:
+            session.set_prompt(workload.prompt())
+            chunks.append(np.stack([chunk.latents for chunk in session.stream(10)]))
+    np.testing.assert_allclose(*chunks, atol=1e-5)
+
+
+def test_first_steady_chunk(tiny):
+    assert first_steady_chunk(tiny().config) == 3
+    assert first_steady_chunk(tiny("dense").config) == 6
+    late = replace(tiny().config, policy=replace(tiny().config.policy, last_warmup_chunk=2))
+    assert first_steady_chunk(late) == 4
+
+
+def test_gate_is_long_enough_for_what_is_compiled():
+    for each in SUBJECTS.values():
+        steady = 6 if each.policy == "dense" else 3
+        if "compile" in each.name or "graph" in each.name:
+            assert each.min_gate_chunks > steady + ("graph" in each.name)

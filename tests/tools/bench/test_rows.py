@@ -1,0 +1,102 @@
+"""Rows, suite, report and the numbers beside them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.bench import suite
+from forcing_kv.tools.bench.report import cells, latest, write_report
+from forcing_kv.tools.bench.roofline import step_work
+from forcing_kv.tools.bench.rows import append_row, read_rows
+from forcing_kv.tools.bench.statistics import latency
+from forcing_kv.tools.bench.suite import SuiteItem, SuiteOptions, run_suite, selected, suite_items
+from forcing_kv.tools.bench.workloads import mean_attended_frames, workload
+
+
+def test_rows_come_back(tmp_path, row):
+    path = tmp_path / "folder" / "rows.jsonl"
+    rows = [row("chunk", "a"), row("chunk", "b", status="failed", error="e", metrics={})]
+    for each in rows:
+        append_row(path, each)
+    assert list(read_rows(path)) == rows
+    path.write_text(path.read_text() + '{"schema": 1, "kind": "chunk", "speed": 3}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: not a benchmark row"):
+        list(read_rows(path))
+
+
+def test_suite_skips_what_is_done_and_names_what_is_left(tmp_path, row):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("eager",))
+    items = [SuiteItem("tiny", "native", name, "cpu", "float32", num_chunks=5)
+             for name in ("eager-dense", "eager-grouped", "onnxruntime")]  # fmt: skip
+    append_row(options.out, row("rollout", "eager-dense"))
+    append_row(options.out, row("chunk", "eager-grouped"))
+    assert [item.subject for item in selected(items, options)] == ["eager-grouped"]
+
+
+def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_WORKER", "forcing_kv.tools.bench.no_such_worker")
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
+    items = [SuiteItem("golden", "native", name, "cpu", "float32") for name in
+             ("eager-dense", "operators")]  # fmt: skip
+    rows = list(run_suite(items, options, lambda _: None))
+    assert [(each.subject, each.status) for each in rows] == [
+        ("eager-dense", "failed"),
+        ("operators", "failed"),
+    ]
+    assert "ended with code 1" in rows[0].error
+    assert list(read_rows(options.out)) == rows
+
+
+def test_no_item_begins_without_time(tmp_path):
+    said = []
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, budget_s=1.0)
+    item = SuiteItem("golden", "native", "eager-dense", "cpu", "float32")
+    assert not list(run_suite([item], options, said.append))
+    assert "left for the next call" in said[0]
+
+
+def test_suite_measures_every_subject_of_its_device():
+    cuda = {item.subject for item in suite_items("cuda", "wan-1.3b")}
+    cpu = {item.subject for item in suite_items("cpu", "golden")}
+    assert {"eager-dense", "eager-forcing-kv", "inductor", "compile-dense-graph"} <= cuda
+    assert {"onnxruntime", "eager-dense"} <= cpu
+
+
+def test_report_of_rows(tmp_path, row):
+    slow, fast = row("chunk", "eager-dense"), row("chunk", "inductor")
+    slow.metrics["denoiser_ms"]["median"] = 300.0
+    failed = row("chunk", "compile-dense", status="failed", error="boom\nplace", metrics={})
+    rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
+    assert len(latest(rows)) == 4
+    lines = {line[1]: line for line in cells(rows)}
+    assert lines["inductor"][7] == "3.00x"
+    assert lines["inductor"][5] == "104.00"
+    assert lines["compile-dense"][2] == "failed"
+    written = write_report(rows, tmp_path)
+    text = written[0].read_text()
+    assert "boom" in text
+    assert "| inductor | 100.00 | 120.00 |" in text
+    assert all(path.stat().st_size for path in written)
+
+
+def test_work_of_a_step_at_480p():
+    config = workload("wan-1.3b", "480p", "forcing-kv", "bfloat16").config
+    assert sum(len(heads) for heads in config.partition.static_heads) == 134
+    work = step_work(config)
+    assert (work.linear_flop + work.cross_flop) / 1e12 == pytest.approx(12.15, abs=0.01)
+    assert work.self_flop / 1e12 == pytest.approx(7.55, rel=0.01)
+    assert mean_attended_frames(config) == pytest.approx(5.61, abs=0.03)
+    assert work.ideal_ms("NVIDIA H200") == pytest.approx(24.9, abs=0.2)
+    assert work.ideal_ms("another") is None
+
+
+def test_latency_summary():
+    found = latency([10.0] * 90 + [20.0] * 10)
+    assert found["p50_ms"] == 10.0
+    assert found["p99_ms"] == 20.0
+    assert found["jitter_ms"] == 10.0
+    assert found["growth"] == 2.0
+    assert json.dumps(found)
+    assert np.isclose(latency([5.0])["growth"], 1.0)
