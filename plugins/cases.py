@@ -185,9 +185,9 @@ _ODD_TOKENS = CandidateLayout(1, 70, 105, 35, 2, 35, 5)
 
 CASES: tuple[OpCase, ...] = (
     norm_rope_case("one row", 1, 2, 32),
-    norm_rope_case("below the tile", 15, 3, 64),
-    norm_rope_case("above the tile", 17, 1, 128),
-    norm_rope_case("width not a power of two", 33, 5, 32),
+    norm_rope_case("below the tile", 3, 3, 64),
+    norm_rope_case("above the tile", 5, 1, 128),
+    norm_rope_case("width not a power of two", 9, 5, 32),
     attention_case("no history", 64, 32, [(0, 0), (0, 0)]),
     attention_case("empty history", 65, 32, [(64, 0), (96, 0)]),
     attention_case("unequal heads", 96, 32, [(64, 64), (64, 63), (128, 65), (128, 128)]),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins.cases import attention_case
-from forcing_kv.plugins.head_indexed_attention.kernel import tile_counts
-from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.cases import attention_case  # noqa: E402
+from forcing_kv.plugins.head_indexed_attention.kernel import tile_counts  # noqa: E402
+from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
+from forcing_kv.plugins.registry import OPS, op_module  # noqa: E402
 
 
 def release(version: str) -> tuple[int, int]:
