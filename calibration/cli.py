@@ -172,7 +172,7 @@ def calibrate_heads(
                 "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
                 "with `fkv encode-prompt`"
             )
-        steps = _numbers("--denoise-steps", denoise_steps) if denoise_steps else None
+        steps = parse_numbers("--denoise-steps", denoise_steps) if denoise_steps else None
         request = ExportRequest(
             model=model,
             checkpoint=checkpoint,
@@ -190,11 +190,11 @@ def calibrate_heads(
         source,
         ProfilePlan(
             num_chunks,
-            _integers("--profile-chunks", profile_chunks) if profile_chunks else None,
-            _integers("--profile-steps", profile_steps) if profile_steps else None,
+            parse_integers("--profile-chunks", profile_chunks) if profile_chunks else None,
+            parse_integers("--profile-steps", profile_steps) if profile_steps else None,
             HeadRule(threshold, skip_first, last_k),
         ),
-        _integers("--seeds", seeds),
+        parse_integers("--seeds", seeds),
         window_frames,
         sink_frames,
         dtype,  # type: ignore[arg-type]  # checked by the rollout's configuration
@@ -212,14 +212,24 @@ def calibrate_heads(
         print_json(record)
 
 
-def _integers(option: str, text: str) -> tuple[int, ...]:
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Read a list such as `0,3,5`.
+
+    Raises:
+        InputError: another form.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"{option} is {text!r}; give integers such as 0,3,5") from error
 
 
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    """Read a list such as `1000,750`.
+
+    Raises:
+        InputError: another form.
+    """
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
