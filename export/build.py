@@ -164,7 +164,7 @@ def run_build(
     start = perf_counter()
     details, layers = {}, {}
     target = plan.bundle / plan.folder
-    with _replaced_folder(target) as folder:
+    with replaced_folder(target) as folder:
         for graph in plan.graphs:
             file = folder / f"{graph.name}.plan"
             if graph.found is not None:
@@ -177,12 +177,12 @@ def run_build(
             layers[graph.name] = built.log.layers
             details[graph.name] = _detail(graph, built, perf_counter() - begin)
     record = _record(plan, details, perf_counter() - start)
-    _write_record(plan.bundle, record)
+    write_record(plan.bundle, record)
     return record, layers
 
 
 @contextmanager
-def _replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(target: Path) -> Iterator[Path]:
     """A folder that takes the place of `target` if the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
@@ -293,7 +293,7 @@ def _record(plan: BuildPlan, details: Mapping[str, Any], seconds: float) -> dict
     }
 
 
-def _write_record(bundle: Path, record: Mapping[str, Any]) -> None:
+def write_record(bundle: Path, record: Mapping[str, Any]) -> None:
     """Add an engine record to the manifest, in place of the one of the same folder."""
     # Read again: another build may have added its engines meanwhile.
     manifest = read_manifest(bundle)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from forcing_kv.export.engine_builder import LayerInfo
 
 _TENSORRT = "TensorRT"
+_INDUCTOR = "Inductor"
 
 
 def build(
@@ -80,6 +81,23 @@ def build(
             help="Write the layers of the graphs that were built, JSON.", rich_help_panel=_TENSORRT
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cuda or cpu: the one of this machine.", rich_help_panel=_INDUCTOR)
+    ] = "cuda",
+    text_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Fold a prompt's padding, and attend to this many text rows instead of all; "
+            "longer prompts are refused.",
+            rich_help_panel=_INDUCTOR,
+        ),
+    ] = None,
+    autotune: Annotated[
+        bool,
+        typer.Option(
+            help="Measure matrix-product kernels and keep the fastest.", rich_help_panel=_INDUCTOR
+        ),
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Build what is up to date too.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built, its size and memory; stop.")
@@ -87,6 +105,9 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print the engine record.")] = False,
 ) -> None:
     """Compile engines into a bundle: only what is missing or changed."""
+    if backend == "inductor":
+        _build_inductor(bundle, device, text_rows, autotune, dry_run=dry_run, as_json=as_json)
+        return
     from forcing_kv.export.build import plan_build, run_build, target_device
 
     if backend not in ("tensorrt", "tensorrt-rtx"):
@@ -99,8 +120,8 @@ def build(
         refit, strip_weights, tf32, workspace_gb, optimization_level,
         cast(Any, profiling_verbosity),
     )  # fmt: skip
-    device = None if dry_run else target_device(options)
-    plan = plan_build(bundle, options, force=force, device=device)
+    gpu = None if dry_run else target_device(options)
+    plan = plan_build(bundle, options, force=force, device=gpu)
     talk(describe(plan))
     if dry_run:
         if as_json:
@@ -119,6 +140,44 @@ def build(
     _summary(plan, record)
     if layer_info is not None:
         _write_layers(layer_info, layers)
+    if as_json:
+        print_json(record)
+
+
+def _build_inductor(
+    bundle: Path,
+    device: str,
+    text_rows: int | None,
+    autotune: bool,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compile with PyTorch's own compiler; always anew, for its cache knows what is unchanged."""
+    from dataclasses import replace
+
+    from forcing_kv.export.build_inductor import build_inductor
+    from forcing_kv.export.fusion import FUSED
+    from forcing_kv.export.inductor_package import InductorOptions
+    from forcing_kv.runtime_trt.manifest import read_manifest
+
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {device!r}; give cpu or cuda")
+    fusion = replace(FUSED, text_rows=text_rows)
+    config = read_manifest(bundle).config
+    fusion.check(config.model.text_len)
+    options = InductorOptions(cast(Any, device), fusion, autotune)
+    talk(f"{bundle} -> engines/inductor-{device}, {config.dtype}, for this machine's {device}")
+    if dry_run:
+        return
+    with progress("reading the weights", 7.0) as bar:
+
+        def report(part: str) -> None:
+            bar.advance()
+            bar.describe(part)
+
+        record = build_inductor(bundle, options, report)
+    talk(f"recorded {record['folder']} in {bundle}/manifest.json ({record['build_seconds']} s)")
     if as_json:
         print_json(record)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forcing_kv.export.build import ENGINE_FOLDER, replaced_folder, write_record
 from forcing_kv.export.bundle_weights import MODEL_PREFIX, BundleWeights, read_bundle_weights
 from forcing_kv.export.inductor_package import InductorOptions, compile_package
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
@@ -27,7 +27,7 @@ SMALL_FILE = "constants.bin"
 def build_inductor(
     bundle: Path, options: InductorOptions, report: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compile a bundle's model and write the engine's files into the bundle.
+    """Compile a bundle's model and put the engine into the bundle, all or nothing.
 
     Args:
         bundle: directory written by `fkv export`.
@@ -35,7 +35,7 @@ def build_inductor(
         report: told the name of each part when it begins.
 
     Returns:
-        The engine record for the manifest; the manifest itself is not changed.
+        The engine record, which is in the manifest now.
 
     Raises:
         BackendUnavailableError: the target is CUDA and there is no such device.
@@ -51,19 +51,17 @@ def build_inductor(
     report("weights")
     weights = read_bundle_weights(bundle, manifest)
     weights.model.to(options.device)
-    relative = Path("engines") / f"inductor-{options.device}"
-    folder = bundle / relative
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    compiled = compile_package(weights.model, manifest.config, folder, options, report)
-    report("constants")
-    table = _write_constants(folder, relative, compiled.constants, weights)
-    write_table(folder / CONSTANTS_FILE, table)
-    files = sorted(file for file in folder.iterdir() if file.is_file())
+    relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
+    with replaced_folder(bundle / relative) as folder:
+        compiled = compile_package(weights.model, manifest.config, folder, options, report)
+        report("constants")
+        table = _write_constants(folder, relative, compiled.constants, weights)
+        write_table(folder / CONSTANTS_FILE, table)
     graphs = {name: asdict(info) for name, info in compiled.graphs.items()}
     for info in graphs.values():
         info["file"] = str(relative / info["file"])
-    return {
+    files = sorted(file for file in (bundle / relative).iterdir() if file.is_file())
+    record = {
         "backend": "inductor",
         "folder": str(relative),
         "files": {str(relative / file.name): sha256_of(file) for file in files},
@@ -72,6 +70,8 @@ def build_inductor(
         "options": options.to_json(),
         "build_seconds": round(perf_counter() - start, 1),
     }
+    write_record(bundle, record)
+    return record
 
 
 @dataclass
