@@ -32,16 +32,23 @@ def memory(device: str) -> dict[str, int]:
     }
 
 
-def kv_nbytes(session: Session) -> int:
-    """Bytes of the buffers that hold the past, measured on the buffers themselves."""
+def kv_nbytes(session: Session) -> dict[str, int]:
+    """Bytes of the buffers that hold self-attention's keys and values, measured on the buffers.
+
+    Returns:
+        `kv_history_nbytes` for the past, and `kv_nbytes` with the running chunk's own rows, which a
+        dense cache holds in the same buffer.
+    """
     backend: Any = session.backend
     if hasattr(backend, "nbytes_kv"):
-        return int(backend.nbytes_kv)
-    total = 0
-    for layer in range(session.config.model.num_layers):
-        for name in ("hist_k", "hist_v"):
-            total += _buffer_nbytes(backend, f"{name}.{layer}")
-    return total
+        history, own = int(backend.nbytes_kv), int(backend.nbytes_own)
+    else:
+        layers = range(session.config.model.num_layers)
+        history, own = (
+            sum(_buffer_nbytes(backend, f"{name}_{part}.{i}") for part in "kv" for i in layers)
+            for name in ("hist", "new")
+        )
+    return {"kv_history_nbytes": history, "kv_nbytes": history + own}
 
 
 def _buffer_nbytes(backend: Any, name: str) -> int:

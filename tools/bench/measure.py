@@ -159,7 +159,7 @@ def _rollout(
     denoiser = [times["chunk"] for times in chunks]
     metrics = _chunk_metrics(workload, blank, chunks, walls)
     metrics |= {
-        "kv_nbytes": kv_nbytes(session),
+        **kv_nbytes(session),
         "memory": at_end,
         "memory_before_open": dict(before),
         "joules_per_chunk": None if joules is None else round(joules / len(chunks), 3),

@@ -159,6 +159,13 @@ class TorchBackend(Backend):
         """Bytes of the tensors that hold the past."""
         return sum(pool.nbytes for pools in self.pools.values() for pool in pools)
 
+    @property
+    def nbytes_own(self) -> int:
+        """Bytes of the running chunk's rows, where they are not in the same tensors."""
+        if self._options.style == "dense":
+            return 0
+        return sum(rows.nbytes for part in self._made.new for rows in part)
+
     def _passes(self, model: CausalWanModel) -> tuple[Pass, Pass]:
         """The eager pass and the one to use in steady chunks."""
         options = self._options

@@ -52,7 +52,10 @@ def test_good_subject_gives_every_row(tiny, options, name):
     metrics = rows[1].metrics
     parts = [metrics[f"{part}_ms"]["median"] for part in ("steps_only", "clean", "evict", "commit")]
     assert sum(parts) == pytest.approx(metrics["denoiser_ms"]["median"], rel=0.5)
-    assert metrics["kv_nbytes"] == tiny(chosen.policy).config.nbytes_kv or name == "eager-dense"
+    config = tiny(chosen.policy).config
+    own = 2 * 2 * config.chunk.num_tokens * config.model.dim * 4
+    assert metrics["kv_nbytes"] == config.nbytes_kv + own
+    assert metrics["kv_history_nbytes"] == metrics["kv_nbytes"] - own * (name != "eager-dense")
     assert len(rows[3].metrics["chunk_ms"]) == 5
 
 
