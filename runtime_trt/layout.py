@@ -35,7 +35,7 @@ def from_mapping(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
 
 def _require_at_least(where: str, values: Mapping[str, int], minimum: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise InputError(f"{where}.{name} is {value!r}; it must be an integer >= {minimum}")
 
 
@@ -158,7 +158,13 @@ class CachePolicy:
         }
         _require_at_least("CachePolicy", frames, 0)
         _require_at_least("CachePolicy", {"num_segments": self.num_segments}, 1)
-        for name, allowed in (("selection", ("layer1", "per_layer")), ("warmup", _WARMUPS)):
+        choices: Mapping[str, tuple[Any, ...]] = {
+            "selection": ("layer1", "per_layer"),
+            "warmup": ("exact", "steady"),
+            "compress_first_layer": (False, True),
+            "global_sink": (False, True),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"CachePolicy.{name} is {getattr(self, name)!r}; allowed are {allowed}"
@@ -215,9 +221,6 @@ class CachePolicy:
         if kind == "dynamic":
             steady += self.num_dynamic_frames
         return self.num_sink_frames + max(steady, widest)
-
-
-_WARMUPS = ("exact", "steady")
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ def test_bytes_are_those_that_the_chunk_graph_runtime_allocates(digits_bundle):
         (("--policy", "magic"), "dense"),
         (("--policy", "sinks=1"), "num_sink_frames"),
         (("--policy", "num_sink_frames=x"), "num_sink_frames"),
+        (("--policy", "num_sink_frames=true"), "num_sink_frames"),
+        (("--policy", "global_sink=maybe"), "global_sink"),
         (("--policy", "missing.json"), "missing.json"),
         (("--static-heads", "361"), "360 heads"),
         (("--static-heads", "360"), "layer 1 has no dynamic head"),
