@@ -10,6 +10,7 @@ import typer
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, progress, talk
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 if TYPE_CHECKING:
@@ -207,16 +208,63 @@ def _num_bytes(folder: Path) -> int:
 
 
 def verify(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Bundle: compare with eager PyTorch on its own weights.")
+    ] = None,
     golden: Annotated[
-        Path, typer.Option(help="Case directory: config.json and golden.npz, weights beside it.")
-    ],
-    backend: Annotated[str, typer.Option(help="eager, onnxruntime or inductor.")] = "eager",
+        Path | None,
+        typer.Option(help="Case directory: config.json and golden.npz, weights beside it."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="A backend's name. Default: auto for a bundle, eager for a golden case."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to use instead of the case's own.")
     ] = None,
+    num_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of a bundle's rollout.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Key of a bundle's prompt and noise.")] = 0,
+    cuda_graph: Annotated[bool, typer.Option(help="Replay captured chunks.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
     """Compare a backend with numerical truth; exit 0 within tolerance, 1 not, 2 bad use."""
+    if (bundle is None) == (golden is None):
+        raise InputError("give either a bundle or --golden CASE_DIR")
+    if bundle is not None:
+        passed = _verify_bundle(bundle, backend or "auto", num_chunks, seed, cuda_graph, as_json)
+    else:
+        assert golden is not None
+        passed = _verify_golden(golden, backend or "eager", checkpoint, as_json)
+    if not passed:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _verify_bundle(
+    bundle: Path, backend: str, num_chunks: int | None, seed: int, cuda_graph: bool, as_json: bool
+) -> bool:
+    from forcing_kv.export.verify_bundle import verify_bundle
+    from forcing_kv.runtime_trt.backends import open_backend
+
+    opened = open_backend(bundle, backend, use_graphs=cuda_graph)
+    try:
+        talk(f"{opened.name} ({opened.chosen_because}) against eager PyTorch")
+        report = verify_bundle(bundle, opened, num_chunks=num_chunks, seed=seed)
+    finally:
+        opened.close()
+    for check in report.rollout:
+        talk(check.line(), style=None if check.passed else "red")
+    for note in report.notes:
+        talk(note)
+    verdict = "PASS" if report.passed else "FAIL"
+    console().print(f"[bold]{verdict}[/bold] worst tensor: {report.worst.line()}")
+    if as_json:
+        print_json(report.to_json())
+    return report.passed
+
+
+def _verify_golden(golden: Path, backend: str, checkpoint: Path | None, as_json: bool) -> bool:
     from forcing_kv.export.verify import (
         GoldenCase,
         GoldenReport,
@@ -236,8 +284,7 @@ def verify(
     _verdict(report)
     if as_json:
         print_json(report.to_json())
-    if not report.passed:
-        raise typer.Exit(ExitCode.CHECK_FAILED)
+    return report.passed
 
 
 def _verdict(report: GoldenReport) -> None:

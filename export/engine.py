@@ -144,7 +144,8 @@ class EagerBackend(Backend):
             forced[kept.long()] = -1.0
             dyn_k, dyn_v, _ = self._evict.compact([forced.view_as(scores)], *chosen)
         self._dynamic = (dyn_k, dyn_v)
-        return scores.cpu().numpy(), kept.cpu().numpy()
+        self._scores: Float32 = scores.cpu().numpy()
+        return self._scores, kept.cpu().numpy()
 
     @torch.inference_mode()
     def commit(self, plan: ChunkPlan) -> None:
@@ -173,6 +174,18 @@ class EagerBackend(Backend):
         """Drop buffers."""
         self.hist_k, self.hist_v = [], []
         self._cross = self._new = self._dynamic = ([], [])
+
+    def read_tensor(self, name: str) -> NDArray[Any]:
+        """See base class; float32."""
+        stem, _, index = name.partition(".")
+        kind, _, part = stem.rpartition("_")
+        if stem == "scores":
+            return self._scores
+        stacks = {"cross": self._cross, "new": self._new, "dyn": self._dynamic}
+        layer = int(index)
+        if kind == "dyn":
+            layer = self.config.evicted_layers.index(layer)
+        return stacks[kind]["kv".index(part)][layer].float().cpu().numpy()
 
     def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """See base class; float32."""

@@ -25,6 +25,9 @@ INLINE_NBYTES = 1024
 ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map them."""
 
+_NOT_FOLDED = ("Cast", "Transpose")
+"""Folding these would copy weights under new names: unshared, and lost to who reads them back."""
+
 
 @dataclass
 class WeightStore:
@@ -87,9 +90,8 @@ def onnx_model(source: GraphSource) -> ir.Model:
         )
     assert exported is not None
     model = exported.model
-    # Folding a Transpose would copy weights under new names and unshare them.
     optimize_ir(
-        model, inline=False, should_fold=lambda node: False if node.op_type == "Transpose" else None
+        model, inline=False, should_fold=lambda node: False if node.op_type in _NOT_FOLDED else None
     )
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for function in onnx_functions(OPSET):

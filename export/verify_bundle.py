@@ -1,0 +1,296 @@
+"""A backend against eager PyTorch on a bundle's own weights: every graph output, and a rollout.
+
+Two runs of the same chunks. In *lockstep* every pass of the backend gets the latents of the
+reference, so that an error is seen where it arises: the report names the worst tensor and its
+layer. A *free* rollout then shows how errors add up.
+
+The reference is eager in float32. A 16-bit backend is allowed twice the error that eager of the
+same dtype has, plus a little of the tensor's largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from forcing_kv.export.bundle_weights import read_bundle_weights
+from forcing_kv.export.engine import EagerBackend
+from forcing_kv.runtime_trt.backends.base import (
+    Backend,
+    ChunkPositions,
+    Float32,
+    StepScalars,
+)
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.noise import draw_noise
+from forcing_kv.runtime_trt.session import Session
+from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
+
+SLACK = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Allowed share of a tensor's largest value beside the yardstick: 2 roundings of the dtype, and for
+float32 the tolerance of the golden cases."""
+
+ROLLOUT_FACTOR = 2.0
+"""Allowed multiple of the error of eager in the same dtype."""
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One output of one graph, where it was worst."""
+
+    graph: str
+    tensor: str
+    layer: int | None
+    chunk: int
+    step: int | None
+    """Denoise step; n for the clean pass; None where the graph runs once."""
+    error: float
+    """Largest absolute difference from the float32 reference."""
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """Error as a share of what is allowed."""
+        return self.error / self.allowed if self.allowed else float(self.error > 0) * np.inf
+
+    @property
+    def passed(self) -> bool:
+        """Within what is allowed, and finite."""
+        return bool(self.ratio <= 1)
+
+    def line(self) -> str:
+        """For people."""
+        layer = "" if self.layer is None else f", layer {self.layer}"
+        step = "" if self.step is None else f", step {self.step}"
+        return (
+            f"{self.graph}: {self.tensor}{layer} (chunk {self.chunk}{step}): error "
+            f"{self.error:.2e}, allowed {self.allowed:.2e}"
+        )
+
+
+@dataclass
+class BundleReport:
+    """Verdict on one backend."""
+
+    bundle: str
+    backend: str
+    dtype: str
+    tensors: list[TensorCheck] = field(default_factory=list)
+    """Every output at its worst, the worst first."""
+    rollout: list[TensorCheck] = field(default_factory=list)
+    """Latents of every chunk of the free rollout."""
+    kept_equal: bool = True
+    """Whether every selection of the lockstep run equals that of eager in the same dtype."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Everything within what is allowed; in float32 the same segments too."""
+        checks = all(check.passed for check in (*self.tensors, *self.rollout))
+        return checks and (self.kept_equal or self.dtype != "float32")
+
+    @property
+    def worst(self) -> TensorCheck:
+        """The output that is furthest from what is allowed."""
+        return self.tensors[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def sorted_config(config: RolloutConfig) -> RolloutConfig:
+    """The configuration of a model whose heads are in exported order already."""
+    static = tuple(tuple(range(len(heads))) for heads in config.partition.static_heads)
+    return replace(config, partition=HeadPartition(config.partition.num_heads, static))
+
+
+def verify_bundle(
+    bundle: Path, backend: Backend, *, num_chunks: int | None = None, seed: int = 0
+) -> BundleReport:
+    """Compare a backend with eager PyTorch.
+
+    Args:
+        bundle: directory of the bundle.
+        backend: opened on it; not closed.
+        num_chunks: chunks of either run; None runs two past the first eviction.
+        seed: key of prompt and noise.
+    """
+    manifest = read_manifest(bundle)
+    config = sorted_config(manifest.config)
+    num_chunks = num_chunks or config.policy.last_warmup_chunk + 4
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = read_bundle_weights(bundle, manifest).model
+    reference = EagerBackend(model.float(), replace(config, dtype="float32"), device)
+    same_dtype = reference
+    if config.dtype != "float32":
+        same_dtype = EagerBackend(model, config, device)
+    report = BundleReport(str(bundle), backend.name, config.dtype)
+    prompt = _prompt(config, seed)
+    lockstep = _Lockstep(manifest, reference, same_dtype, backend, report)
+    report.tensors = lockstep.run(prompt, num_chunks, seed)
+    sessions = [Session(each) for each in (reference, same_dtype, backend)]
+    report.rollout = list(_rollout(sessions, config, prompt, num_chunks, seed))
+    return report
+
+
+def _prompt(config: RolloutConfig, seed: int) -> Float32:
+    """A random prompt of which a quarter is padding."""
+    model = config.model
+    prompt = draw_noise(seed, 0, 0, (model.text_len, model.text_dim))
+    prompt[-(model.text_len // 4) or model.text_len :] = 0
+    return prompt
+
+
+class _Lockstep:
+    """Runs every pass on all backends with the reference's latents."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        reference: Backend,
+        same_dtype: Backend,
+        backend: Backend,
+        report: BundleReport,
+    ) -> None:
+        self._manifest, self._report = manifest, report
+        self._reference, self._same_dtype, self._backend = reference, same_dtype, backend
+        self._worst: dict[tuple[str, str], TensorCheck] = {}
+
+    @property
+    def _all(self) -> list[Backend]:
+        return list(dict.fromkeys((self._reference, self._same_dtype, self._backend)))
+
+    def run(self, prompt: Float32, num_chunks: int, seed: int) -> list[TensorCheck]:
+        """Roll out, comparing every output of every graph; the worst of each, worst first."""
+        config = self._backend.config
+        for backend in self._all:
+            backend.set_prompt(prompt)
+        self._compare("prompt", 0, None)
+        timeline = Timeline(config.policy, config.chunk.num_frames)
+        for _ in range(num_chunks):
+            plan = timeline.advance()
+            self._chunk(plan, seed)
+            if plan.evict and not self._evict(plan):
+                break
+            for backend in self._all:
+                backend.commit(plan)
+        return sorted(self._worst.values(), key=lambda check: check.ratio, reverse=True)
+
+    def _chunk(self, plan: ChunkPlan, seed: int) -> None:
+        config = self._backend.config
+        positions = ChunkPositions.of(plan, config)
+        x: Float32 = draw_noise(seed, plan.index, 0, config.latent_shape)
+        num_steps = config.schedule.num_steps
+        for i, scalars in enumerate(self._reference.step_scalars):
+            last = i + 1 == num_steps
+            eps = None if last else draw_noise(seed, plan.index, i + 1, config.latent_shape)
+            x0, x_next = self._step(plan, x, eps, scalars, positions)
+            x = x0 if last else x_next
+        self._step(plan, x, None, self._reference.clean_scalars, positions)
+
+    def _step(
+        self,
+        plan: ChunkPlan,
+        x: Float32,
+        eps: Float32 | None,
+        scalars: StepScalars,
+        positions: ChunkPositions,
+    ) -> tuple[Float32, Float32]:
+        """One pass everywhere; returns the reference's x0 and x_next."""
+        results = {}
+        for backend in self._all:
+            found = backend.run_step(x, eps, scalars, positions)
+            results[id(backend)] = [np.array(torch.as_tensor(array).cpu()) for array in found]
+        clean = scalars.index == self._backend.config.schedule.num_steps
+        if not clean:
+            for name, i in (("x0", 0), ("x_next", 1)):
+                arrays = [
+                    results[id(b)][i] for b in (self._reference, self._same_dtype, self._backend)
+                ]
+                self._note("step", name, plan.index, scalars.index, arrays)
+        self._compare("step", plan.index, scalars.index)
+        x0, x_next = results[id(self._reference)]
+        return x0, x_next
+
+    def _evict(self, plan: ChunkPlan) -> bool:
+        """Score and select everywhere; False where the caches would now differ."""
+        kept = {id(backend): backend.run_evict()[1] for backend in self._all}
+        selections = [kept[id(b)] for b in (self._reference, self._same_dtype, self._backend)]
+        if np.array_equal(selections[1], selections[2]):
+            if np.array_equal(selections[0], selections[1]):
+                self._compare("evict", plan.index, None)
+                return True
+            self._report.notes.append(
+                f"chunk {plan.index}: {self._backend.config.dtype} selects other segments than "
+                "float32, in eager too; the lockstep run ends here"
+            )
+            return False
+        self._report.kept_equal = False
+        self._report.notes.append(
+            f"chunk {plan.index}: kept segments {selections[2].tolist()}, eager "
+            f"{selections[1].tolist()}; the lockstep run ends here"
+        )
+        return False
+
+    def _compare(self, graph: str, chunk: int, step: int | None) -> None:
+        """Compare every output that a graph leaves in its buffers."""
+        for info in self._manifest.graphs[graph].outputs:
+            if info.name in ("x0", "x_next", "kept"):
+                continue
+            arrays = [
+                backend.read_tensor(info.name)
+                for backend in (self._reference, self._same_dtype, self._backend)
+            ]
+            self._note(graph, info.name, chunk, step, arrays)
+
+    def _note(
+        self, graph: str, name: str, chunk: int, step: int | None, arrays: list[NDArray[Any]]
+    ) -> None:
+        reference, yardstick, found = (array.astype(np.float64) for array in arrays)
+        allowed = _allowed(reference, yardstick, self._backend.config.dtype)
+        _, _, index = name.partition(".")
+        layer = int(index) if index else None
+        check = TensorCheck(graph, name, layer, chunk, step, _error(found, reference), allowed)
+        before = self._worst.get((graph, name))
+        if before is None or check.ratio > before.ratio:
+            self._worst[graph, name] = check
+
+
+def _allowed(reference: NDArray[Any], yardstick: NDArray[Any], dtype: str) -> float:
+    largest = float(np.abs(reference).max(initial=0.0))
+    return ROLLOUT_FACTOR * _error(yardstick, reference) + SLACK[dtype] * max(largest, 1e-3)
+
+
+def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Largest absolute difference; infinite where a value is not finite."""
+    error = float(np.abs(found - wanted).max(initial=0.0))
+    return error if np.isfinite(error) else float("inf")
+
+
+def _rollout(
+    sessions: list[Session], config: RolloutConfig, prompt: Float32, num_chunks: int, seed: int
+) -> Iterator[TensorCheck]:
+    """Latents of every chunk, each backend on its own."""
+    different = list({id(session.backend): session for session in sessions}.values())
+    for session in different:
+        session.reset()
+        session.set_prompt(prompt)
+    for chunk in range(num_chunks):
+        made: Mapping[int, NDArray[Any]] = {
+            id(session.backend): session.generate_chunk(seed=seed).latents.astype(np.float64)
+            for session in different
+        }
+        reference, yardstick, found = (made[id(session.backend)] for session in sessions)
+        allowed = _allowed(reference, yardstick, config.dtype)
+        yield TensorCheck(
+            "rollout", "latents", None, chunk, None, _error(found, reference), allowed
+        )
