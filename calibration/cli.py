@@ -128,8 +128,12 @@ def calibrate_heads(
         str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)
     ] = "cpu",
     threshold: Annotated[
-        float, typer.Option(help="Lowest score of a static head.", rich_help_panel=_RULE_PANEL)
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            help="Lowest score of a static head. Default: the model's own; 0.8 as published.",
+            rich_help_panel=_RULE_PANEL,
+        ),
+    ] = None,
     skip_first: Annotated[
         int, typer.Option(help="First key frames left out.", rich_help_panel=_RULE_PANEL)
     ] = 1,
@@ -192,7 +196,7 @@ def calibrate_heads(
             num_chunks,
             parse_integers("--profile-chunks", profile_chunks) if profile_chunks else None,
             parse_integers("--profile-steps", profile_steps) if profile_steps else None,
-            HeadRule(threshold, skip_first, last_k),
+            HeadRule(source.threshold if threshold is None else threshold, skip_first, last_k),
         ),
         parse_integers("--seeds", seeds),
         window_frames,

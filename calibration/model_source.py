@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
@@ -35,6 +36,8 @@ class ModelSource:
     schedule: Schedule
     prompts: Mapping[str, NDArray[np.float32]]
     """Name of each prompt -> embeddings [text_len, text_dim]."""
+    threshold: float = HeadRule.threshold
+    """Lowest score of a static head; the published one unless the model comes with its own."""
 
 
 def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
@@ -48,6 +51,7 @@ def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
         shipped.CHUNK,
         shipped.SCHEDULE,
         {text: shipped.encode_prompt(text) for text in texts},
+        shipped.HEAD_THRESHOLD,
     )
 
 

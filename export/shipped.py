@@ -27,6 +27,7 @@ class ShippedModel(Protocol):
     CHUNK: ChunkShape
     SCHEDULE: Schedule
     POLICY: CachePolicy
+    HEAD_THRESHOLD: float
     CALIBRATION_PROMPTS: Sequence[str]
     encode_prompt: Callable[[str], NDArray[np.float32]]
 

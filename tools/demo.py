@@ -73,11 +73,11 @@ def _calibrate(work: Path, num_chunks: int, bar: Task) -> None:
     from forcing_kv.calibration.heads import HeadCalibration
     from forcing_kv.calibration.model_source import load_shipped
     from forcing_kv.calibration.rollouts import ProfilePlan
-    from forcing_kv.tools.digits.shipped import CALIBRATION_PROMPTS, HEAD_THRESHOLD
+    from forcing_kv.tools.digits.shipped import CALIBRATION_PROMPTS
 
     source = load_shipped("digits", CALIBRATION_PROMPTS[:2])
     calibration = HeadCalibration(
-        source, ProfilePlan(num_chunks, rule=HeadRule(HEAD_THRESHOLD)), seeds=(0,)
+        source, ProfilePlan(num_chunks, rule=HeadRule(source.threshold)), seeds=(0,)
     )
     calibration.write(work, calibration.run(bar.advance))
 
