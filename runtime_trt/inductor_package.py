@@ -74,6 +74,8 @@ class InductorPackage:
         self.graphs = dict(graphs)
         self.constants = dict(constants)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._path = path
         self._runners = {name: self._load(name) for name in graphs}
 
