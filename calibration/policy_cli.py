@@ -175,9 +175,10 @@ def calibrate_policy(
 
 
 def _show(record: Mapping[str, Any]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("policy", "static heads", "PSNR, dB", "boundary", "K/V, MB", "FPS bound", "")
+    names = ("static heads", "PSNR, dB", "boundary", "K/V, MB", "FPS bound", "")
+    table = Table(Column("policy", no_wrap=True), *names)
     ranked = sorted(record["candidates"], key=lambda one: -(one["psnr_db"] or 1e9))
     for one in ranked:
         psnr = "equal" if one["psnr_db"] is None else f"{one['psnr_db']:.2f}"

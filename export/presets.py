@@ -110,7 +110,7 @@ _PRESETS = (
         "--local-dir .",
     ),
     # TrailingSamplingTimesteps(T=1000, shift=5) of RAVEN rounds to whole timesteps, and its noise
-    # level is t / T. No partition is published for it: calibrate.
+    # level is t / T.
     Preset(
         "raven-1.3b",
         "RAVEN (Wan2.1-T2V-1.3B)",

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stand_ins import fsdp_names, peft_file, prefixed, write_sharded
 
 from forcing_kv.export.checkpoint_files import read_checkpoint
 from forcing_kv.export.checkpoints import CheckpointSource, load_model, load_state_dict
@@ -27,33 +27,6 @@ def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     shapes = {name: value.shape for name, value in CausalWanModel(SHAPE).state_dict().items()}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
-
-
-def prefixed(weights, prefix):
-    return {prefix + name: value for name, value in weights.items()}
-
-
-def fsdp_names(weights):
-    """Names as EMA_FSDP of Self Forcing keeps them: shards and checkpointed blocks show."""
-    return {
-        "model._fsdp_wrapped_module."
-        + name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."): v
-        for name, v in weights.items()
-    }
-
-
-def write_sharded(folder: Path, tensors, stem: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(tensors)
-    halves = (names[::2], names[1::2])
-    weight_map = {}
-    for i, half in enumerate(halves):
-        file = f"{stem}-{i + 1:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in half}, folder / file)
-        weight_map |= dict.fromkeys(half, file)
-    index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    return index
 
 
 def self_forcing(folder, weights):
@@ -192,15 +165,6 @@ def merged(weights, factors, scale=1.0):
     for layer, (down, up) in factors.items():
         out[f"{layer}.weight"] = weights[f"{layer}.weight"] + scale * (up @ down)
     return out
-
-
-def peft_file(factors, name="{}"):
-    """What peft's get_peft_model_state_dict returns."""
-    pairs = {}
-    for layer, (down, up) in factors.items():
-        pairs[f"base_model.model.{layer}.lora_A.{name}weight".replace("{}", "")] = down
-        pairs[f"base_model.model.{layer}.lora_B.{name}weight".replace("{}", "")] = up
-    return pairs
 
 
 def test_longlive_base_and_adapter_merge_exactly(tmp_path, weights, factors):

@@ -1,12 +1,11 @@
 """Video decoders a latent frame at a time: equal to the whole clip, from any file."""
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
+from stand_ins import vae_original_name
 
 from forcing_kv.export.tae import TinyDecoder, tiny_decoder
 from forcing_kv.export.vae import wan_decoder
@@ -36,30 +35,10 @@ def decode_whole(vae, latents):
     return (pixels[0].transpose(0, 1) + 1) / 2
 
 
-def original_name(name):
-    """The name in Wan2.1_VAE.pth of a parameter of diffusers' model."""
-    name = re.sub(r"^quant_conv", "conv1", re.sub(r"^post_quant_conv", "conv2", name))
-    name = name.replace("mid_block.resnets.0", "middle.0").replace(
-        "mid_block.resnets.1", "middle.2"
-    )
-    name = name.replace("mid_block.attentions.0", "middle.1")
-    name = (
-        name.replace("conv_in", "conv1").replace("norm_out", "head.0").replace("conv_out", "head.2")
-    )
-    name = name.replace("down_blocks", "downsamples")
-    name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)",
-                  lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", name)  # fmt: skip
-    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0",
-                  lambda m: f"upsamples.{4 * int(m[1]) + 3}", name)  # fmt: skip
-    for ours, theirs in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)):
-        name = re.sub(rf"((?:middle|samples)\.\d+)\.{ours}\.", rf"\1.residual.{theirs}.", name)
-    return name.replace("conv_shortcut", "shortcut")
-
-
 @pytest.mark.parametrize("layout", ["vae folder", "pipeline folder", "Wan2.1_VAE.pth"])
 def test_streaming_equals_decoding_the_whole_clip(vae, latents, tmp_path, layout):
     if layout == "Wan2.1_VAE.pth":
-        state = {original_name(name): value for name, value in vae.state_dict().items()}
+        state = {vae_original_name(name): value for name, value in vae.state_dict().items()}
         torch.save(state, tmp_path / layout)
         path = tmp_path / layout
     else:
@@ -127,7 +106,7 @@ def test_other_files_are_refused(vae, tmp_path):
         wan_decoder(tmp_path / "nothing.pth", SIZE)
     with pytest.raises(InputError, match="cannot load it as a Wan VAE"):
         wan_decoder(tmp_path, SIZE)
-    state = {original_name(name): value for name, value in vae.state_dict().items()}
+    state = {vae_original_name(name): value for name, value in vae.state_dict().items()}
     del state["decoder.upsamples.3.time_conv.bias"]
     torch.save(state, tmp_path / "cut.pth")
     with pytest.raises(InputError, match=r"time_conv\.bias"):

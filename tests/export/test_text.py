@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from stand_ins import tiny_tokenizer, tiny_umt5, umt5_original, write_wan_text_encoder
 from typer.testing import CliRunner
 
 from forcing_kv.export import text
@@ -16,47 +15,16 @@ from forcing_kv.runtime_trt.prompt_file import read_prompts
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 TEXT_LEN = 12
-WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs", "on", "grass"]
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    config = UMT5Config(
-        vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
-        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    model = UMT5EncoderModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return tiny_umt5()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def original_names(encoder):
-    """The encoder under the names of Wan2.1's own file."""
-    theirs = {new: old for old, new in text._BLOCK_NAMES.items()}
-    renamed = {}
-    for name, value in encoder.state_dict().items():
-        parts = name.split(".")
-        if "block" in parts:
-            rest = ".".join(parts[3:-1])
-            renamed[f"blocks.{parts[2]}.{theirs[rest]}.weight"] = value
-    renamed["token_embedding.weight"] = encoder.state_dict()["shared.weight"]
-    renamed["norm.weight"] = encoder.state_dict()["encoder.final_layer_norm.weight"]
-    return renamed
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +33,7 @@ def folders(encoder, tokenizer, tmp_path_factory):
     root = tmp_path_factory.mktemp("text")
     encoder.save_pretrained(root / "diffusers" / "text_encoder")
     tokenizer.save_pretrained(root / "diffusers" / "tokenizer")
-    tokenizer.save_pretrained(root / "original" / "google" / "umt5-xxl")
-    torch.save(original_names(encoder), root / "original" / "models_t5_umt5-xxl-enc-bf16.pth")
+    write_wan_text_encoder(root / "original")
     return root
 
 
@@ -114,7 +81,7 @@ def test_folders_without_an_encoder_are_refused(folders, tmp_path):
 
 
 def test_weights_of_something_else_are_refused(encoder):
-    state = original_names(encoder)
+    state = umt5_original(encoder)
     with pytest.raises(InputError, match=r"blocks\.0\.self_attn"):
         text.umt5_from_original({"blocks.0.self_attn.q.weight": state["norm.weight"]},
                                 torch.float32, "denoiser.pt")  # fmt: skip
