@@ -47,6 +47,7 @@ class Row:
         return (
             self.kind, self.subject, str(self.environment.get("device")),
             *(str(work.get(name)) for name in ("model", "size", "policy", "dtype")),
+            str(self.run.get("asked_chunks")),
         )  # fmt: skip
 
 

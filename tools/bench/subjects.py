@@ -90,13 +90,13 @@ def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool
     return open_it
 
 
-def _inductor(*, use_graphs: bool) -> Open:
+def _inductor(*, use_graphs: bool, autotune: bool = True) -> Open:
     @contextmanager
     def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
         from forcing_kv.export.inductor_package import InductorOptions
         from forcing_kv.export.inductor_session import compile_model, open_compiled
 
-        options = InductorOptions("cuda" if device == "cuda" else "cpu")
+        options = InductorOptions("cuda" if device == "cuda" else "cpu", autotune=autotune)
         config = workload.config
         with tempfile.TemporaryDirectory() as folder:
             with clock("weights"):
@@ -204,6 +204,13 @@ _ALL = (
     Subject(
         "inductor", "forcing-kv", "Inductor package, one CUDA graph a chunk where there is CUDA",
         _inductor(use_graphs=True),
+    ),
+    Subject(
+        "inductor-no-autotune",
+        "forcing-kv",
+        "Inductor package without a search for matrix products: quick to build",
+        _inductor(use_graphs=True, autotune=False),
+        ("cuda",),
     ),
     Subject("onnxruntime", "forcing-kv", "ONNX Runtime", _onnxruntime, ("cpu",)),
     Subject("onnxruntime-dense", "dense", "ONNX Runtime, dense window", _onnxruntime, ("cpu",)),

@@ -43,7 +43,7 @@ class SuiteItem:
     gate_chunks: int = 7
     budget_s: float = 60.0
     """Longest time of measuring alone."""
-    timeout_s: float = 420.0
+    timeout_s: float = 560.0
     """Longest time of the item."""
 
     @property
@@ -54,11 +54,11 @@ class SuiteItem:
 
 _FIRST = ("eager-dense", "eager-forcing-kv", "operators-graph", "inductor")
 """Baselines, our operators without a compiler (nothing in it can fail to compile), the product."""
-_LARGER = ("eager-dense", "inductor", "eager-forcing-kv")
+_LARGER = ("eager-dense", "operators-graph", "inductor", "eager-forcing-kv")
 _THEN = (
     "compile-forcing-kv-graph", "inductor-no-graph", "compile-dense-graph",
     "operators-compile-graph", "operators", "compile-forcing-kv", "compile-dense",
-    "operators-compile", "eager-grouped",
+    "operators-compile", "eager-grouped", "inductor-no-autotune",
 )  # fmt: skip
 
 
