@@ -56,6 +56,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("run", "forcing_kv.tools.run", "run"),
     Command("verify", "forcing_kv.export.cli", "verify"),
     Command("inspect", "forcing_kv.tools.inspect", "inspect"),
+    Command("selftest", "forcing_kv.tools.selftest", "selftest"),
     Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
     Command("plan", "forcing_kv.tools.plan", "plan"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),

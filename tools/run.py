@@ -79,6 +79,9 @@ def run(
     ] = None,
     backend: Annotated[str, typer.Option(help="auto or a backend's name.")] = "auto",
     num_threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: automatic.")] = 0,
+    cuda_graph: Annotated[
+        bool, typer.Option(help="Replay one captured CUDA graph a chunk, where the backend can.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print timings.")] = False,
 ) -> None:
     """Generate videos from a bundle."""
@@ -95,7 +98,7 @@ def run(
     preview = None if live is None else Preview(live, scale)
     opening = time.perf_counter()
     records = []
-    with Session.open(bundle, backend, num_threads=num_threads) as session:
+    with Session.open(bundle, backend, num_threads=num_threads, use_graphs=cuda_graph) as session:
         open_s = time.perf_counter() - opening
         for path, switches in zip(_outputs(out, len(videos)), videos, strict=True):
             job = _Job(session, decoder, preview, pixel_frames_per_latent(manifest))

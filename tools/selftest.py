@@ -1,0 +1,241 @@
+"""`fkv selftest`: a verdict with figures on whether a backend works on this machine."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
+from forcing_kv.runtime_trt.errors import ForcingKvError
+from forcing_kv.runtime_trt.version import project_version
+
+if TYPE_CHECKING:
+    from forcing_kv.runtime_trt.backends.base import Backend
+
+PACKAGES = (
+    "tensorrt", "tensorrt-lean", "tensorrt-rtx", "cuda-bindings", "polygraphy", "triton", "torch",
+    "onnx", "onnxruntime", "numpy",
+)  # fmt: skip
+NUM_CHUNKS = 6
+
+
+@dataclass
+class Stage:
+    """One step of the self-test."""
+
+    name: str
+    passed: bool
+    seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def selftest(
+    backend: Annotated[
+        str, typer.Option(help="tensorrt, tensorrt-rtx, inductor or onnxruntime.")
+    ] = "tensorrt",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    keep: Annotated[Path | None, typer.Option(help="Keep the bundle in this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export, build, run and verify a small random model; prints a report to paste in an issue."""
+    with tempfile.TemporaryDirectory(prefix="fkv-selftest-") as folder:
+        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype)
+    passed = all(stage.passed for stage in stages)
+    report = {
+        "backend": backend, "dtype": dtype, "passed": passed,
+        "stages": [asdict(stage) for stage in stages],
+    }  # fmt: skip
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(render(report, stages))
+    if not passed:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def run_stages(bundle: Path, backend: str, dtype: str) -> list[Stage]:
+    """Run every stage up to the first that fails."""
+    stages: list[Stage] = []
+    opened: dict[bool, Any] = {}
+    plan: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
+        ("environment", environment),
+        ("export", lambda: export_random_model(bundle, dtype)),
+        ("build", lambda: build_engine(bundle, backend)),
+        ("open, captured", lambda: open_bundle(bundle, backend, True, opened)),
+        ("verify, captured", lambda: verify(bundle, opened[True])),
+        ("open, enqueued", lambda: open_bundle(bundle, backend, False, opened)),
+        ("captured equals enqueued", lambda: compare(opened[True], opened[False])),
+    )
+    try:
+        for name, work in plan:
+            talk(f"selftest: {name}")
+            start = perf_counter()
+            try:
+                figures, error = work(), None
+            except (ForcingKvError, ImportError) as caught:
+                figures, error = {}, str(caught)
+            passed = error is None and figures.get("passed", True)
+            seconds = round(perf_counter() - start, 2)
+            stages.append(Stage(name, bool(passed), seconds, figures, error))
+            if not passed:
+                break
+    finally:
+        for each in opened.values():
+            each.close()
+    return stages
+
+
+def environment() -> dict[str, Any]:
+    """Versions, GPU and driver; a machine without a GPU is described, not refused."""
+    found: dict[str, Any] = {"forcing-kv": project_version(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        from forcing_kv.runtime_trt.cuda import Cuda
+
+        cuda = Cuda()
+        found |= {"gpu": cuda.device.name, "sm": cuda.device.sm, "cuda": cuda.device.driver,
+                  "free_gb": round(cuda.free_nbytes() / 1e9, 1)}  # fmt: skip
+    except ForcingKvError as error:
+        found["gpu"] = f"none: {error}"
+    return found
+
+
+def export_random_model(bundle: Path, dtype: str) -> dict[str, Any]:
+    """A small model with all kinds of layers: mixed, all static, all dynamic."""
+    from typing import cast
+
+    import torch
+
+    from forcing_kv.export.bundle import BundleLabels, export_bundle
+    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.runtime_trt.config import DType, RolloutConfig
+    from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+
+    shape = ModelShape(4, dim=256, ffn_dim=512, num_heads=4, text_len=32, text_dim=64, freq_dim=64)
+    partition = HeadPartition(4, ((0, 1), (2,), (0, 1, 2, 3), ()))
+    config = RolloutConfig(
+        shape, ChunkShape(3, 16, 24), CachePolicy(), partition, dtype=cast(DType, dtype)
+    )
+    torch.manual_seed(0)
+    model = CausalWanModel(shape).requires_grad_(False)
+    for parameter in model.parameters():
+        # No two parameters are equal: the exporter would store one of them, under one name.
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    manifest = export_bundle(
+        model, config, bundle, BundleLabels("selftest"), consume=True, force=True
+    )
+    return {"weights_mb": round(manifest.weights_nbytes / 1e6, 1), "graphs": len(manifest.graphs)}
+
+
+def build_engine(bundle: Path, backend: str) -> dict[str, Any]:
+    """Build for this machine's GPU; backends without engines need nothing."""
+    if backend == "onnxruntime":
+        return {}
+    if backend == "inductor":
+        from forcing_kv.export.build_inductor import build_inductor
+        from forcing_kv.export.inductor_package import InductorOptions
+
+        return {"build_seconds": build_inductor(bundle, InductorOptions())["build_seconds"]}
+    from typing import cast
+
+    from forcing_kv.export.build import plan_build, run_build, target_device
+    from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend
+
+    options = EngineOptions(cast(TensorRtBackend, backend))
+    record, layers = run_build(plan_build(bundle, options, device=target_device(options)))
+    kinds = sorted({layer.kind for found in layers.values() for layer in found})
+    return {"details": dict(record["details"]), "environment": record["environment"],
+            "layer_kinds": kinds}  # fmt: skip
+
+
+def open_bundle(
+    bundle: Path, backend: str, use_graphs: bool, opened: dict[bool, Backend]
+) -> dict[str, Any]:
+    """Open and generate a video; times by part, memory, nodes of the captured graphs."""
+    from forcing_kv.runtime_trt.backends import open_backend
+    from forcing_kv.runtime_trt.session import Session
+
+    start = perf_counter()
+    found = opened[use_graphs] = open_backend(bundle, backend, use_graphs=use_graphs)
+    session = Session(found)
+    session.set_prompt(_prompt(found))
+    session.generate_chunk()
+    first = perf_counter() - start
+    chunks = [session.generate_chunk().timings_ms for _ in range(NUM_CHUNKS)]
+    graphs = getattr(found, "captured_graphs", {})
+    return {
+        "load_ms": {part: round(ms, 1) for part, ms in getattr(found, "load_ms", {}).items()},
+        "open_to_first_chunk_s": round(first, 3),
+        "chunk_ms_median": round(median(sum(parts.values()) for parts in chunks), 3),
+        "graph_nodes": [dict(graph.nodes) for graph in graphs.values()],
+    }
+
+
+def _prompt(backend: Backend) -> Any:
+    from forcing_kv.runtime_trt.noise import draw_noise
+
+    model = backend.config.model
+    return draw_noise(1, 0, 0, (model.text_len, model.text_dim))
+
+
+def verify(bundle: Path, backend: Backend) -> dict[str, Any]:
+    """Against eager PyTorch: the worst tensor, the rollout, the kept segments."""
+    from forcing_kv.export.verify_bundle import verify_bundle
+
+    report = verify_bundle(bundle, backend)
+    return {
+        "passed": report.passed,
+        "worst": report.worst.line(),
+        "worst_share_of_allowed": round(report.worst.ratio, 3),
+        "rollout_errors": [float(f"{check.error:.3g}") for check in report.rollout],
+        "kept_equal": report.kept_equal,
+        "notes": report.notes,
+    }
+
+
+def compare(captured: Backend, enqueued: Backend) -> dict[str, Any]:
+    """Replay and plain launches of the same chunks, with a prompt switch and a reset between."""
+    import numpy as np
+
+    from forcing_kv.runtime_trt.session import Session
+
+    sessions = [Session(captured), Session(enqueued)]
+    worst = 0.0
+    for seed in (5, 6):
+        for session in sessions:
+            session.reset()
+            session.set_prompt(_prompt(captured))
+        for chunk in range(NUM_CHUNKS):
+            if chunk == 4:
+                for session in sessions:
+                    session.switch_prompt(-_prompt(captured))
+            left, right = (session.generate_chunk(seed=seed).latents for session in sessions)
+            worst = max(worst, float(np.abs(left - right).max()))
+    return {"passed": worst == 0.0, "largest_difference": worst}
+
+
+def render(report: dict[str, Any], stages: list[Stage]) -> str:
+    """The report as text to paste."""
+    verdict = "PASS" if report["passed"] else "FAIL"
+    lines = [f"### fkv selftest --backend {report['backend']} ({report['dtype']}): {verdict}", ""]
+    for stage in stages:
+        mark = "ok" if stage.passed else "FAILED"
+        lines.append(f"- **{stage.name}**: {mark}, {stage.seconds} s")
+        if stage.error is not None:
+            lines.append(f"  - {stage.error}")
+        lines += [f"  - {key}: {value}" for key, value in stage.figures.items() if key != "passed"]
+    return "\n".join(lines)
