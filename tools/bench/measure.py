@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -144,13 +144,15 @@ def _rollout(
     at_start = memory(options.device)
     energy, start = EnergyMeter(options.device), perf_counter()
     walls: list[float] = []
+    cpu_times: list[float] = []
     chunks: list[Mapping[str, float]] = []
     for i in range(options.num_chunks):
         if i >= MIN_CHUNKS and perf_counter() - start > options.budget_s:
             break
-        begin = perf_counter()
+        begin, cpu_begin = perf_counter(), process_time()
         chunk = session.generate_chunk(*noises[i % NUM_NOISES])
         walls.append(1e3 * (perf_counter() - begin))
+        cpu_times.append(1e3 * (process_time() - cpu_begin))
         chunks.append(_timings(chunk))
     joules = energy.joules()
     at_end = memory(options.device)
@@ -159,6 +161,7 @@ def _rollout(
     denoiser = [times["chunk"] for times in chunks]
     metrics = _chunk_metrics(workload, blank, chunks, walls)
     metrics |= {
+        "cpu_time_ms": summary(cpu_times),
         **kv_nbytes(session),
         "memory": at_end,
         "memory_before_open": dict(before),

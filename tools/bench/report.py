@@ -18,8 +18,8 @@ _SPEED_UP = "Speed-up: against eager-dense on the same machine. Definitions: doc
 
 Cells = list[str]
 _HEADER = (
-    "workload", "subject", "denoiser ms", "denoiser FPS", "steps only ms", "p99 ms", "KV MB",
-    "speed-up", "gate error / bound", "of bound",
+    "workload", "subject", "denoiser ms", "denoiser FPS", "steps only ms", "p99 ms",
+    "CPU time ms", "KV MB", "speed-up", "gate error / bound", "of bound",
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
             f"{metrics['denoiser_fps']:.2f}",
             _number(metrics.get("steps_only_ms", {}).get("median"), ".2f"),
             _number(rollout.metrics["p99_ms"] if rollout else None, ".2f"),
+            _number(metrics.get("cpu_time_ms", {}).get("median"), ".2f"),
             _number(metrics["kv_nbytes"] / 1e6, ".2f"),
             _number(None if base is None else base / median, ".2f", "x"),
             f"{gate.get('error', 0):.1e} / {gate.get('bound', 0):.1e}",
@@ -68,7 +69,7 @@ def table(rows: Sequence[Row]) -> Table:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
     from rich.table import Table
 
-    chosen = (1, 2, 3, 5, 6, 7, 8)
+    chosen = (1, 2, 3, 5, 7, 8, 9)
     lines = list(cells(rows))
     if lines and any(row.kind == "chunk" for row in rows):
         made = Table(*(_HEADER[i] for i in chosen), title=lines[0][0], title_justify="left")

@@ -71,7 +71,7 @@ def test_report_of_rows(tmp_path, row):
     rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
     assert len(latest(rows)) == 4
     lines = {line[1]: line for line in cells(rows)}
-    assert lines["inductor"][7] == "3.00x"
+    assert lines["inductor"][8] == "3.00x"
     assert lines["inductor"][5] == "104.00"
     assert lines["compile-dense"][2] == "failed"
     written = write_report(rows, tmp_path)
