@@ -6,14 +6,13 @@ of the graph, so decoding a stream equals decoding the whole clip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import BundleError, InputError, require
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError, require
 from forcing_kv.runtime_trt.manifest import (
     DecoderInfo,
     GraphInfo,
@@ -25,35 +24,47 @@ Float32 = NDArray[np.float32]
 
 STATE, NEW_STATE = "state", "new_state"
 """`state.i` goes into a decode graph, `new_state.i` comes out."""
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_DTYPES = {"float": np.float32, "float16": np.float16}
 
 
 class VideoDecoder:
-    """Decodes one video with a bundle's decoder, on ONNX Runtime.
+    """Decodes one video with a bundle's decoder, on ONNX Runtime; the state stays on the device.
 
     Args:
         bundle: directory of the bundle.
         info: the decoder's entry in the manifest.
         num_threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+        device: `cpu`, or `cuda` where ONNX Runtime has its CUDA provider.
 
     Raises:
+        BackendUnavailableError: ONNX Runtime cannot use the device.
         BundleError: a file is missing, altered, or does not load.
     """
 
-    def __init__(self, bundle: Path, info: DecoderInfo, num_threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Path, info: DecoderInfo, num_threads: int = 0, device: str = "cpu"
+    ) -> None:
         check_decoder_graphs(info, str(bundle))
         check_decoder_files(bundle, info)
         self._sessions = {
-            name: _session(bundle / graph.file, num_threads) for name, graph in info.graphs.items()
+            name: _session(bundle / graph.file, num_threads, device)
+            for name, graph in info.graphs.items()
         }
         self._info = info
+        self._device = device
         self._frame_shape = info.graphs["decode"].inputs[0].shape
-        self._state: dict[str, NDArray[Any]] = {}
+        self._state: dict[str, Any] = {}
         self.reset()
 
     @classmethod
     def open(
-        cls, bundle: Path, manifest: Manifest, kind: str, num_threads: int = 0
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        kind: str,
+        num_threads: int = 0,
+        device: str = "cpu",
     ) -> VideoDecoder:
         """Open one of the decoders that a bundle holds.
 
@@ -65,14 +76,17 @@ class VideoDecoder:
                 f"{bundle}: holds no {kind} decoder (it has {list(manifest.decoders)}); add one "
                 f"with `fkv add-decoder {bundle} --{kind} FILE`"
             )
-        return cls(bundle, manifest.decoders[kind], num_threads)
+        return cls(bundle, manifest.decoders[kind], num_threads, device)
 
     def reset(self) -> None:
         """Begin another video."""
         self._first = True
         self._num_to_trim = self._info.num_trimmed_frames
+        values = require("onnxruntime").OrtValue
         self._state = {
-            info.name: np.zeros(info.shape, _NUMPY_DTYPES[info.dtype])
+            info.name: values.ortvalue_from_numpy(
+                np.zeros(info.shape, _NUMPY_DTYPES[info.dtype]), self._device, 0
+            )
             for info in self._info.graphs["decode"].inputs
             if info.name.startswith(f"{STATE}.")
         }
@@ -103,18 +117,18 @@ class VideoDecoder:
     def _decode_frame(self, latents: Float32) -> Float32:
         name = "decode_first" if self._first and "decode_first" in self._sessions else "decode"
         self._first = False
-        graph = self._info.graphs[name]
-        feeds: Mapping[str, NDArray[Any]] = {"latents": np.ascontiguousarray(latents, np.float32)}
-        if name == "decode":
-            feeds = {**feeds, **self._state}
-        outputs = self._sessions[name].run([info.name for info in graph.outputs], feeds)
+        outputs = self._info.graphs[name].outputs
+        binding = self._sessions[name].io_binding()
+        binding.bind_cpu_input("latents", np.ascontiguousarray(latents, np.float32))
+        for state, value in self._state.items() if name == "decode" else ():
+            binding.bind_ortvalue_input(state, value)
+        for info in outputs:
+            binding.bind_output(info.name, "cpu" if info.name == "frames" else self._device)
+        self._sessions[name].run_with_iobinding(binding)
+        made = dict(zip([info.name for info in outputs], binding.get_outputs(), strict=True))
+        frames: Float32 = made.pop("frames").numpy()
         # The first frame leaves some states at zero: it does not return those.
-        self._state |= {
-            info.name.replace(NEW_STATE, STATE): value
-            for info, value in zip(graph.outputs, outputs, strict=True)
-            if info.name.startswith(f"{NEW_STATE}.")
-        }
-        frames: Float32 = outputs[0]
+        self._state |= {name.replace(NEW_STATE, STATE): value for name, value in made.items()}
         return frames
 
 
@@ -147,17 +161,30 @@ def to_rgb8(frames: Float32) -> NDArray[np.uint8]:
     return np.ascontiguousarray(bytes_.transpose(0, 2, 3, 1))
 
 
-def _session(path: Path, num_threads: int) -> Any:
+def _session(path: Path, num_threads: int, device: str) -> Any:
     ort = require("onnxruntime")
+    if device not in _PROVIDERS:
+        raise InputError(f"device {device!r} is unknown; give one of {list(_PROVIDERS)}")
+    provider = _PROVIDERS[device]
+    unavailable = BackendUnavailableError(
+        f"ONNX Runtime has no {provider} here; install onnxruntime-gpu in place of onnxruntime, or "
+        "decode on the CPU"
+    )
+    if provider not in ort.get_available_providers():
+        raise unavailable
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
     # The denoiser's sessions take turns with this one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
         raise BundleError(
             f"{path}: ONNX Runtime cannot load it ({error}); add the decoder again with "
             "`fkv add-decoder --force`"
         ) from error
+    # ONNX Runtime turns to the CPU by itself when a provider does not start.
+    if provider not in session.get_providers():
+        raise unavailable
+    return session

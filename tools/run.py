@@ -73,6 +73,7 @@ def run(
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge pixels by this factor.")] = 1,
     decode: Annotated[str, typer.Option(help="auto, vae, tae, or none (latents only).")] = "auto",
+    decode_device: Annotated[str, typer.Option(help="cpu, or cuda with onnxruntime-gpu.")] = "cpu",
     live: Annotated[
         Path | None,
         typer.Option(help="PNG that always shows the latest chunk, while generating."),
@@ -90,7 +91,7 @@ def run(
         check_preview(live)
     manifest = read_manifest(bundle)
     rate = default_fps(manifest) if fps is None else fps
-    decoder = open_decoder(bundle, manifest, decode, out, num_threads)
+    decoder = open_decoder(bundle, manifest, decode, out, num_threads, decode_device)
     if live is not None and decoder is None:
         raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
     source = PromptSource(prompt, prompts, prompt_file, script, text_encoder)

@@ -65,7 +65,12 @@ class BundleDecoder:
 
 
 def open_decoder(
-    bundle: Path, manifest: Manifest, choice: str, out: Path, num_threads: int
+    bundle: Path,
+    manifest: Manifest,
+    choice: str,
+    out: Path,
+    num_threads: int,
+    device: str = "cpu",
 ) -> FrameDecoder | None:
     """The decoder that was asked for; None for latents alone.
 
@@ -75,7 +80,8 @@ def open_decoder(
         choice: one of `CHOICES`; `auto` takes the model's own, else the tiny one, else latents
             where the output is an `.npz`.
         out: output file.
-        num_threads: CPU threads of an ONNX decoder.
+        num_threads: CPU threads of the bundle's decoder.
+        device: where the bundle's decoder runs, cpu or cuda.
 
     Raises:
         InputError: unknown choice, or no such decoder in the bundle.
@@ -100,7 +106,7 @@ def open_decoder(
                 "--decode none and an .npz output"
             )
         choice = found[0]
-    return BundleDecoder(VideoDecoder.open(bundle, manifest, choice, num_threads), choice)
+    return BundleDecoder(VideoDecoder.open(bundle, manifest, choice, num_threads, device), choice)
 
 
 def pixel_frames_per_latent(manifest: Manifest) -> int:

@@ -12,7 +12,7 @@ from forcing_kv.export.decoders import add_decoder
 from forcing_kv.export.tae import TinyDecoder, tiny_decoder
 from forcing_kv.export.vae import wan_decoder
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
-from forcing_kv.runtime_trt.errors import BundleError, InputError
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 from forcing_kv.runtime_trt.manifest import read_manifest
 
 
@@ -108,6 +108,14 @@ def test_mistakes_leave_the_bundle_as_it_is(digits_bundle, run_fkv, options, mes
     assert {file: file.stat().st_mtime_ns for file in digits_bundle.rglob("*")} == before
 
 
+def test_a_device_that_is_not_there_is_refused(bundle, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendUnavailableError, match="onnxruntime-gpu"):
+        VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "cuda")
+
+
 def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, tmp_path):
     with pytest.raises(InputError, match="fkv add-decoder"):
         VideoDecoder.open(digits_bundle, read_manifest(digits_bundle), "vae")
@@ -117,6 +125,8 @@ def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, tmp_path)
         file.write(b"\1\2\3\4")
     with pytest.raises(BundleError, match="altered since export"):
         VideoDecoder.open(folder, read_manifest(folder), "tae")
+    with pytest.raises(InputError, match="device 'tpu'"):
+        VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "tpu")
     decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1)
     with pytest.raises(InputError, match=r"takes frames of \[16, 8, 8\]"):
         decoder.decode(np.zeros((3, 16, 4, 8), np.float32))
