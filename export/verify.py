@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,6 +209,12 @@ def golden_session(
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
+        if backend in ("tensorrt", "tensorrt-rtx"):
+            from forcing_kv.export.build import plan_build, run_build, target_device
+            from forcing_kv.export.engine_options import EngineOptions
+
+            engine = EngineOptions(cast(Any, backend))
+            run_build(plan_build(bundle, engine, device=target_device(engine)))
         with Session.open(bundle, backend) as session:
             yield session
 

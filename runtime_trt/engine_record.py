@@ -63,10 +63,10 @@ class EngineRecord:
                 name: graph_info(info, f"{where}: {name}")
                 for name, info in content["graphs"].items()
             }
-            assert content["environment"] is not None
-            assert content["options"] is not None
+            int(content["environment"]["sm"])
+            dict(content["options"])
             return cls(bundle, content, graphs)
-        except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{where}: its record is malformed ({error}); build it again with `fkv build`"
             ) from error

@@ -250,6 +250,7 @@ class TensorRtEngine:
     def close(self) -> None:
         """See `GraphEngine`."""
         if self._plans.num_users and self._contexts is not _CLOSED:
+            self._jit_cache.save()
             self._contexts.clear()
             self._contexts = _CLOSED
             self._plans.num_users -= 1
