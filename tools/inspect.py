@@ -10,7 +10,12 @@ import typer
 from forcing_kv.runtime_trt.config import ITEMSIZES
 from forcing_kv.runtime_trt.console import print_json
 from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
-from forcing_kv.runtime_trt.manifest import Manifest, check_files, read_manifest
+from forcing_kv.runtime_trt.manifest import (
+    Manifest,
+    check_decoder_files,
+    check_files,
+    read_manifest,
+)
 
 
 def inspect(
@@ -22,6 +27,8 @@ def inspect(
     manifest = read_manifest(bundle)
     if check:
         check_files(bundle, manifest)
+        for decoder in manifest.decoders.values():
+            check_decoder_files(bundle, decoder)
     if as_json:
         print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
         return
@@ -96,7 +103,12 @@ def _heads(manifest: Manifest) -> Any:
 
 def _graphs(bundle: Path, manifest: Manifest) -> Any:
     table = _table("graphs", "graph", "inputs", "outputs", "file", "kB", "sha256")
-    for name, graph in manifest.graphs.items():
+    decoders = {
+        f"{kind}: {name}": graph
+        for kind, decoder in manifest.decoders.items()
+        for name, graph in decoder.graphs.items()
+    }
+    for name, graph in {**manifest.graphs, **decoders}.items():
         size = (bundle / graph.file).stat().st_size / 1e3
         table.add_row(
             name, str(len(graph.inputs)), str(len(graph.outputs)), graph.file, f"{size:.0f}",

@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there_is_refused(bundle, monkeypatch):
         VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "cuda")
 
 
-def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, tmp_path):
+def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, run_fkv, tmp_path):
     with pytest.raises(InputError, match="fkv add-decoder"):
         VideoDecoder.open(digits_bundle, read_manifest(digits_bundle), "vae")
     folder = tmp_path / "bundle"
@@ -125,6 +125,8 @@ def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, tmp_path)
         file.write(b"\1\2\3\4")
     with pytest.raises(BundleError, match="altered since export"):
         VideoDecoder.open(folder, read_manifest(folder), "tae")
+    assert "tae.bin" in run_fkv("inspect", folder).err
+    assert run_fkv("inspect", bundle).code == 0
     with pytest.raises(InputError, match="device 'tpu'"):
         VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "tpu")
     decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1)
