@@ -1,0 +1,213 @@
+"""Real TensorRT-RTX builds without a GPU, and what is built when."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.engine_builder import BuildLog
+from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, MissingDependencyError
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.tools.cli import COMMANDS, build_app
+
+SHAPE = ModelShape(
+    2, dim=64, ffn_dim=64, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8
+)
+"""The smallest that TensorRT fuses attention of: head dim 32."""
+
+
+def export(folder, dtype, policy=None):
+    import torch
+
+    torch.manual_seed(0)
+    partition = HeadPartition(2, ((), (0,)))
+    config = RolloutConfig(
+        SHAPE,
+        ChunkShape(3, 8, 12),
+        policy or CachePolicy(),
+        partition,
+        Schedule((1000, 500)),
+        dtype,
+    )
+    model = CausalWanModel(SHAPE).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    export_bundle(model, config, folder, BundleLabels("small"), consume=True, force=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("rtx") / "half", "float16")
+
+
+def fkv(*arguments):
+    result = CliRunner().invoke(build_app(COMMANDS), [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def rtx(bundle, *options, target="sm89"):
+    return fkv("build", bundle, "--backend", "tensorrt-rtx", "--target", target, *options)
+
+
+def needs_rtx():
+    pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
+    pytest.importorskip("polygraphy", reason="needs the Python package polygraphy")
+
+
+def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
+    needs_rtx()
+    layers = tmp_path / "layers.json"
+    rtx(half_bundle, "--layer-info", layers)
+    (record,) = read_manifest(half_bundle).engines
+    assert record["target"] == "sm89"
+    # Self- and cross-attention of every layer.
+    assert record["details"]["step"]["num_fused_attention"] == 2 * SHAPE.num_layers
+    assert record["details"]["step"]["scratch_nbytes"] > 0
+    found = json.loads(layers.read_text())
+    assert sum("_gemm_mha" in layer["tactic"] for layer in found["step"]) == 4
+    for graph in record["graphs"].values():
+        assert (half_bundle / graph["file"]).stat().st_size > 1000
+    plan = half_bundle / record["graphs"]["evict"]["file"]
+    before = {name: detail["build_seconds"] for name, detail in record["details"].items()}
+
+    assert "nothing to do" in rtx(half_bundle).stderr
+    assert read_manifest(half_bundle).engines == (record,)
+
+    plan.write_bytes(b"damaged")
+    said = json.loads(rtx(half_bundle, "--dry-run", "--json").stdout)
+    assert said["to_build"] == ["evict"]
+    rtx(half_bundle)
+    (again,) = read_manifest(half_bundle).engines
+    assert again["details"]["step"]["build_seconds"] == before["step"]
+    assert plan.read_bytes() != b"damaged"
+    assert "sm89" in fkv("inspect", half_bundle).stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_dtypes_and_targets_build(tmp_path, dtype):
+    needs_rtx()
+    bundle = export(tmp_path / "bundle", dtype)
+    rtx(bundle, target="sm120" if dtype == "bfloat16" else "sm86")
+    (record,) = read_manifest(bundle).engines
+    fused = 0 if dtype == "float32" else 2 * SHAPE.num_layers
+    assert record["details"]["step"]["num_fused_attention"] == fused
+
+
+def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
+    needs_rtx()
+    from forcing_kv.export import build
+
+    before = sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*"))
+    engines = read_manifest(half_bundle).engines
+
+    def fail(*_):
+        raise ForcingKvError("made to fail")
+
+    monkeypatch.setattr(build, "build_plan", fail)
+    with pytest.raises(ForcingKvError, match="made to fail"):
+        rtx(half_bundle, target="sm86")
+    assert sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*")) == before
+    assert read_manifest(half_bundle).engines == engines
+
+
+POLICIES = {
+    "published": CachePolicy(),
+    "no sink, unequal": CachePolicy(num_sink_frames=0, num_temporal_frames=2, last_warmup_chunk=0),
+    "no history": CachePolicy.dense(3, 3, 0),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
+    """The fused form against the portable one, both in ONNX's own evaluator and in float32."""
+    import onnx_ir as ir
+    from onnx.reference import ReferenceEvaluator
+
+    bundle = export(tmp_path / "bundle", "float32", policy)
+    config = read_manifest(bundle).config
+    portable = read_onnx(bundle / "graphs/step.onnx")
+    fused = read_onnx(bundle / "graphs/step.onnx")
+    assert fuse_attention(fused, replace(config, dtype="float16")) == SHAPE.num_layers
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for value in portable.graph.inputs:
+        shape, dtype = value.shape.numpy(), value.dtype.numpy()
+        inputs[value.name] = rng.standard_normal(shape).astype(dtype)
+    tokens = config.chunk.tokens_per_frame
+    for new_len in (config.chunk.num_tokens, tokens):
+        lengths = np.zeros((SHAPE.num_layers, SHAPE.num_heads), np.int32)
+        for layer, layout in enumerate(config.layouts):
+            for group in layout.groups:
+                lengths[layer, group.heads] = min(group.rows_per_head, tokens)
+        inputs |= {"hist_len": lengths, "new_len": np.asarray([new_len], np.int32)}
+        results = []
+        for model in (portable, fused):
+            path = bundle / "graphs" / "check.onnx"
+            onnx.save(ir.to_proto(inline_bodies(model.clone())), path)
+            results.append(ReferenceEvaluator(str(path)).run(["x0", "x_next"], inputs))
+        for left, right in zip(*results, strict=True):
+            np.testing.assert_allclose(right, left, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt-rtx", "target": "sm90"}, "cannot build for sm90"),
+        ({"backend": "tensorrt", "target": "sm90"}, "takes no --target"),
+        ({"backend": "tensorrt-rtx", "version_compatible": True}, "--version-compatible"),
+        ({"backend": "tensorrt-rtx", "frontend": "torch-tensorrt"}, "--frontend"),
+        ({"backend": "tensorrt", "optimization_level": 6}, "0 to 5"),
+        ({"backend": "tensorrt", "workspace_gb": 0.0}, "positive"),
+        ({"backend": "openvino"}, "allowed are"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        EngineOptions(**options)
+
+
+def test_what_is_missing_is_named(half_bundle, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependencyError, match=r"forcing-kv\[trt\]"):
+        fkv("build", half_bundle, "--backend", "tensorrt", "--dry-run")
+
+
+def test_torch_tensorrt_is_asked_for_by_name(half_bundle):
+    from forcing_kv.export.torch_frontend import build_plan_from_torch
+
+    options = EngineOptions("tensorrt", frontend="torch-tensorrt")
+    with pytest.raises(MissingDependencyError, match="pip install torch-tensorrt"):
+        build_plan_from_torch(half_bundle, read_manifest(half_bundle), "step", options)
+
+
+def test_the_log_is_read():
+    log = BuildLog()
+    log.read("Total Activation Memory: 9044480 bytes", problem=False)
+    log.read(
+        "Layers:\nName: a_mha, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1] }], "
+        "TacticName: _gemm_mha_v2_0x33, StreamId: 0, Metadata: [ONNX Layer: node_1]\n"
+        "Name: p, LayerType: PluginV3, Inputs: []",
+        problem=False,
+    )
+    log.read("it will be slow", problem=True)
+    assert log.nbytes == {"activation": 9044480}
+    assert log.num_fused_attention == 1
+    assert [layer.kind for layer in log.layers] == ["kgen", "PluginV3"]
+    assert log.layers[0].source == "[ONNX Layer: node_1]"
+    assert log.problems == ["it will be slow"]
+    assert replace(log.layers[1], name="q").tactic == ""

@@ -1,0 +1,66 @@
+"""A bundle's backend against eager PyTorch: passes where it should, and names what is wrong."""
+
+import numpy as np
+import pytest
+
+from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.verify_bundle import verify_bundle
+from forcing_kv.runtime_trt.backends import open_backend
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.schedule import Schedule
+
+
+def exported(folder, dtype):
+    import torch
+
+    torch.manual_seed(0)
+    shape = ModelShape(
+        2, dim=24, ffn_dim=16, num_heads=3, in_channels=2, text_len=4, text_dim=5, freq_dim=8
+    )
+    # Heads are reordered, so the reference must read them in exported order.
+    config = RolloutConfig(
+        shape, ChunkShape(3, 4, 6), CachePolicy(), HeadPartition(3, ((0,), (1, 2))),
+        Schedule((1000, 500)), dtype,
+    )  # fmt: skip
+    model = CausalWanModel(shape).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    export_bundle(model, config, folder, BundleLabels("tiny"), consume=True)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_onnxruntime_passes(tmp_path, dtype):
+    bundle = exported(tmp_path / "bundle", dtype)
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    report = verify_bundle(bundle, backend)
+    assert report.passed, report
+    names = {check.tensor for check in report.tensors}
+    for stem in ("cross_k", "cross_v", "new_k", "new_v"):
+        assert {f"{stem}.0", f"{stem}.1"} <= names
+    assert {"x0", "x_next"} <= names
+    # In 16 bits eager itself may select otherwise than float32, which ends the lockstep run.
+    assert {"dyn_k.1", "scores"} <= names or report.notes
+    assert len(report.rollout) == 5
+    backend.close()
+
+
+def test_a_fault_is_found_in_its_layer(tmp_path):
+    bundle = exported(tmp_path / "bundle", "float32")
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    run = backend._graphs["step"].run
+
+    def faulty():
+        run()
+        backend.buffers["new_v.1"][0, 0, 0] += 0.5
+
+    backend._graphs["step"].run = faulty
+    report = verify_bundle(bundle, backend)
+    assert not report.passed
+    assert (report.worst.graph, report.worst.tensor, report.worst.layer) == ("step", "new_v.1", 1)
+    assert "layer 1" in report.worst.line()
+    assert report.to_json()["passed"] is False
+    assert np.isfinite(report.worst.error)
+    backend.close()
