@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def train_command(
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")],
-    steps: Annotated[int, typer.Option(help="Planned optimiser steps.")] = 12000,
+    steps: Annotated[int, typer.Option(help="Planned optimiser steps.")] = 8150,
     budget_minutes: Annotated[
         float, typer.Option(help="Wall-clock budget; whichever of both ends first. 0: no limit.")
     ] = 0.0,
