@@ -15,7 +15,12 @@ from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.tools.bench.measure import MeasureOptions, measure
 from forcing_kv.tools.bench.rows import Row
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
-from forcing_kv.tools.bench.workloads import Workload, random_prompt, workload
+from forcing_kv.tools.bench.workloads import (
+    PIXEL_FRAMES_PER_LATENT,
+    Workload,
+    random_prompt,
+    workload,
+)
 
 if TYPE_CHECKING:
     from forcing_kv.export.denoiser import CausalWanModel
@@ -128,4 +133,6 @@ def bundle_workload(bundle: Path) -> Workload:
         config,
         load,
         prompt,
+        # The digits codec has no temporal compression; Wan's VAE has four frames a latent.
+        1 if manifest.decoder == "digits" else PIXEL_FRAMES_PER_LATENT,
     )
