@@ -132,3 +132,18 @@ def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
         evaluate.evaluate_command(tmp_path, checkpoint=tmp_path / "none.safetensors")
+
+
+def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
+    from forcing_kv.export.checkpoints import load_model
+    from forcing_kv.tools.digits import codec, metrics, rollout, shipped, text
+
+    captions = [text.caption_of(digit, text.DIRECTIONS[digit % 4]) for digit in range(10)]
+    model = load_model(shipped.CHECKPOINT, shipped.MODEL)
+    videos = codec.decode(rollout.dense_clips(model, captions, seed=77, num_chunks=4).numpy())
+    mean = metrics.mean_measures(
+        [metrics.measure_clip(v, name) for v, name in zip(videos, captions, strict=True)]
+    )
+    assert mean.digit > 0.85  # 0.99 over 128 clips; one clip in ten may be wrong here
+    assert mean.direction == 1
+    assert mean.position_error < 0.5
