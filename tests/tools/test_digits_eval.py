@@ -31,10 +31,15 @@ def _row(name: str, **changes: float) -> dict[str, Any]:
         "shape": 0.9,
         "latent_distance": 0.0,
     } | changes
+    base = _row("dense")["measures"] if changes or name != "dense" else None
     return {
         "name": name,
         "nbytes_kv": 1000,
         "measures": {key: {"mean": value, "sem": 0.01} for key, value in means.items()},
+        "change_from_dense": {
+            key: {"mean": value - base[key]["mean"] if base else 0.0, "sem": 0.01}
+            for key, value in means.items()
+        },
         "digit_by_frame": [0.9] * 6,
         "position_error_by_frame": [0.1] * 6,
         "latent_distance_by_frame": [0.0] * 6,
@@ -96,7 +101,7 @@ def test_rows_share_their_noise_and_part_where_caches_do() -> None:
         assert distance[name][:, :3].max() < 1e-5, name
         assert distance[name][:, -3:].min() > 1e-4, name
     assert np.abs(distance["forcing-kv"] - distance["random segments"]).max() > 1e-4
-    record = comparison.row_record(results[1], clips)
+    record = comparison.row_record(results[1], clips, results[0])
     assert json.loads(json.dumps(record))["measures"]["digit"]["mean"] <= 1
     assert len(record["digit_by_frame"]) == 12
 
@@ -126,7 +131,7 @@ def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     draw_curves(record, tmp_path / "eval.png")
     assert (tmp_path / "eval.png").read_bytes()[:4] == b"\x89PNG"
     print_table(record)
-    assert "forcing-kv: frames lost: 0.050 (≤ 0.02) MISSED" in capsys.readouterr().err
+    assert "forcing-kv: frames lost: 0.050 ± 0.010 (≤ 0.02) MISSED" in capsys.readouterr().err
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -131,16 +131,25 @@ class RowResult:
     latents: Float32
     """[clips, F, C, h, w]."""
 
+    def by_clip(self) -> dict[str, NDArray[np.float64]]:
+        """Every measure of each clip, [clips]."""
+        clips = [asdict(clip) for clip in self.clips]
+        values = {name: np.array([clip[name] for clip in clips]) for name in clips[0]}
+        return values | {"latent_distance": self.latent_distance.mean(1)}
+
     def statistics(self) -> dict[str, dict[str, float]]:
         """Mean and standard error over clips of every measure."""
-        values = {
-            name: [asdict(clip)[name] for clip in self.clips] for name in asdict(self.clips[0])
-        }
-        values["latent_distance"] = self.latent_distance.mean(1).tolist()
-        return {
-            name: {"mean": float(np.mean(v)), "sem": float(np.std(v) / max(1, len(v) - 1) ** 0.5)}
-            for name, v in values.items()
-        }
+        return {name: _statistics(values) for name, values in self.by_clip().items()}
+
+    def change_from(self, reference: RowResult) -> dict[str, dict[str, float]]:
+        """Mean and standard error of every measure minus that of the same clip in another row."""
+        other = reference.by_clip()
+        return {name: _statistics(values - other[name]) for name, values in self.by_clip().items()}
+
+
+def _statistics(values: NDArray[np.float64]) -> dict[str, float]:
+    error = values.std() / max(1, len(values) - 1) ** 0.5
+    return {"mean": float(values.mean()), "sem": float(error)}
 
 
 def measure_row(
@@ -188,8 +197,8 @@ def compare(
     ]
 
 
-def row_record(result: RowResult, clips: Sequence[Clip]) -> dict[str, Any]:
-    """A row as plain data for JSON."""
+def row_record(result: RowResult, clips: Sequence[Clip], dense: RowResult) -> dict[str, Any]:
+    """A row as plain data for JSON, with its changes from the dense row clip by clip."""
     heldout = {text.caption_of(*pair) for pair in HELDOUT_CAPTIONS}
     unseen = [i for i, clip in enumerate(clips) if clip.caption in heldout]
     return {
@@ -198,6 +207,7 @@ def row_record(result: RowResult, clips: Sequence[Clip]) -> dict[str, Any]:
         "policy": asdict(result.row.policy),
         "static_heads": [list(heads) for heads in result.row.partition.static_heads],
         "measures": result.statistics(),
+        "change_from_dense": result.change_from(dense),
         "digit_on_untrained_captions": float(result.digit_right[unseen].mean()),
         "digit_by_frame": result.digit_right.mean(0).round(4).tolist(),
         "position_error_by_frame": result.position_error.mean(0).round(4).tolist(),

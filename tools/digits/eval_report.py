@@ -43,7 +43,8 @@ def print_table(record: Mapping[str, Any]) -> None:
         screen.print(table)
     for goal in record["goals"]:
         sign, verdict = ("≥" if goal["at_least"] else "≤"), ("met" if goal["met"] else "MISSED")
-        screen.print(f"{goal['goal']}: {goal['value']:.3f} ({sign} {goal['bound']}) {verdict}")
+        value = f"{goal['value']:.3f} ± {goal['sem']:.3f}"
+        screen.print(f"{goal['goal']}: {value} ({sign} {goal['bound']}) {verdict}")
 
 
 def _cells(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
