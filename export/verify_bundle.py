@@ -209,7 +209,7 @@ class _Lockstep:
         results = {}
         for backend in self._all:
             found = backend.run_step(x, eps, scalars, positions)
-            results[id(backend)] = [np.array(torch.as_tensor(array).cpu()) for array in found]
+            results[id(backend)] = [backend.to_host(array) for array in found]
         clean = scalars.index == self._backend.config.schedule.num_steps
         if not clean:
             for name, i in (("x0", 0), ("x_next", 1)):

@@ -75,8 +75,8 @@ def test_inspect_shows_the_cache_of_every_layer(run_fkv, digits_bundle):
     assert done.code == 0, done.err
     manifest = json.loads(done.out)
     assert set(manifest["graphs"]) == {"prompt", "step", "evict"}
-    # Layer 0: 5 heads of 2 frames; then (static 2 + dynamic 3 frames), all static, all dynamic.
-    frames = 5 * 2 + (2 * 2 + 3 * 3) + 5 * 2 + 5 * 3
+    # Layer 0: 5 heads of 4 frames; then (static 4 + dynamic 5 frames), all static, all dynamic.
+    frames = 5 * 4 + (2 * 4 + 3 * 5) + 5 * 4 + 5 * 5
     assert manifest["nbytes_kv"] == 2 * frames * 16 * 32 * 4
     assert run_fkv("inspect", digits_bundle).code == 0
 

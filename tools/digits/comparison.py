@@ -49,7 +49,8 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
 
     `recency-only` spends the segments' memory on recent frames, in the same heads: T_d + B local
     frames and no segments. Its layer 0 is all static and its warm-up is clipped, so that nothing
-    but the segments changes and the bytes are equal.
+    but the segments changes and the bytes are equal. The last row keeps one local frame, as the
+    published policies of large models do.
     """
     dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
     static = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=True)
@@ -58,6 +59,7 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
     recency = replace(
         no_segments, num_temporal_frames=local, compress_first_layer=True, warmup="steady"
     )
+    one_frame = replace(POLICY, num_static_frames=1, num_temporal_frames=1)
     every_head = static.static_heads[:1]
     same_heads = HeadPartition(MODEL.num_heads, every_head + partition.static_heads[1:])
     return (
@@ -67,6 +69,7 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
         Row("random segments", POLICY, partition, random_segments=True),
         Row("all-static", no_segments, static),
         Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
+        Row("forcing-kv, one frame", one_frame, partition),
     )
 
 
