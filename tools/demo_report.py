@@ -19,10 +19,10 @@ td:first-child, th:first-child { text-align: left; } figcaption { color: #555; }
 """
 _HEADS_CAPTION = (
     "Share of each head's attention that stays on the last four frames. Heads above the threshold "
-    "are static and keep the sink and one frame; the others are dynamic."
+    "are static and keep the sink and the last frames; the others are dynamic."
 )
 _SEGMENTS_CAPTION = (
-    "What the dynamic heads keep beside the sink and the last frame: after every chunk the "
+    "What the dynamic heads keep beside the sink and the last frames: after every chunk the "
     "segments that differ most from the next frame replace the earlier ones."
 )
 
