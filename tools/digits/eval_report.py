@@ -23,6 +23,8 @@ COLUMNS = (
     ("latent_distance", "to dense", 1.0),
 )
 """(measure, heading, factor) of the table's columns."""
+LOG_WIDTH = 220
+"""Columns of a table that goes to a file, where nothing is to be abbreviated."""
 
 
 def print_table(record: Mapping[str, Any]) -> None:
@@ -30,6 +32,8 @@ def print_table(record: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     screen = console()
+    if not screen.is_terminal:
+        screen.width = max(screen.width, LOG_WIDTH)
     for length in ("short", "long"):
         part = record[length]
         title = f"{part['num_clips']} clips of {part['num_frames']} frames, mean ± standard error"
