@@ -8,83 +8,54 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from forcing_kv.export.presets import PRESETS
+from forcing_kv.export.model_options import (
+    Checkpoint,
+    ChunkFrames,
+    ComputeDType,
+    LatentSize,
+    Lora,
+    LoraAlpha,
+    ModelConfig,
+    ModelName,
+    PromptEmbeds,
+    WeightSet,
+)
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
+from forcing_kv.runtime_trt.resolution import parse_latent_size
 
-_CHECKPOINT_PANEL = "Another model"
+_SCHEDULE_PANEL = "Schedule"
 _ROLLOUT_PANEL = "Rollouts"
 _RULE_PANEL = "Rule"
 
 
 def calibrate_heads(
     out: Annotated[Path, typer.Option(help="Folder that receives heads.json and heads.png.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"The shipped model (digits), one of {', '.join(PRESETS)}, or a .json file."
-        ),
-    ] = "digits",
+    model: ModelName = "digits",
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Weights: .safetensors or .pt file, index of shards, or folder.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Official Wan config.json, for an architecture that --model does not name.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="ema, plain or auto.", rich_help_panel=_CHECKPOINT_PANEL),
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option(help="Adapter to merge.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(help="Alpha of the adapter.", rich_help_panel=_CHECKPOINT_PANEL),
-    ] = None,
-    prompt_embeds: Annotated[
-        Path | None,
-        typer.Option(
-            help="Encoded prompts: of `fkv encode-prompt`, .npz (an array a prompt) or .npy.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
-    latent_size: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns. Default: the model's own.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
-    chunk_frames: Annotated[
-        int | None,
-        typer.Option(min=1, help="Latent frames a chunk.", rich_help_panel=_CHECKPOINT_PANEL),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    config: ModelConfig = None,
+    weights: WeightSet = None,
+    lora: Lora = None,
+    lora_alpha: LoraAlpha = None,
+    prompt_embeds: PromptEmbeds = None,
+    latent_size: LatentSize = None,
+    chunk_frames: ChunkFrames = None,
     denoise_steps: Annotated[
         str | None,
         typer.Option(
             help="Denoising step list. Default: the model's own.",
-            rich_help_panel=_CHECKPOINT_PANEL,
+            rich_help_panel=_SCHEDULE_PANEL,
         ),
     ] = None,
     warped: Annotated[
         bool,
         typer.Option(
             help="Whether that list indexes the shifted schedule.",
-            rich_help_panel=_CHECKPOINT_PANEL,
+            rich_help_panel=_SCHEDULE_PANEL,
         ),
     ] = True,
     seeds: Annotated[
@@ -120,10 +91,7 @@ def calibrate_heads(
             min=0, help="First frames that stay in that window.", rich_help_panel=_ROLLOUT_PANEL
         ),
     ] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=_ROLLOUT_PANEL),
-    ] = "float32",
+    dtype: ComputeDType = "float32",
     device: Annotated[
         str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)
     ] = "cpu",

@@ -10,24 +10,26 @@ import typer
 
 from forcing_kv.calibration.cli import parse_integers, parse_numbers
 from forcing_kv.export.devices import DEVICES, find_device
-from forcing_kv.export.presets import PRESETS
+from forcing_kv.export.model_options import (
+    Checkpoint,
+    ComputeDType,
+    LatentSize,
+    Lora,
+    ModelConfig,
+    ModelName,
+    PromptEmbeds,
+)
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
+from forcing_kv.runtime_trt.resolution import parse_latent_size
 
-_CHECKPOINT_PANEL = "Another model"
 _GRID_PANEL = "Grid (each a list; every combination is tried)"
 FILES = ("policy.json", "policy.png")
 
 
 def calibrate_policy(
     out: Annotated[Path, typer.Option(help="Folder that receives policy.json and policy.png.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"The shipped model (digits), one of {', '.join(PRESETS)}, or a .json file."
-        ),
-    ] = "digits",
+    model: ModelName = "digits",
     heads: Annotated[
         Path | None,
         typer.Option(help="Head partition of `fkv calibrate heads`. Default: the shipped one."),
@@ -35,30 +37,11 @@ def calibrate_policy(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompt of a shipped model; repeat it for more.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Official Wan config.json.", rich_help_panel=_CHECKPOINT_PANEL),
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option(help="Adapter to merge.", rich_help_panel=_CHECKPOINT_PANEL)
-    ] = None,
-    prompt_embeds: Annotated[
-        Path | None,
-        typer.Option(
-            help="Encoded prompts: of `fkv encode-prompt`, .npz or .npy.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
-    latent_size: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns.",
-            rich_help_panel=_CHECKPOINT_PANEL,
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    config: ModelConfig = None,
+    lora: Lora = None,
+    prompt_embeds: PromptEmbeds = None,
+    latent_size: LatentSize = None,
     thresholds: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +73,7 @@ def calibrate_policy(
     ] = None,
     num_chunks: Annotated[int, typer.Option(min=2, help="Chunks of a rollout.")] = 7,
     seeds: Annotated[str, typer.Option(help="Seeds, each with every prompt.")] = "0",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: ComputeDType = "float32",
     device: Annotated[
         str, typer.Option(help=f"GPU to predict speed for: {', '.join(DEVICES)}.")
     ] = "h200",

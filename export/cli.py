@@ -7,73 +7,39 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from forcing_kv.export.presets import PRESETS
+from forcing_kv.export.model_options import (
+    Checkpoint,
+    ChunkFrames,
+    ComputeDType,
+    LatentSize,
+    Lora,
+    LoraAlpha,
+    ModelConfig,
+    ModelName,
+    WeightSet,
+)
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
+from forcing_kv.runtime_trt.resolution import parse_latent_size
 
 if TYPE_CHECKING:
     from forcing_kv.export.verify import GoldenReport
 
-_MODEL = "Model"
 _POLICY = "Cache policy (default: the model's own)"
 
 
 def export(
     out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"The shipped model (digits), one of {', '.join(PRESETS)}, or a .json file.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = "digits",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Weights: .safetensors or .pt file, index of shards, or folder.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Official Wan config.json, for an architecture that --model does not name.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="ema, plain or auto: which of the weights that a trainer saved side by side. "
-            "Default: the model's own.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option(help="Adapter to merge.", rich_help_panel=_MODEL)
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Alpha of the adapter. Default: the model's own, or its rank.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    latent_size: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns.", rich_help_panel=_MODEL
-        ),
-    ] = None,
-    chunk_frames: Annotated[
-        int | None, typer.Option(min=1, help="Latent frames a chunk.", rich_help_panel=_MODEL)
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, float16 or bfloat16.", rich_help_panel=_MODEL),
-    ] = "float32",
+    model: ModelName = "digits",
+    checkpoint: Checkpoint = None,
+    config: ModelConfig = None,
+    weights: WeightSet = None,
+    lora: Lora = None,
+    lora_alpha: LoraAlpha = None,
+    latent_size: LatentSize = None,
+    chunk_frames: ChunkFrames = None,
+    dtype: ComputeDType = "float32",
     heads: Annotated[
         Path | None, typer.Option(help="Head partition file.", rich_help_panel=_POLICY)
     ] = None,
