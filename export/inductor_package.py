@@ -28,6 +28,10 @@ _SHARED_WEIGHTS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
 }
+_CUDA = {
+    # The only index is the denoise step's, in every norm: the check would cost registers there.
+    "assert_indirect_indexing": False,
+}
 _AUTOTUNE = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "ATEN,TRITON",
@@ -46,7 +50,8 @@ class InductorOptions:
     autotune: bool = True
     """Measure matrix-product kernels on the device and keep the fastest; CUDA alone."""
     tactics: Mapping[str, str] = field(default_factory=dict)
-    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone."""
+    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone. Others take
+    the measured one, or the device's default."""
 
     def bodies(self) -> Bodies:
         """What replaces the operators."""
@@ -54,7 +59,9 @@ class InductorOptions:
 
     def inductor_settings(self) -> dict[str, Any]:
         """Settings of PyTorch's compiler."""
-        return _SHARED_WEIGHTS | (_AUTOTUNE if self.autotune and self.device == "cuda" else {})
+        if self.device == "cpu":
+            return dict(_SHARED_WEIGHTS)
+        return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for an engine record."""

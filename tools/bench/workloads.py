@@ -197,7 +197,7 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
 def _golden(policy: PolicyName, dtype: DType) -> Workload:
     from forcing_kv.export.verify import GoldenCase
 
-    folder = Path(__file__).parents[2] / "tests/golden/fkv_selfforcing"
+    folder = Path(__file__).resolve().parents[2] / "tests/golden/fkv_selfforcing"
     case = GoldenCase.load(folder)
     config = case.config
     chosen = _policy(policy, config.policy, config.partition, config.chunk)
