@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class GeluLinear(nn.Linear):
 def fuse_gelu_(model: CausalWanModel) -> CausalWanModel:
     """Join every feed-forward's first product with its GELU; changes and returns `model`."""
     for block in model.layers:
-        first = block.ffn[0]
+        first = cast(nn.Linear, block.ffn[0])
         if isinstance(first, GeluLinear):
             continue
         fused = GeluLinear(1, 1, device="meta")
