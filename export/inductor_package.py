@@ -7,6 +7,7 @@ is loaded, so that every graph and every session reads the same copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from forcing_kv.export.capture import GraphSource, graph_sources
+from forcing_kv.export.cuda_toolchain import cuda_toolchain
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
@@ -130,7 +132,8 @@ def _compile(program: ExportedProgram, arguments: tuple[Any, ...], options: Indu
     from torch._inductor import aot_compile
 
     module = program.module(check_guards=False)
-    return aot_compile(module, arguments, options=options.inductor_settings())
+    with cuda_toolchain() if options.device == "cuda" else nullcontext():
+        return aot_compile(module, arguments, options=options.inductor_settings())
 
 
 def _inputs_and_outputs(
