@@ -60,8 +60,11 @@ def read_table(path: Path = TABLE) -> dict[tuple[object, ...], TunedTactic]:
 
 
 def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
-    """Add entries to a table; an entry replaces the one for the same problem and GPU."""
-    table = read_table(path) | {entry.key: entry for entry in entries}
+    """Add entries to a table; an entry replaces the one for the same problem and GPU.
+
+    The file is made if there is none.
+    """
+    table = (read_table(path) if path.is_file() else {}) | {entry.key: entry for entry in entries}
     lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
 

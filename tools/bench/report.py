@@ -69,12 +69,15 @@ def table(rows: Sequence[Row]) -> Table:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
     from rich.table import Table
 
-    chosen = (1, 2, 3, 5, 7, 8, 9)
+    chosen = (1, 2, 3, 4, 5, 7, 8, 9)
     lines = list(cells(rows))
     if lines and any(row.kind == "chunk" for row in rows):
-        made = Table(*(_HEADER[i] for i in chosen), title=lines[0][0], title_justify="left")
-        for line in lines:
-            made.add_row(*(line[i] for i in chosen))
+        made = Table(*(_HEADER[i] for i in chosen), title_justify="left")
+        for label in dict.fromkeys(line[0] for line in lines):
+            made.add_section()
+            made.add_row(label, style="bold")
+            for line in (line for line in lines if line[0] == label):
+                made.add_row(*(line[i] for i in chosen))
         return made
     made = Table("workload", "subject", "kind", "metrics")
     for row in rows:
