@@ -22,7 +22,6 @@ from forcing_kv.tools.bench.device_counters import (
     reset_peak_memory,
 )
 from forcing_kv.tools.bench.gate import References, check, roll_out
-from forcing_kv.tools.bench.pixel_decoders import time_decoder
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import Row, describe_environment, describe_workload
 from forcing_kv.tools.bench.statistics import latency, summary
@@ -256,8 +255,8 @@ def _step_metrics(workload: Workload, blank: Row, metrics: Mapping[str, Any]) ->
 def _end_to_end(session: Session, workload: Workload) -> dict[str, Any]:
     """Frames a second with noise drawn and latents on the host, and with pixels where decoded."""
     start = perf_counter()
-    latents = []
-    while len(latents) < 2 or (len(latents) < 20 and perf_counter() - start < END_TO_END_S):
+    latents: list[Any] = []
+    while not latents or (len(latents) < 20 and perf_counter() - start < END_TO_END_S):
         latents.append(session.generate_chunk(seed=MEASURE_SEED).latents)
     seconds = perf_counter() - start
     frames = workload.pixel_frames * len(latents)
@@ -276,6 +275,8 @@ def _decoders(
     """Time of each decoder that the workload has, and frames a second with it."""
     if workload.decoders is None:
         return
+    from forcing_kv.tools.bench.pixel_decoders import time_decoder
+
     metrics: dict[str, Any] = {}
     chunk_ms = summary(walls)["median"]
     for decoder in workload.decoders(options.device):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from forcing_kv.runtime_trt.config import DType
+from forcing_kv.tools.bench.measure import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.subjects import SUBJECTS
 from forcing_kv.tools.bench.workloads import PolicyName, Workload, workload
@@ -79,10 +80,10 @@ def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
         return SuiteItem("wan-1.3b", "480p", subject, device)
 
     def larger(size: str, subject: str) -> SuiteItem:
-        # A dense chunk takes seconds there: few chunks, after a window (7 chunks) of warm-up, and
-        # a gate that does without a float32 rollout, which would take minutes.
+        # A dense chunk takes seconds there: few chunks, after the six that fill the window, and a
+        # gate as short as the subject allows, without a float32 rollout, which would take minutes.
         return SuiteItem(
-            "wan-1.3b", size, subject, device, num_chunks=10, warmup_chunks=7, gate_chunks=5,
+            "wan-1.3b", size, subject, device, num_chunks=10, warmup_chunks=6, gate_chunks=2,
             same_dtype_gate=True, budget_s=30.0,
         )  # fmt: skip
 
@@ -116,6 +117,8 @@ _RATES = {"eager-dense": 330, "eager": 240, "compile-dense": 400, "compile": 330
 _FLOAT32_RATE = 35
 _PORT_RATE = 300
 _SETUP_S = 20.0
+_FILLING = 0.65
+"""Work of a chunk while the window fills, over that of a steady one."""
 _BUILD_S = {"inductor": 280, "inductor-no-graph": 280, "inductor-no-autotune": 130, "compile": 150}
 
 
@@ -140,16 +143,16 @@ def predict(items: Sequence[SuiteItem]) -> Iterator[tuple[SuiteItem, float]]:
         reference = (item.size, subject.policy, gate_chunks)
         if reference not in made:
             made.add(reference)
-            # The window is not full yet in most of the gate's chunks.
-            work = 0.7 * gate_chunks * tflop
-            seconds += work / _PORT_RATE + (0 if item.same_dtype_gate else work / _FLOAT32_RATE)
-        measured = min(item.num_chunks * chunk_s, item.budget_s)
-        others = gate_chunks + item.warmup_chunks + 20 + item.growth_chunks
-        seconds += _longest(_BUILD_S, item.subject, 0.0) + measured + others * chunk_s
+            rates = (_PORT_RATE,) if item.same_dtype_gate else (_PORT_RATE, _FLOAT32_RATE)
+            seconds += sum(_FILLING * gate_chunks * tflop / rate for rate in rates)
+        seconds += _longest(_BUILD_S, item.subject, 0.0)
+        seconds += _FILLING * (gate_chunks + item.warmup_chunks) * chunk_s
+        seconds += max(min(item.num_chunks * chunk_s, item.budget_s), MIN_CHUNKS * chunk_s)
+        seconds += max(min(20 * chunk_s, END_TO_END_S), chunk_s) + item.growth_chunks * chunk_s
         yield item, seconds
 
 
-def _longest(table: dict[str, float], name: str, default: float | None = None) -> float:
+def _longest(table: Mapping[str, float], name: str, default: float | None = None) -> float:
     """The entry with the longest key that `name` begins with."""
     keys = [key for key in table if name.startswith(key)]
     if not keys and default is not None:
