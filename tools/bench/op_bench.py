@@ -60,7 +60,7 @@ class OpBench:
             found = list(self._tactic_rows(workload, case, inputs))
             yield from (row for row, _ in found)
             timed = [(row.metrics["time_ms"]["median"], t) for row, t in found if row.metrics]
-            if len(timed) == len(found):
+            if timed:
                 best[case.spec.name] = min(timed, key=lambda pair: pair[0])[1]
                 self.tuned.append(self._tuned(case, {t.name: ms for ms, t in timed}))
                 yield from self._baseline_rows(workload, case, inputs)
