@@ -1,4 +1,4 @@
-"""The suite's first items over a stand-in for the device: wrong kernels are told, fast ones kept."""
+"""The suite's first items over a stand-in device: wrong kernels are told, fast ones kept."""
 
 import contextlib
 import json
