@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the rows.")]
 ListThem = Annotated[bool, typer.Option("--list", help="Name every subject and stop.")]
 
 _FOLDER = Path(".bench")
+TABLE_WIDTH = 120
+"""Columns of a table that no terminal limits."""
 
 
 def _run(kind: str, **options: Any) -> None:
@@ -71,7 +75,10 @@ def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) ->
     for row in rows:
         if row.status != "ok":
             talk(f"{row.subject}: {row.status}: {row.error}", style="red")
-    console().print(table(rows if shown is None else shown))
+    made, out = table(rows if shown is None else shown), console()
+    if not out.is_terminal:
+        out.width = TABLE_WIDTH
+    out.print(made)
     if as_json:
         print_json([asdict(row) for row in rows])
     if any(row.status != "ok" for row in rows):
@@ -196,6 +203,8 @@ def bench_suite(
             when = f"  predicted {predicted_s:4.0f} s, all {total:5.0f} s"
             talk(item.name + (when if device == "cuda" else ""))
         return
+    # Ends like Ctrl-C does: the running item's processes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]
     shown = [row for row in read_rows(out) if not _is_kernel(row)]
     finish(rows, as_json=as_json, shown=shown)

@@ -67,12 +67,12 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     chosen = (1, 2, 3, 4, 5, 7, 8, 9)
     lines = list(cells(rows))
     if lines and any(row.kind == "chunk" for row in rows):
-        made = Table(*(_HEADER[i] for i in chosen), title_justify="left")
+        made = Table(*(Column(_HEADER[i], no_wrap=True) for i in chosen))
         for label in dict.fromkeys(line[0] for line in lines):
             made.add_section()
             made.add_row(label, style="bold")
