@@ -43,7 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the rows.")]
 ListThem = Annotated[bool, typer.Option("--list", help="Name every subject and stop.")]
 
 _FOLDER = Path(".bench")
-TABLE_WIDTH = 120
+TABLE_WIDTH = 160
 """Columns of a table that no terminal limits."""
 
 

@@ -112,9 +112,14 @@ def test_report_of_rows(tmp_path, row):
     failed = row("chunk", "compile-dense", status="failed", error="boom\nplace", metrics={})
     rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
     assert len(latest(rows)) == 4
+    rows.append(row("decode", "inductor", metrics={"with_tae_fps": 101.5}))
+    run = {"asked_chunks": 500, "num_chunks": 480}
+    rows.append(row("growth", "inductor", metrics={"growth": 1.0004}, run=run))
     lines = {line[1]: line for line in cells(rows)}
     assert lines["inductor"][8] == "3.00x"
     assert lines["inductor"][5] == "104.00"
+    assert lines["inductor"][11:] == ["101.50, –", "1.000x over 480 chunks"]
+    assert lines["eager-dense"][11:] == ["", ""]
     assert lines["compile-dense"][2] == "failed"
     written = write_report(rows, tmp_path)
     text = written[0].read_text()
