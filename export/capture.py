@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
+from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.export.graphs import CleanGraph, EvictGraph, PromptGraph, StepGraph
 from forcing_kv.runtime_trt.config import RolloutConfig
 
@@ -47,8 +47,8 @@ def graph_sources(
     """The graphs of one deployment: prompt, step, and as asked for clean and evict.
 
     Args:
-        model: heads already in exported order, weights in the compute dtype; its q, k and v are
-            stacked in place if `fusion.qkv`.
+        model: heads already in exported order, weights in the compute dtype; fused in
+            place as `fusion` says.
         config: rollout configuration.
         fusion: which fusions to capture with; ONNX bundles hold the plain graphs.
 
@@ -58,6 +58,8 @@ def graph_sources(
     fusion.check(config.model.text_len)
     if fusion.qkv:
         fuse_qkv_(model)
+    if fusion.gelu:
+        fuse_gelu_(model)
     layers = range(config.model.num_layers)
     shape, chunk, dtype = config.model, config.chunk, model.dtype
     text_rows = fusion.text_rows or shape.text_len

@@ -170,10 +170,11 @@ def _outer_angles(temporal: Tensor, spatial: Tensor) -> Tensor:
     """[F, temporal pairs] and [T, spatial pairs] -> [N, D/2]."""
     frames, tokens = temporal.shape[0], spatial.shape[0]
     parts = (
-        temporal[:, None, :].expand(frames, tokens, -1),
-        spatial[None].expand(frames, tokens, -1),
+        temporal[:, None, :].expand(frames, tokens, -1).flatten(0, 1),
+        spatial[None].expand(frames, tokens, -1).flatten(0, 1),
     )
-    return torch.cat(parts, dim=-1).flatten(0, 1)
+    # Joined last: of a view of it PyTorch's compiler would make a copy for every layer.
+    return torch.cat(parts, dim=-1)
 
 
 class StepGraph(ChunkGraph):

@@ -7,6 +7,7 @@ is loaded, so that every graph and every session reads the same copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from forcing_kv.export.capture import GraphSource, graph_sources
+from forcing_kv.export.cuda_toolchain import cuda_toolchain
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
@@ -27,6 +29,10 @@ PACKAGE_FILE = "package.pt2"
 _SHARED_WEIGHTS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
+}
+_CUDA = {
+    # The only index is the denoise step's, in every norm: the check would cost registers there.
+    "assert_indirect_indexing": False,
 }
 _AUTOTUNE = {
     "max_autotune": True,
@@ -46,7 +52,8 @@ class InductorOptions:
     autotune: bool = True
     """Measure matrix-product kernels on the device and keep the fastest; CUDA alone."""
     tactics: Mapping[str, str] = field(default_factory=dict)
-    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone."""
+    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone. Others take
+    the measured one, or the device's default."""
 
     def bodies(self) -> Bodies:
         """What replaces the operators."""
@@ -54,7 +61,9 @@ class InductorOptions:
 
     def inductor_settings(self) -> dict[str, Any]:
         """Settings of PyTorch's compiler."""
-        return _SHARED_WEIGHTS | (_AUTOTUNE if self.autotune and self.device == "cuda" else {})
+        if self.device == "cpu":
+            return dict(_SHARED_WEIGHTS)
+        return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for an engine record."""
@@ -123,7 +132,8 @@ def _compile(program: ExportedProgram, arguments: tuple[Any, ...], options: Indu
     from torch._inductor import aot_compile
 
     module = program.module(check_guards=False)
-    return aot_compile(module, arguments, options=options.inductor_settings())
+    with cuda_toolchain() if options.device == "cuda" else nullcontext():
+        return aot_compile(module, arguments, options=options.inductor_settings())
 
 
 def _inputs_and_outputs(

@@ -137,9 +137,29 @@ def tiny_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32
         if key in state:
             state[key] = state[key][-len(model.get_parameter(key)) :]
     load_strictly(model, state, str(path))
+    return _source(model, latent_size, dtype, path.name)
+
+
+def random_tiny_decoder(
+    latent_channels: int, widths: Sequence[int], latent_size: tuple[int, int], dtype: str
+) -> DecoderSource:
+    """A decoder with PyTorch's default initialisation, for its speed.
+
+    Args:
+        latent_channels: C.
+        widths: channels of the four levels.
+        latent_size: latent rows and columns.
+        dtype: dtype of weights and state.
+    """
+    return _source(TinyDecoder(latent_channels, widths), latent_size, dtype, "random weights")
+
+
+def _source(
+    model: TinyDecoder, latent_size: tuple[int, int], dtype: str, source: str
+) -> DecoderSource:
     model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     num_trimmed = TIME_GROWTH[0] * TIME_GROWTH[1] * TIME_GROWTH[2] - 1
     return DecoderSource(
         "tae", model, model.state_shapes(*latent_size), getattr(torch, dtype),
-        num_trimmed_frames=num_trimmed, source=path.name,
+        num_trimmed_frames=num_trimmed, source=source,
     )  # fmt: skip

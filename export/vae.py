@@ -89,6 +89,22 @@ def wan_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32"
     config = vae.config
     if config.patch_size is not None or config.is_residual:
         raise InputError(f"{path}: the VAE of Wan2.2; give Wan2.1's, which these models use")
+    return _source(vae, latent_size, dtype, path.name)
+
+
+def random_wan_decoder(latent_size: tuple[int, int], dtype: str, **config: Any) -> DecoderSource:
+    """Wan2.1's VAE with diffusers' default initialisation, for its speed.
+
+    Args:
+        latent_size: latent rows and columns.
+        dtype: dtype of weights and cache.
+        config: entries of diffusers' configuration, where they differ from Wan2.1's.
+    """
+    vae = require("diffusers").AutoencoderKLWan(**config)
+    return _source(vae, latent_size, dtype, "random weights")
+
+
+def _source(vae: Any, latent_size: tuple[int, int], dtype: str, source: str) -> DecoderSource:
     # Not the model's own `to`, which warns of modules that it does not have.
     nn.Module.to(vae.eval().requires_grad_(False), getattr(torch, dtype))
     vae.encoder = nn.Identity()
@@ -103,7 +119,7 @@ def wan_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32"
     return DecoderSource(
         "vae", WanDecode(vae, places, num_slots), tuple(second.values()), getattr(torch, dtype),
         WanDecodeFirst(vae, begun, num_slots), tuple(places.index(slot) for slot in begun),
-        source=path.name,
+        source=source,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +34,8 @@ def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
     """Every operator as a launch of its Triton kernel; for CUDA tensors.
 
     Args:
-        tactics: tactic of an operator by its torch name; the kernel's first where none is named.
+        tactics: tactic of an operator by its torch name; where none is named, the one measured for
+            the call's problem on this device, or the device's default.
 
     Raises:
         InputError: no such operator or tactic.
@@ -61,22 +63,30 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
 @cache
 def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any]:
     """A torch operator that the compiler opens and whose kernel it compiles itself."""
-    from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, problem_of
+    from forcing_kv.plugins.triton_run import (
+        accepted_inputs,
+        empty_outputs,
+        multiprocessors,
+        problem_of,
+        tactic_for,
+    )
 
     kernel = op_module(spec, "kernel")
     tactics = {tactic.name: tactic for tactic in kernel.TACTICS}
     if tactic_name is not None and tactic_name not in tactics:
         raise InputError(f"{spec.torch_name} has no tactic {tactic_name!r}; it has {list(tactics)}")
-    tactic = tactics[tactic_name or next(iter(tactics))]
 
     def launch(*arguments: Any) -> Any:
         inputs, attributes = spec.split_arguments(arguments)
-        dense = [x.contiguous() for x in inputs]
-        outputs = empty_outputs(spec, dense, attributes)
-        num_sms = multiprocessors(dense[0].device.index or 0)
-        plan = kernel.launch(problem_of(spec, dense, attributes, num_sms), tactic)
+        readable, strides = accepted_inputs(spec, inputs)
+        outputs = empty_outputs(spec, readable, attributes)
+        device = readable[0].device.index or 0
+        problem = problem_of(spec, readable, attributes, multiprocessors(device))
+        problem = replace(problem, row_strides=strides)
+        tactic = tactics[tactic_name] if tactic_name else tactic_for(spec, problem, device)
+        plan = kernel.launch(problem, tactic)
         torch.library.wrap_triton(plan.kernel)[plan.grid](
-            *dense,
+            *readable,
             *outputs,
             **plan.constants,
             num_warps=plan.num_warps,

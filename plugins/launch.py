@@ -88,6 +88,8 @@ class Problem:
     """Compute dtype: float16, bfloat16 or float32."""
     num_sms: int
     """Streaming multiprocessors of the device."""
+    row_strides: Mapping[str, int] = field(default_factory=dict)
+    """Elements from row to row of those inputs whose rows are not dense."""
 
 
 @dataclass(frozen=True)

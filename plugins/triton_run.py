@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -37,6 +38,34 @@ def problem_of(
     return Problem(sizes, attributes, str(compute).removeprefix("torch."), num_sms)
 
 
+def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, int]]:
+    """Inputs as the operator's kernel can read them: dense, or with rows apart where it takes that.
+
+    Args:
+        spec: the operator.
+        inputs: tensors of the specification's inputs; copied where the kernel cannot read them.
+
+    Returns:
+        The inputs, and the row strides (in elements) of those whose rows are not dense.
+    """
+    takes = getattr(op_module(spec, "kernel"), "ROW_STRIDED_INPUTS", ())
+    strides = {
+        tensor.name: x.stride(0)
+        for tensor, x in zip(spec.inputs, inputs, strict=True)
+        if tensor.name in takes and not x.is_contiguous() and _has_apart_rows(x)
+    }
+    readable = [
+        x if tensor.name in strides else x.contiguous()
+        for tensor, x in zip(spec.inputs, inputs, strict=True)
+    ]
+    return readable, strides
+
+
+def _has_apart_rows(x: Tensor) -> bool:
+    """Whether x [N, C] has dense rows that begin at multiples of 16 bytes from one another."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0
+
+
 def empty_outputs(
     spec: OpSpec, inputs: Sequence[Tensor], attributes: Attributes
 ) -> tuple[Tensor, ...]:
@@ -60,17 +89,17 @@ def run_kernel(
 
     Args:
         spec: the operator.
-        inputs: tensors of the specification's inputs; copied if not contiguous.
+        inputs: tensors of the specification's inputs; copied if the kernel cannot read them.
         attributes: attributes by name.
         outputs: contiguous tensors of the specification's outputs; written.
         tactic: one of the kernel's tactics.
         num_sms: multiprocessors to schedule for.
     """
-    problem = problem_of(spec, inputs, attributes, num_sms)
+    readable, strides = accepted_inputs(spec, inputs)
+    problem = replace(problem_of(spec, inputs, attributes, num_sms), row_strides=strides)
     plan = op_module(spec, "kernel").launch(problem, tactic)
-    dense = [x.contiguous() for x in inputs]
     plan.kernel[plan.grid](
-        *dense,
+        *readable,
         *outputs,
         **plan.constants,
         num_warps=plan.num_warps,

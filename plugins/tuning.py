@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import log
 from pathlib import Path
 
 from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
@@ -59,8 +60,11 @@ def read_table(path: Path = TABLE) -> dict[tuple[object, ...], TunedTactic]:
 
 
 def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
-    """Add entries to a table; an entry replaces the one for the same problem and GPU."""
-    table = read_table(path) | {entry.key: entry for entry in entries}
+    """Add entries to a table; an entry replaces the one for the same problem and GPU.
+
+    The file is made if there is none.
+    """
+    table = (read_table(path) if path.is_file() else {}) | {entry.key: entry for entry in entries}
     lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
 
@@ -70,10 +74,27 @@ def _committed_table() -> dict[tuple[object, ...], TunedTactic]:
     return read_table()
 
 
+_added: dict[tuple[object, ...], TunedTactic] = {}
+
+
+def add_table(path: Path) -> None:
+    """Let `best_tactic` know a further table for the life of this process.
+
+    Its entries go before those of the committed table.
+
+    Raises:
+        InputError: an entry has unknown or missing fields.
+    """
+    _added.update(read_table(path))
+
+
 def best_tactic(
     spec: OpSpec, tactics: Sequence[Tactic], problem: Problem, gpu: str, device_sm: int
 ) -> Tactic:
-    """The measured tactic of a problem, or the default one where none was measured.
+    """The tactic measured on the most similar problem, or the default one where there is none.
+
+    A model has more problems than anybody measures (every split of a layer's heads is one), and
+    what is fastest changes with the shapes slowly.
 
     Args:
         spec: the operator.
@@ -82,9 +103,18 @@ def best_tactic(
         gpu: name of the GPU.
         device_sm: its compute capability, 90 for 9.0.
     """
-    key = (spec.name, gpu, problem.dtype, *sorted(problem.sizes.items()))
-    entry = _committed_table().get(key)
     named = {tactic.name: tactic for tactic in tactics}
-    if entry is None or entry.tactic not in named:
+    measured = [
+        entry
+        for entry in {**_committed_table(), **_added}.values()
+        if (entry.op, entry.gpu, entry.dtype) == (spec.name, gpu, problem.dtype)
+        and entry.tactic in named
+    ]
+    if not measured:
         return default_tactic(tactics, device_sm)
-    return named[entry.tactic]
+    return named[min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).tactic]
+
+
+def _distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:
+    """How far two problems of an operator lie apart; 0 for the same."""
+    return sum(abs(log(max(1, size) / max(1, others[axis]))) for axis, size in sizes.items())

@@ -1,7 +1,8 @@
 """FkQkNormRope on a GPU: one pass over q and k.
 
 A program handles a few tokens of q or of k. A row is read as [H, D]; the head axis is padded to a
-power of two and masked, which costs no traffic.
+power of two and masked, which costs no traffic. Rows of q and k may lie apart, as those of a fused
+product of q, k and v do.
 
 Legend: N tokens, H heads, D head dim, R rows of a program.
 """
@@ -20,6 +21,9 @@ TACTICS = (
     Tactic("rows4", num_warps=8, blocks={"ROWS": 4}),
 )
 
+ROW_STRIDED_INPUTS = ("q", "k")
+"""Inputs whose rows may lie apart."""
+
 
 @triton.jit
 def _norm_rope_rows(
@@ -28,6 +32,7 @@ def _norm_rope_rows(
     cos_ptr,
     sin_ptr,
     out_ptr,
+    STRIDE: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -44,7 +49,7 @@ def _norm_rope_rows(
     token64 = token.to(tl.int64)[:, None, None]
     mask = (token < N)[:, None, None] & (head < H)[None, :, None]
     row_offset = head[None, :, None] * D + channel[None, None, :]
-    x = tl.load(x_ptr + token64 * (H * D) + row_offset, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token64 * STRIDE + row_offset, mask=mask, other=0.0).to(tl.float32)
     weight_offset = head[:, None] * D + channel[None, :]
     weight = tl.load(weight_ptr + weight_offset, mask=head[:, None] < H, other=0.0)
 
@@ -83,12 +88,18 @@ def qk_norm_rope_kernel(
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
 ):
     """Grid (ceil(N / ROWS), 2): the second axis is q or k."""
     if tl.program_id(1) == 0:
-        _norm_rope_rows(q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, N, H, D, EPS, ROWS, HEADS)
+        _norm_rope_rows(
+            q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, Q_STRIDE, N, H, D, EPS, ROWS, HEADS
+        )
     else:
-        _norm_rope_rows(k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, N, H, D, EPS, ROWS, HEADS)
+        _norm_rope_rows(
+            k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, K_STRIDE, N, H, D, EPS, ROWS, HEADS
+        )
 
 
 def launch(problem: Problem, tactic: Tactic) -> Launch:
@@ -101,6 +112,8 @@ def launch(problem: Problem, tactic: Tactic) -> Launch:
         "EPS": float(problem.attributes["eps"]),
         "ROWS": tactic.blocks["ROWS"],
         "HEADS": next_power_of_2(num_heads),
+        "Q_STRIDE": problem.row_strides.get("q", num_heads * head_dim),
+        "K_STRIDE": problem.row_strides.get("k", num_heads * head_dim),
     }
     grid = (ceil_div(num_tokens, tactic.blocks["ROWS"]), 2, 1)
     return Launch(qk_norm_rope_kernel, constants, grid, tactic.num_warps, tactic.num_stages)

@@ -9,7 +9,7 @@ import torch
 
 from forcing_kv.export.capture import GraphSource, graph_sources
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.fusion import FUSED, FusionOptions, fuse_qkv_
+from forcing_kv.export.fusion import FUSED, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -80,9 +80,10 @@ def sources(model: CausalWanModel, fusion: FusionOptions) -> dict[str, GraphSour
         FusionOptions(qkv=True),
         FusionOptions(time_tables=True),
         FusionOptions(clean_graph=True),
+        FusionOptions(gelu=True),
         FUSED,
     ],
-    ids=["qkv", "time_tables", "clean_graph", "fused"],
+    ids=["qkv", "time_tables", "clean_graph", "gelu", "fused"],
 )
 def test_step_equals_plain(model, fusion):
     plain = sources(model, FusionOptions())["step"]
@@ -133,3 +134,26 @@ def test_fusing_qkv_twice_changes_nothing(model):
     assert list(fuse_qkv_(once).state_dict()) == names
     assert "blocks.0.self_attn.qkv.weight" in names
     assert "blocks.0.self_attn.q.weight" not in names
+
+
+def test_gelu_keeps_the_weights_under_their_names(model):
+    fused = fuse_gelu_(copy.deepcopy(model))
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert fuse_gelu_(fused) is fused
+
+
+def test_gelu_is_part_of_the_product_on_cuda_alone(model, monkeypatch):
+    class OnCuda:
+        is_cuda = True
+
+        def dim(self):
+            return 2
+
+    layer, x = fuse_gelu_(copy.deepcopy(model)).layers[0].ffn[0], OnCuda()
+    monkeypatch.setattr(torch.ops.aten, "_addmm_activation", lambda *a, **k: (*a, k), raising=False)
+    bias, given, weight, options = layer(x)
+    assert given is x
+    assert options == {"use_gelu": True}
+    assert torch.equal(weight, layer.weight.T)
+    assert torch.equal(bias, layer.bias)
+    assert isinstance(layer(torch.ones(2, 48)), torch.Tensor)

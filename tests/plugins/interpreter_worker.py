@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from forcing_kv.plugins.cases import CASES, attention_case
+from forcing_kv.plugins.cases import CASES, attention_case, norm_rope_case
 from forcing_kv.plugins.launch import default_tactic
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
@@ -17,6 +17,9 @@ from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
 # Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height.
 WAVES = attention_case("waves", 200, 32, [(70, 70), (70, 66), (100, 3), (100, 100)])
 NUM_SMS = 3
+
+# q and k as a fused product of q, k and v gives them.
+APART = norm_rope_case("rows apart", 21, 3, 32)
 
 
 def tactics(case, dtype):
@@ -29,6 +32,9 @@ def tactics(case, dtype):
 
 def run(case, dtype, tactic):
     inputs = case.build(dtype)
+    if case is APART:
+        joined = torch.cat((*inputs[:2], torch.full_like(inputs[0], torch.nan)), dim=1)
+        inputs[:2] = joined.chunk(3, dim=1)[:2]
     outputs = empty_outputs(case.spec, inputs, case.attributes)
     for output in outputs:
         output.fill_(torch.nan if output.is_floating_point() else -1)
@@ -41,7 +47,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {
         (case.spec.name, case.name, str(dtype), tactic.name): run(case, dtype, tactic)
-        for case in (*CASES, WAVES)
+        for case in (*CASES, WAVES, APART)
         for dtype in (torch.float32, torch.float16)
         for tactic in tactics(case, dtype)
     }

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins.cases import attention_case  # noqa: E402
+from forcing_kv.plugins.cases import attention_case, norm_rope_case  # noqa: E402
 from forcing_kv.plugins.head_indexed_attention.kernel import tile_counts  # noqa: E402
 from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
-from forcing_kv.plugins.registry import OPS, op_module  # noqa: E402
+from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE, op_module  # noqa: E402
+from forcing_kv.plugins.triton_run import accepted_inputs  # noqa: E402
 
 
 def release(version: str) -> tuple[int, int]:
@@ -63,6 +64,26 @@ def test_attention_with_a_tail_of_smaller_tiles(dtype, interpreted, check):
     inputs = case.build(dtype)
     for outputs in outputs_of(interpreted, case, dtype):
         check(case, inputs, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_norm_and_rope_of_rows_that_lie_apart(dtype, interpreted, check):
+    case = norm_rope_case("rows apart", 21, 3, 32)
+    for outputs in outputs_of(interpreted, case, dtype):
+        check(case, case.build(dtype), outputs)
+
+
+def test_only_what_a_kernel_cannot_read_is_copied():
+    rows = torch.randn(4, 3 * 64, dtype=torch.float16)
+    q = rows.chunk(3, dim=1)[0]
+    odd = torch.randn(4, 65, dtype=torch.float16)[:, :64]
+    others = [torch.ones(64), torch.ones(64), torch.ones(4, 16), torch.ones(16, 4).T]
+    given_inputs = [q, odd, *others]
+    readable, strides = accepted_inputs(QK_NORM_ROPE, given_inputs)
+    assert strides == {"q": 192}
+    assert readable[0] is q
+    assert all(x.is_contiguous() for x in readable[1:])
+    assert all(torch.equal(a, b) for a, b in zip(readable, given_inputs, strict=True))
 
 
 @given(

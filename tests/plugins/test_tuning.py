@@ -36,6 +36,19 @@ def test_measured_tactic_is_taken_on_its_gpu_alone(tmp_path, monkeypatch):
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 86).name == "small"
 
 
+def test_nearest_measured_problem_decides(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text("[]")
+    update_table([ENTRY, replace(ENTRY, sizes={"D": 32, "H": 2, "N": 800}, tactic="small")], path)
+    monkeypatch.setattr(tuning, "_committed_table", dict)
+    monkeypatch.setattr(tuning, "_added", {})
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "GPU", 90).name == "wide"
+    tuning.add_table(path)
+    for num_tokens, name in ((9, "deep"), (500, "small")):
+        problem = replace(PROBLEM, sizes=PROBLEM.sizes | {"N": num_tokens})
+        assert best_tactic(QK_NORM_ROPE, TACTICS, problem, "GPU", 90).name == name
+
+
 def test_later_measurement_replaces_the_earlier(tmp_path):
     path = tmp_path / "table.json"
     path.write_text("[]")

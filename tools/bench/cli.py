@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the rows.")]
 ListThem = Annotated[bool, typer.Option("--list", help="Name every subject and stop.")]
 
 _FOLDER = Path(".bench")
+TABLE_WIDTH = 160
+"""Columns of a table that no terminal limits."""
 
 
 def _run(kind: str, **options: Any) -> None:
@@ -62,16 +66,19 @@ def _run(kind: str, **options: Any) -> None:
     finish(rows, as_json=as_json)
 
 
-def finish(rows: list[Row], *, as_json: bool) -> None:
-    """Show rows; exit 1 where one is not good."""
+def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) -> None:
+    """Show what went wrong in rows, then a table of them or of `shown`; exit 1 where one is bad."""
     from dataclasses import asdict
 
     from forcing_kv.tools.bench.report import table
 
-    console().print(table(rows))
     for row in rows:
         if row.status != "ok":
             talk(f"{row.subject}: {row.status}: {row.error}", style="red")
+    made, out = table(rows if shown is None else shown), console()
+    if not out.is_terminal:
+        out.width = TABLE_WIDTH
+    out.print(made)
     if as_json:
         print_json([asdict(row) for row in rows])
     if any(row.status != "ok" for row in rows):
@@ -183,15 +190,29 @@ def bench_suite(
     as_json: AsJson = False,
 ) -> None:
     """Measure everything, most important first; skips what the file already holds."""
-    from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected, suite_items
+    from forcing_kv.tools.bench.rows import read_rows
+    from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
+    from forcing_kv.tools.bench.suite_items import predict, suite_items
 
     options = SuiteOptions(out, folder, tuple(only or ()), budget_s, force, commit)
     items = selected(suite_items(device, model), options)
     if dry_run:
-        for item in items:
-            talk(item.name)
+        total = 0.0
+        for item, predicted_s in predict(items):
+            total += predicted_s
+            when = f"  predicted {predicted_s:4.0f} s, all {total:5.0f} s"
+            talk(item.name + (when if device == "cuda" else ""))
         return
-    finish(list(run_suite(items, options, talk)), as_json=as_json)
+    # Ends like Ctrl-C does: the running item's processes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]
+    shown = [row for row in read_rows(out) if not _is_kernel(row)]
+    finish(rows, as_json=as_json, shown=shown)
+
+
+def _is_kernel(row: Row) -> bool:
+    """Whether it is one of the many rows of operators' kernels and their baselines."""
+    return row.kind == "ops"
 
 
 def bench_report(

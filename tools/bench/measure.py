@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -45,6 +46,12 @@ class MeasureOptions:
     """Chunks of the gate's rollout."""
     budget_s: float = 120.0
     """Measuring stops early after this long, but not before `MIN_CHUNKS`."""
+    gate_scale: Workload | None = None
+    """Workload of a smaller size that bounds the gate's error; None compares with float32."""
+    growth_chunks: int = 0
+    """Chunks to go on with at the end, for growth; fewer where the deadline comes before."""
+    deadline: float = inf
+    """When growth must end, on the clock of `perf_counter`."""
     folder: Path = Path(".bench")
     """Where reference rollouts are kept."""
     commit: str | None = None
@@ -52,14 +59,18 @@ class MeasureOptions:
 
 
 MIN_CHUNKS = 5
+SCALE_CHUNKS = 7
+"""Length of the gate's rollouts in the smaller size."""
+END_TO_END_S = 10.0
+"""Longest time of the end-to-end part."""
 
 
 def measure(subject: Subject, workload: Workload, options: MeasureOptions) -> Iterator[Row]:
     """Measure one subject on one workload.
 
     Yields:
-        Rows of kind load, chunk, step and rollout as they are ready; one row with a status other
-        than `ok` where something fails.
+        Rows of kind load, chunk, step, rollout, decode and growth as they are ready; one row with a
+        status other than `ok` where something fails.
     """
     environment = describe_environment(options.device, options.commit)
     blank = Row("chunk", subject.name, describe_workload(workload), environment)
@@ -88,9 +99,11 @@ def _measure(
     subject: Subject, workload: Workload, options: MeasureOptions, blank: Row
 ) -> Iterator[Row]:
     num_gate = max(options.gate_chunks, subject.min_gate_chunks)
-    references = References(workload, options.device, num_gate, options.folder)
-    # Made first, so that their memory is free again when the subject is opened.
-    references.get("float32")
+    scale = None
+    if options.gate_scale is not None:
+        scale = References(options.gate_scale, options.device, SCALE_CHUNKS, options.folder)
+    references = References(workload, options.device, num_gate, options.folder, scale)
+    references.prepare()
     reset_peak_memory(options.device)
     before = memory(options.device)
     prompt = workload.prompt()
@@ -112,7 +125,11 @@ def _measure(
         load = {**parts, "first_rollout_ms": round(gate_ms, 1), **first}
         yield replace(blank, kind="load", metrics=load)
         session.reset()
-        yield from _rollout(session, workload, options, blank, before)
+        walls: list[float] = []
+        yield from _rollout(session, workload, options, blank, before, walls)
+        yield from _decoders(workload, options, blank, walls)
+        if options.growth_chunks:
+            yield _growth(session, options, blank)
 
 
 def _time_to_first(session: Session, workload: Workload) -> dict[str, float | None]:
@@ -135,15 +152,15 @@ def _rollout(
     options: MeasureOptions,
     blank: Row,
     before: Mapping[str, int],
+    walls: list[float],
 ) -> Iterator[Row]:
-    """Warm up to the steady state, then measure chunk after chunk."""
+    """Warm up to the steady state, then measure chunk after chunk; `walls` receives host times."""
     noises = [_noise(session, i) for i in range(NUM_NOISES)]
     session.set_prompt(workload.prompt())
     for i in range(options.warmup_chunks):
         session.generate_chunk(*noises[i % NUM_NOISES])
     at_start = memory(options.device)
     energy, start = EnergyMeter(options.device), perf_counter()
-    walls: list[float] = []
     cpu_times: list[float] = []
     chunks: list[Mapping[str, float]] = []
     for i in range(options.num_chunks):
@@ -177,7 +194,7 @@ def _rollout(
             **latency(denoiser),
             "wall": latency(walls),
             "memory_growth_nbytes": {key: at_end[key] - at_start[key] for key in at_end},
-            "end_to_end": _end_to_end(session, workload, min(len(chunks), 20)),
+            "end_to_end": _end_to_end(session, workload),
             "chunk_ms": [round(value, 3) for value in denoiser],
         },
     )
@@ -235,12 +252,14 @@ def _step_metrics(workload: Workload, blank: Row, metrics: Mapping[str, Any]) ->
     }
 
 
-def _end_to_end(session: Session, workload: Workload, num_chunks: int) -> dict[str, Any]:
+def _end_to_end(session: Session, workload: Workload) -> dict[str, Any]:
     """Frames a second with noise drawn and latents on the host, and with pixels where decoded."""
     start = perf_counter()
-    latents = [session.generate_chunk(seed=MEASURE_SEED).latents for _ in range(num_chunks)]
+    latents: list[Any] = []
+    while not latents or (len(latents) < 20 and perf_counter() - start < END_TO_END_S):
+        latents.append(session.generate_chunk(seed=MEASURE_SEED).latents)
     seconds = perf_counter() - start
-    frames = workload.pixel_frames * num_chunks
+    frames = workload.pixel_frames * len(latents)
     found: dict[str, Any] = {"latents_fps": round(frames / seconds, 3), "pixels_fps": None}
     if workload.decode is not None:
         begin = perf_counter()
@@ -248,3 +267,39 @@ def _end_to_end(session: Session, workload: Workload, num_chunks: int) -> dict[s
             workload.decode(chunk)
         found["pixels_fps"] = round(frames / (seconds + perf_counter() - begin), 3)
     return found
+
+
+def _decoders(
+    workload: Workload, options: MeasureOptions, blank: Row, walls: Sequence[float]
+) -> Iterator[Row]:
+    """Time of each decoder that the workload has, and frames a second with it."""
+    if workload.decoders is None:
+        return
+    from forcing_kv.tools.bench.pixel_decoders import time_decoder
+
+    metrics: dict[str, Any] = {}
+    chunk_ms = summary(walls)["median"]
+    for decoder in workload.decoders(options.device):
+        times = summary(time_decoder(decoder, workload.config.latent_shape))
+        fps = 1e3 * workload.pixel_frames / (chunk_ms + times["median"])
+        metrics |= {f"{decoder.name}_ms": times, f"with_{decoder.name}_fps": round(fps, 3)}
+    yield replace(blank, kind="decode", metrics=metrics)
+
+
+def _growth(session: Session, options: MeasureOptions, blank: Row) -> Row:
+    """Latency and memory from the first to the last of many chunks."""
+    noises = [_noise(session, i) for i in range(NUM_NOISES)]
+    at_start = memory(options.device)
+    denoiser: list[float] = []
+    for i in range(options.growth_chunks):
+        if i >= MIN_CHUNKS and perf_counter() > options.deadline:
+            break
+        denoiser.append(_timings(session.generate_chunk(*noises[i % NUM_NOISES]))["chunk"])
+    at_end = memory(options.device)
+    metrics = {
+        **latency(denoiser),
+        "memory_growth_nbytes": {key: at_end[key] - at_start[key] for key in at_end},
+        "chunk_ms": [round(value, 3) for value in denoiser],
+    }
+    run = {**blank.run, "asked_chunks": options.growth_chunks, "num_chunks": len(denoiser)}
+    return replace(blank, kind="growth", metrics=metrics, run=run)

@@ -5,28 +5,19 @@ An operator whose numbers are wrong is not timed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forcing_kv.export.presets import PRESETS, load_preset
-from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
+from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import Workload, workload_of
+from forcing_kv.tools.op_workload import workload_of
 
 if TYPE_CHECKING:
-    import torch
-
-    from forcing_kv.plugins.cases import OpCase
-    from forcing_kv.plugins.launch import Tactic
-    from forcing_kv.plugins.tuning import TunedTactic
-    from forcing_kv.tools.bench.gpu_timing import DeviceBounds
     from forcing_kv.tools.bench.rows import Row
 
 
@@ -63,9 +54,10 @@ def bench_ops(
     sizes = [parse_latent_size("--resolution", text) for text in resolution or ["480p"]]
     workloads = [workload_of(preset, size, dynamic_heads) for size in sizes]
     _require_gpu()
+    from forcing_kv.tools.bench.op_bench import OpBench
     from forcing_kv.tools.bench.rows import append_row
 
-    bench = _Bench(dtype, warmup, iterations)
+    bench = OpBench(dtype, warmup, iterations)
     rows = []
     for workload in workloads:
         for row in bench.rows(workload):
@@ -98,182 +90,6 @@ def _require_gpu() -> None:
             "`fkv bench ops` needs an NVIDIA GPU and a PyTorch with CUDA; on another machine "
             "`fkv plugins list` compiles the kernels"
         )
-
-
-class _Bench:
-    """Checks and times one workload after the other."""
-
-    def __init__(self, dtype: str, warmup: int, iterations: int) -> None:
-        from forcing_kv.tools.bench.gpu_timing import measure_bounds
-        from forcing_kv.tools.bench.rows import describe_environment
-
-        self.tuned: list[TunedTactic] = []
-        self._dtype = dtype
-        self._run = {"warmup": warmup, "iterations": iterations}
-        self._environment = describe_environment("cuda")
-        self._bounds: DeviceBounds = measure_bounds(self._torch_dtype, **self._run)
-
-    @property
-    def _torch_dtype(self) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self._dtype)
-        return dtype
-
-    def rows(self, workload: Workload) -> Iterator[Row]:
-        """Rows of every operator's tactics and baselines, and of a chunk's whole eviction."""
-        best: dict[str, Tactic] = {}
-        cases = workload.cases()
-        for case in track(cases, workload.label):
-            inputs = case.build(self._torch_dtype, device="cuda")
-            found = list(self._tactic_rows(workload, case, inputs))
-            yield from (row for row, _ in found)
-            timed = [(row.metrics["time_ms"]["median"], t) for row, t in found if row.metrics]
-            if len(timed) == len(found):
-                best[case.spec.name] = min(timed, key=lambda pair: pair[0])[1]
-                self.tuned.append(self._tuned(case, {t.name: ms for ms, t in timed}))
-                yield from self._baseline_rows(workload, case, inputs)
-        evictions = [case for case in cases[2:] if case.spec.name in best]
-        if len(evictions) == 2:
-            yield self._eviction_row(workload, evictions, best)
-
-    def _tuned(self, case: OpCase, times_ms: dict[str, float]) -> TunedTactic:
-        import torch
-
-        from forcing_kv.plugins.tuning import TunedTactic
-
-        fastest = min(times_ms, key=times_ms.__getitem__)
-        median_ms = times_ms.pop(fastest)
-        shapes = [tensor.shape(case.sizes) for tensor in case.spec.inputs]
-        return TunedTactic(
-            op=case.spec.name,
-            gpu=torch.cuda.get_device_name(),
-            dtype=self._dtype,
-            sizes=case.spec.read_sizes(shapes, case.attributes),
-            tactic=fastest,
-            median_ms=median_ms,
-            others_ms=times_ms,
-            date=datetime.now(UTC).date().isoformat(),
-        )
-
-    def _row(self, workload: Workload, op: str, implementation: str, **entries: Any) -> Row:
-        from forcing_kv.tools.bench.rows import Row
-
-        described = {
-            "model": workload.label,
-            "size": f"{workload.chunk.latent_height}x{workload.chunk.latent_width}",
-            "policy": "forcing-kv",
-            "dtype": self._dtype,
-            "op": op,
-            "history": workload.history(),
-        }
-        subject = f"{op}: {implementation}"
-        return Row("ops", subject, described, self._environment, run=self._run, **entries)
-
-    def _tactic_rows(
-        self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
-    ) -> Iterator[tuple[Row, Tactic]]:
-        from forcing_kv.plugins.accuracy import output_errors
-        from forcing_kv.plugins.registry import op_module
-        from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_kernel
-        from forcing_kv.tools.bench.gpu_timing import time_cold
-
-        spec = case.spec
-        for tactic in op_module(spec, "kernel").TACTICS:
-            if not self._fits(case, inputs, tactic):
-                continue
-            outputs = empty_outputs(spec, inputs, case.attributes)
-            for output in outputs:
-                output.fill_(float("nan") if output.is_floating_point() else -1)
-            call = partial(
-                run_kernel, spec, inputs, case.attributes, outputs, tactic, multiprocessors(0)
-            )
-            call()
-            errors = output_errors(spec, inputs, case.attributes, outputs)
-            gate = {error.name: asdict(error) for error in errors}
-            name = f"triton {tactic.name}"
-            if all(error.passed for error in errors):
-                metrics = self._metrics(case, time_cold(call, **self._run))
-                yield self._row(workload, spec.name, name, gate=gate, metrics=metrics), tactic
-            else:
-                talk(f"{spec.name}, {tactic.name}: outside its tolerance, not timed")
-                row = self._row(workload, spec.name, name, gate=gate, status="gate_failed")
-                yield row, tactic
-
-    def _fits(self, case: OpCase, inputs: list[torch.Tensor], tactic: Tactic) -> bool:
-        import torch
-
-        from forcing_kv.plugins.launch import SharedMemoryError
-        from forcing_kv.plugins.ptx import compile_kernel, tensor_dtypes
-        from forcing_kv.plugins.triton_run import multiprocessors, problem_of
-
-        major, minor = torch.cuda.get_device_capability()
-        problem = problem_of(case.spec, inputs, case.attributes, multiprocessors(0))
-        dtypes = tensor_dtypes(case.spec, self._dtype)
-        try:
-            compile_kernel(case.spec, problem, dtypes, tactic, 10 * major + minor)
-        except SharedMemoryError:
-            return False
-        return True
-
-    def _baseline_rows(
-        self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
-    ) -> Iterator[Row]:
-        from forcing_kv.tools.bench.gpu_timing import time_cold
-        from forcing_kv.tools.bench.op_baselines import baselines
-
-        for name, call in baselines(case, inputs):
-            try:
-                times = time_cold(call, **self._run)
-            except RuntimeError as error:
-                # PyTorch refuses a backend that this device or build does not have.
-                reason = str(error).splitlines()[0]
-                yield self._row(workload, case.spec.name, name, status="failed", error=reason)
-            else:
-                metrics = self._metrics(case, times)
-                yield self._row(workload, case.spec.name, name, metrics=metrics)
-
-    def _eviction_row(
-        self, workload: Workload, cases: list[OpCase], best: dict[str, Tactic]
-    ) -> Row:
-        """One similarity and an eviction for each compressed layer, as one graph."""
-        from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_kernel
-        from forcing_kv.tools.bench.gpu_timing import time_graph
-        from forcing_kv.tools.bench.statistics import summary
-
-        calls = []
-        for case, count in zip(cases, (1, workload.num_compressed_layers), strict=True):
-            for layer in range(count):
-                inputs = case.build(self._torch_dtype, seed=layer, device="cuda")
-                outputs = empty_outputs(case.spec, inputs, case.attributes)
-                tactic = best[case.spec.name]
-                calls.append((case.spec, inputs, case.attributes, outputs, tactic))
-
-        def chunk() -> None:
-            for call in calls:
-                run_kernel(*call, multiprocessors(0))
-
-        metrics = {"time_ms": summary(time_graph(chunk, **self._run))}
-        name = f"triton, {len(calls)} launches in one graph"
-        return self._row(workload, "eviction of a chunk", name, metrics=metrics)
-
-    def _metrics(self, case: OpCase, times_ms: list[float]) -> dict[str, Any]:
-        from forcing_kv.tools.bench.op_costs import flops, traffic_nbytes
-        from forcing_kv.tools.bench.statistics import summary
-
-        time_ms = summary(times_ms)
-        gbs = traffic_nbytes(case, self._dtype) / time_ms["median"] / 1e6
-        metrics: dict[str, Any] = {
-            "time_ms": time_ms,
-            "gbs": gbs,
-            "device_copy_gbs": self._bounds.copy_gbs,
-            "device_gemm_tflops": self._bounds.gemm_tflops,
-        }
-        if count := flops(case):
-            tflops = count / time_ms["median"] / 1e9
-            bound = {"tflops": tflops, "bound": "gemm"}
-            return metrics | bound | {"fraction_of_bound": tflops / self._bounds.gemm_tflops}
-        return metrics | {"bound": "copy", "fraction_of_bound": gbs / self._bounds.copy_gbs}
 
 
 def _print_rows(rows: list[Row]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ _SPEED_UP = "Speed-up: against eager-dense on the same machine. Definitions: doc
 Cells = list[str]
 _HEADER = (
     "workload", "subject", "denoiser ms", "denoiser FPS", "steps only ms", "p99 ms",
-    "CPU time ms", "KV MB", "speed-up", "gate error / bound", "of bound",
+    "CPU time ms", "KV MB", "speed-up", "gate error / bound", "of bound", "with TAE, VAE FPS",
+    "growth",
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
     """One line of the table for each chunk row, and for each row without a number."""
     rows = latest(rows)
     rollouts = {row.key[1:]: row for row in rows if row.kind == "rollout"}
+    decoders = {row.key[1:]: row.metrics for row in rows if row.kind == "decode"}
+    growth = {row.key[1:-1]: row for row in rows if row.kind == "growth"}
     baselines = {
         _group(row): row.metrics["denoiser_ms"]["median"]
         for row in rows
@@ -62,19 +65,35 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
             _number(None if base is None else base / median, ".2f", "x"),
             f"{gate.get('error', 0):.1e} / {gate.get('bound', 0):.1e}",
             _number(None if share is None else 100 * share, ".0f", "%"),
+            _with_decoders(decoders.get(row.key[1:], {})),
+            _growth(growth.get(row.key[1:-1])),
         ]
+
+
+def _with_decoders(metrics: Mapping[str, Any]) -> str:
+    found = [metrics.get(f"with_{name}_fps") for name in ("tae", "vae")]
+    return ", ".join(_number(fps, ".2f") or "–" for fps in found) if any(found) else ""
+
+
+def _growth(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.metrics['growth']:.3f}x over {row.run['num_chunks']} chunks"
 
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    chosen = (1, 2, 3, 5, 7, 8, 9)
+    chosen = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12)
     lines = list(cells(rows))
     if lines and any(row.kind == "chunk" for row in rows):
-        made = Table(*(_HEADER[i] for i in chosen), title=lines[0][0], title_justify="left")
-        for line in lines:
-            made.add_row(*(line[i] for i in chosen))
+        made = Table(*(Column(_HEADER[i], no_wrap=True) for i in chosen))
+        for label in dict.fromkeys(line[0] for line in lines):
+            made.add_section()
+            made.add_row(label, style="bold")
+            for line in (line for line in lines if line[0] == label):
+                made.add_row(*(line[i] for i in chosen))
         return made
     made = Table("workload", "subject", "kind", "metrics")
     for row in rows:

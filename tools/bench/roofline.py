@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.tools.bench.workloads import mean_attended_frames
 
-PEAK_TFLOPS = {"NVIDIA H200": 790.0}
+PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100 80GB HBM3": 798.0}
 """bf16 matrix product of 8192 x 8192 x 8192 on random data, measured through PyTorch (TFLOP/s)."""
 
-PEAK_TBPS = {"NVIDIA H200": 4.3}
+PEAK_TBPS = {"NVIDIA H200": 4.3, "NVIDIA H100 80GB HBM3": 3.0}
 """Large device-to-device copy, bytes read plus bytes written, measured through PyTorch (TB/s)."""
 
 

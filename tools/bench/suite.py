@@ -1,4 +1,4 @@
-"""The whole benchmark as a list of items, each run in its own process and skipped once done.
+"""Runs the items of the benchmark, each in a process of its own, and skips what is done.
 
 One crash, one out-of-memory or one compiler that does not finish costs one item: the parent
 records it as a failed row and goes on. Rows are appended as soon as they are measured, so a suite
@@ -8,14 +8,16 @@ can be cut off anywhere and called again.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
-from forcing_kv.runtime_trt.config import DType
 from forcing_kv.tools.bench.rows import (
     Row,
     append_row,
@@ -23,72 +25,9 @@ from forcing_kv.tools.bench.rows import (
     describe_workload,
     read_rows,
 )
-from forcing_kv.tools.bench.subjects import SUBJECTS
-from forcing_kv.tools.bench.workloads import workload
+from forcing_kv.tools.bench.suite_items import SuiteItem, predict
 
 _WORKER = "forcing_kv.tools.bench.worker"
-
-
-@dataclass(frozen=True)
-class SuiteItem:
-    """One subject on one workload."""
-
-    model: str
-    size: str
-    subject: str
-    device: str
-    dtype: DType = "bfloat16"
-    num_chunks: int = 50
-    warmup_chunks: int = 12
-    gate_chunks: int = 7
-    budget_s: float = 60.0
-    """Longest time of measuring alone."""
-    timeout_s: float = 560.0
-    """Longest time of the item."""
-
-    @property
-    def name(self) -> str:
-        """How `--only` finds it."""
-        return f"{self.size}/{self.subject}"
-
-
-_FIRST = ("eager-dense", "eager-forcing-kv", "operators-graph", "inductor")
-"""Baselines, our operators without a compiler (nothing in it can fail to compile), the product."""
-_LARGER = ("eager-dense", "operators-graph", "inductor", "eager-forcing-kv")
-_THEN = (
-    "compile-forcing-kv-graph", "inductor-no-graph", "compile-dense-graph",
-    "operators-compile-graph", "operators", "compile-forcing-kv", "compile-dense",
-    "operators-compile", "eager-grouped", "inductor-no-autotune",
-)  # fmt: skip
-
-
-def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
-    """Every item, what matters most first."""
-    if device == "cpu":
-        return _small_items(model)
-    items = [SuiteItem("wan-1.3b", "480p", name, device) for name in _FIRST]
-    # A dense chunk takes seconds there: fewer chunks, after a window (7 chunks) of warm-up. The
-    # gate is as short as covers everything, for its float32 rollout takes minutes at 1080p.
-    for size, num_chunks in (("720p", 20), ("1080p", 10)):
-        items += [
-            SuiteItem("wan-1.3b", size, name, device, num_chunks=num_chunks, warmup_chunks=8,
-                      gate_chunks=5)
-            for name in _LARGER
-        ]  # fmt: skip
-    items += [SuiteItem("wan-1.3b", "480p", name, device) for name in _THEN]
-    growth = SuiteItem(
-        "wan-1.3b", "480p", "inductor", device, num_chunks=500, budget_s=300, timeout_s=560
-    )
-    return (*items, growth)
-
-
-def _small_items(model: str) -> tuple[SuiteItem, ...]:
-    names = ("eager-dense", "eager-forcing-kv", "operators", "onnxruntime", "onnxruntime-dense",
-             "inductor")  # fmt: skip
-    return tuple(
-        SuiteItem(model, "native", name, "cpu", dtype="float32", budget_s=20.0, timeout_s=560.0)
-        for name in names
-    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +37,7 @@ class SuiteOptions:
     out: Path
     """File that rows are appended to."""
     folder: Path
-    """Where reference rollouts are kept."""
+    """Where reference rollouts, measured tactics and compiled kernels are kept."""
     only: Sequence[str] = ()
     """Run items whose name contains one of these; all if empty."""
     budget_s: float | None = None
@@ -109,28 +48,34 @@ class SuiteOptions:
 
 
 def selected(items: Sequence[SuiteItem], options: SuiteOptions) -> list[SuiteItem]:
-    """Items that `options` ask for and that are not done."""
+    """Items that `options` ask for and that are not done; those that failed before come last."""
     asked = [i for i in items if not options.only or any(part in i.name for part in options.only)]
     if options.force:
         return asked
-    done = _done(options.out)
-    return [item for item in asked if (*_item_key(item), item.num_chunks) not in done]
+    done, failed = set(), set()
+    for row in read_rows(options.out):
+        if row.status == "ok" and row.kind in _LAST_KINDS:
+            done.add(_row_key(row))
+        elif row.status != "ok":
+            failed.add(_row_key(row))
+    left = [item for item in asked if _item_key(item) not in done]
+    return sorted(left, key=lambda item: _item_key(item) in failed)
 
 
-def _item_key(item: SuiteItem) -> tuple[str, ...]:
-    return item.subject, item.device, item.model, item.size, item.dtype
+_LAST_KINDS = ("rollout", "checks", "tactics")
+"""Kind of the row that says that an item is done."""
 
 
-def _done(out: Path) -> set[tuple[object, ...]]:
-    """Items whose last row is there: the rollout is written last."""
-    return {
-        (
-            row.subject, row.environment["device"], row.workload["model"], row.workload["size"],
-            row.workload["dtype"], row.run.get("asked_chunks"),
-        )
-        for row in read_rows(out)
-        if row.kind == "rollout" and row.status == "ok"
-    }  # fmt: skip
+def _item_key(item: SuiteItem) -> tuple[object, ...]:
+    return item.subject, item.device, item.model, item.size, item.dtype, item.num_chunks
+
+
+def _row_key(row: Row) -> tuple[object, ...]:
+    work = row.workload
+    return (
+        row.subject, row.environment["device"], work["model"], work["size"], work["dtype"],
+        row.run.get("asked_chunks"),
+    )  # fmt: skip
 
 
 def run_suite(
@@ -147,9 +92,10 @@ def run_suite(
         The rows that each item appended.
     """
     start = perf_counter()
-    for item in items:
+    for item, predicted_s in predict(items):
         left = None if options.budget_s is None else options.budget_s - (perf_counter() - start)
-        if left is not None and left < MIN_ITEM_S:
+        # A prediction may be far too long: half of it is worth a try.
+        if left is not None and left < max(MIN_ITEM_S, predicted_s / 2):
             report(f"{item.name}: left for the next call ({left:.0f} s of the budget left)")
             continue
         report(f"{item.name}: begins")
@@ -177,27 +123,43 @@ def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str |
         "out": str(options.out),
         "folder": str(options.folder),
         "commit": options.commit,
+        "timeout_s": timeout_s,
     }
     command = [sys.executable, "-m", _WORKER, json.dumps(request)]
-    try:
-        done = subprocess.run(command, timeout=timeout_s, stderr=subprocess.PIPE, check=False)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {timeout_s:.0f} s"
-    if done.returncode:
-        tail = done.stderr.decode(errors="replace")[-1500:]
-        return f"the process ended with code {done.returncode}: {tail}"
+    with tempfile.TemporaryFile() as log:
+        # A group of its own: a compiler's workers end with it.
+        process = subprocess.Popen(command, stderr=log, env=_environment(options), process_group=0)
+        try:
+            code = process.wait(timeout_s)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"not finished after {timeout_s:.0f} s"
+            raise
+        if code:
+            log.seek(0)
+            tail = log.read().decode(errors="replace")[-1500:]
+            return f"the process ended with code {code}: {tail}"
     return None
 
 
+def _environment(options: SuiteOptions) -> dict[str, str]:
+    """This process's, with the compilers' caches in the suite's folder."""
+    caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    folder = options.folder.resolve()
+    return {name: str(folder / part) for name, part in caches.items()} | dict(os.environ)
+
+
 def _failed_row(item: SuiteItem, options: SuiteOptions, error: str) -> Row:
-    work = workload(item.model, item.size, SUBJECTS[item.subject].policy, item.dtype)
     row = Row(
         "chunk",
         item.subject,
-        describe_workload(work),
+        describe_workload(item.workload),
         describe_environment(item.device, options.commit),
         status="failed",
         error=error,
+        run={"asked_chunks": item.num_chunks},
     )
     append_row(options.out, row)
     return row

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +18,8 @@ from torch import Tensor
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
-from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph, candidate_layout
+from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
 from forcing_kv.export.rewrite import sort_heads_
-from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION, op_module
 from forcing_kv.runtime_trt.backends.base import (
     Backend,
     ChunkPositions,
@@ -41,7 +38,9 @@ from forcing_kv.tools.bench.attention import (
     ReferenceHistory,
     empty_pools,
 )
+from forcing_kv.tools.bench.part_clock import PartClock
 from forcing_kv.tools.bench.passes import BaselinePass, OperatorPass, Pass, compiled
+from forcing_kv.tools.bench.plain_evict import PlainEvict
 
 Style = Literal["dense", "grouped", "reference", "operators"]
 
@@ -128,7 +127,6 @@ class TorchBackend(Backend):
         self._captured: dict[Hashable, _Captured] = {}
         self._seen: set[Hashable] = set()
         self._graph_pool: Any = None
-        self._events: list[Any] = []
         own = copy.deepcopy(model)
         history = None
         if options.style == "operators":
@@ -141,7 +139,7 @@ class TorchBackend(Backend):
             own = sort_heads_(own, config.partition)
         own = own.cast_(self._dtype).to(self.device).eval()
         self._prompt = PromptGraph(own)
-        self._evict = EvictGraph(config)
+        self._evict, self._plain_evict = EvictGraph(config), PlainEvict(config)
         self._eager, self._pass = self._passes(own)
         self._cross: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._made = _Made()
@@ -206,22 +204,6 @@ class TorchBackend(Backend):
             for target, source in zip(kept, made, strict=True):
                 target.copy_(source)
 
-    def _mark(self) -> None:
-        """Note the time on the device's clock, or the host's on a CPU."""
-        if self.device.type == "cpu":
-            self._events.append(perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
-
-    def _elapsed_ms(self) -> list[float]:
-        events = self._events
-        if self.device.type == "cpu":
-            return [1e3 * (end - begin) for begin, end in pairwise(events)]
-        events[-1].synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairwise(events)]
-
     @torch.inference_mode()
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """See base class; times are the device's, from the upload to the commit."""
@@ -238,13 +220,12 @@ class TorchBackend(Backend):
         }
         # A captured part reads what the captured part before it made, so all share one key.
         kind = (_kind_of(plan), keep, forced is None)
-        self._events = []
-        self._mark()
+        clock = PartClock(self.device)
         for name, work in parts.items():
             self._part((name, kind), work)
-            self._mark()
+            clock.mark()
         result = ChunkResult(self._inputs.latents.cpu().numpy().copy())
-        times = self._elapsed_ms()
+        times = clock.elapsed_ms()
         result.timings_ms = dict(zip(parts, times, strict=True))
         result.timings_ms["chunk"] = sum(times)
         if keep:
@@ -323,34 +304,8 @@ class TorchBackend(Backend):
         dyn_k, dyn_v, scores, kept = evict(*chosen)
         if forced is not None:
             kept = torch.from_numpy(forced).to(self.device)
-            lowest = torch.ones_like(scores).flatten()
-            lowest[kept.long()] = -1.0
-            dyn_k, dyn_v, _ = self._plain_compact(lowest.view_as(scores), *chosen)
+            dyn_k, dyn_v = self._plain_evict.take(kept, scores, *chosen)
         self._made = replace(self._made, dynamic=(dyn_k, dyn_v), selection=(scores, kept))
-
-    def _plain_evict(
-        self, hist_k: list[Tensor], hist_v: list[Tensor], new_k: list[Tensor], new_v: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """The evict graph in plain PyTorch, as the references of the operators have it."""
-        scoring = self.config.evicted_layers.index(1)
-        similarity = op_module(SEGMENT_SIMILARITY, "reference").segment_similarity
-        arguments = candidate_layout(self.config, 1).arguments()
-        scores = similarity(hist_k[scoring], new_k[scoring], *arguments)
-        dyn_k, dyn_v, kept = self._plain_compact(scores, hist_k, hist_v, new_k, new_v)
-        return dyn_k, dyn_v, scores, kept
-
-    def _plain_compact(self, scores: Tensor, *rows: list[Tensor]) -> tuple[Any, Any, Tensor]:
-        eviction = op_module(SIMILARITY_EVICTION, "reference").similarity_eviction
-        layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
-        outputs = [
-            eviction(
-                scores, *(part[i] for part in rows),
-                *candidate_layout(self.config, layer).arguments(), num_kept,
-            )
-            for i, layer in enumerate(layers)
-        ]  # fmt: skip
-        dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
-        return dyn_k, dyn_v, kept[0]
 
     def _store(self, plan: ChunkPlan) -> None:
         if self._options.style == "dense":

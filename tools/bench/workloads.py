@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.tools.bench.pixel_decoders import PixelDecoder
 
 PolicyName = Literal["forcing-kv", "dense"]
 
@@ -59,7 +60,9 @@ class Workload:
     """A prompt embedding [text_len, text_dim]."""
     pixel_frames_per_latent: int = PIXEL_FRAMES_PER_LATENT
     decode: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
-    """Latents [F, C, h, w] to pixels; None where the workload has no decoder."""
+    """Latents [F, C, h, w] to pixels; None where the workload has no decoder of its own."""
+    decoders: Callable[[str], Iterable[PixelDecoder]] | None = None
+    """Decoders with random weights on a device, to be timed beside the denoiser."""
 
     @property
     def pixel_frames(self) -> int:
@@ -142,7 +145,16 @@ def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
     config = RolloutConfig(
         WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
     )
-    return Workload("wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B))
+
+    def decoders(device: str) -> Iterable[PixelDecoder]:
+        from forcing_kv.tools.bench.pixel_decoders import random_decoders
+
+        return random_decoders(WAN_1_3B.in_channels, LATENT_SIZES[size], device)
+
+    return Workload(
+        "wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B),
+        decoders=decoders,
+    )  # fmt: skip
 
 
 def random_prompt(shape: ModelShape, num_text: int = 40, seed: int = 7) -> NDArray[np.float32]:
@@ -197,7 +209,7 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
 def _golden(policy: PolicyName, dtype: DType) -> Workload:
     from forcing_kv.export.verify import GoldenCase
 
-    folder = Path(__file__).parents[2] / "tests/golden/fkv_selfforcing"
+    folder = Path(__file__).resolve().parents[2] / "tests/golden/fkv_selfforcing"
     case = GoldenCase.load(folder)
     config = case.config
     chosen = _policy(policy, config.policy, config.partition, config.chunk)

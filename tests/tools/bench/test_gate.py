@@ -55,6 +55,24 @@ def test_other_segments_need_an_excuse(references, rounding, verdict):
     assert result.passed is (verdict == "within rounding")
 
 
+@pytest.mark.parametrize(("error", "passed"), [(0.019, True), (0.021, False)])
+def test_large_size_takes_its_bound_from_a_smaller_one(references, error, passed):
+    large = references("bfloat16", None, rollout())
+    large.scale = references("bfloat16", rollout(), rollout(0.01))
+    result = check(rollout(error), large)
+    assert result.reference == "same dtype"
+    assert result.passed is passed
+    assert result.bound == pytest.approx(0.02, rel=1e-5)
+
+
+def test_other_segments_need_an_excuse_in_a_large_size(references):
+    large = references("bfloat16", None, rollout())
+    large.scale = references("bfloat16", rollout(), rollout(0.01))
+    near = rollout(0.01, kept=[0, 1, 3], scores=SCORES + np.float32(0.06))
+    assert check(near, large).kept == "within rounding"
+    assert check(rollout(0.01, kept=[0, 1, 8]), large).kept == "different"
+
+
 def test_not_a_number_never_passes(references):
     found = rollout(float("nan"))
     assert not check(found, references("bfloat16", rollout(), rollout(0.01))).passed

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from forcing_kv.export.engine import eager_session
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure import MeasureOptions, measure
+from forcing_kv.tools.bench.pixel_decoders import PixelDecoder, random_decoders
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
 from forcing_kv.tools.bench.torch_backend import TorchBackend, TorchOptions, first_steady_chunk
 
@@ -57,6 +59,55 @@ def test_good_subject_gives_every_row(tiny, options, name):
     assert metrics["kv_nbytes"] == config.nbytes_kv + own
     assert metrics["kv_history_nbytes"] == metrics["kv_nbytes"] - own * (name != "eager-dense")
     assert len(rows[3].metrics["chunk_ms"]) == 5
+
+
+def small_tae() -> PixelDecoder:
+    return next(random_decoders(4, (4, 6), "cpu", widths=(8, 8, 8, 8)))
+
+
+def test_decoders_and_growth_come_after_the_rollout(tiny, options):
+    workload = replace(tiny(), decoders=lambda device: [small_tae()])
+    chosen = replace(options, growth_chunks=7)
+    rows = list(measure(subject("operators"), workload, chosen))
+    assert [row.kind for row in rows][3:] == ["rollout", "decode", "growth"]
+    decode, growth = rows[4].metrics, rows[5]
+    assert decode["tae_ms"]["median"] > 0
+    assert 0 < decode["with_tae_fps"] < 1e3 * workload.pixel_frames / decode["tae_ms"]["median"]
+    assert "pixels_fps" not in decode
+    assert len(growth.metrics["chunk_ms"]) == growth.run["asked_chunks"] == 7
+    late = list(measure(subject("operators"), workload, replace(chosen, deadline=0.0)))
+    assert len(late[5].metrics["chunk_ms"]) == 5
+
+
+def test_tiny_decoder_goes_on_where_it_was():
+    decoder, again = small_tae(), small_tae()
+    latents = torch.randn(4, 4, 4, 6)
+    whole = decoder(latents)
+    assert whole.shape == (16, 3, 32, 48)
+    again._decode.load_state_dict(decoder._decode.state_dict())
+    parts = torch.cat([again(latents[:1]), again(latents[1:])])
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_random_wan_vae_makes_four_frames_of_one():
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'forcing-kv[vae]'")
+    from forcing_kv.export.vae import random_wan_decoder
+
+    small = random_wan_decoder((4, 6), "float32", base_dim=8, z_dim=4,
+                               latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    decoder = PixelDecoder(small, "cpu")
+    assert decoder.name == "vae"
+    assert decoder(torch.randn(2, 4, 4, 6)).shape == (8, 3, 32, 48)
+
+
+def test_smaller_size_bounds_the_gate(tiny, options):
+    workload, chosen = tiny().as_dtype("bfloat16"), subject("operators")
+    bounded = replace(options, gate_scale=workload)
+    rows = list(measure(chosen, workload, bounded))
+    assert {row.status for row in rows} == {"ok"}, rows[0].error
+    assert rows[0].gate["reference"] == "same dtype"
+    (row,) = measure(wrong(0.5), workload, bounded)
+    assert row.status == "gate_failed"
 
 
 def test_wrong_subject_gets_no_number(tiny, options):

@@ -11,7 +11,8 @@ from forcing_kv.tools.bench.report import cells, latest, write_report
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import append_row, read_rows
 from forcing_kv.tools.bench.statistics import latency
-from forcing_kv.tools.bench.suite import SuiteItem, SuiteOptions, run_suite, selected, suite_items
+from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
+from forcing_kv.tools.bench.suite_items import SuiteItem, predict, suite_items
 from forcing_kv.tools.bench.workloads import mean_attended_frames, workload
 
 
@@ -33,6 +34,47 @@ def test_suite_skips_what_is_done_and_names_what_is_left(tmp_path, row):
     append_row(options.out, row("rollout", "eager-dense"))
     append_row(options.out, row("chunk", "eager-grouped"))
     assert [item.subject for item in selected(items, options)] == ["eager-grouped"]
+
+
+def test_what_failed_before_is_tried_last(tmp_path, row):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
+    items = [SuiteItem("tiny", "native", name, "cpu", "float32", num_chunks=5)
+             for name in ("inductor", "operators")]  # fmt: skip
+    append_row(options.out, row("chunk", "inductor", status="failed", error="slow", metrics={}))
+    assert [item.subject for item in selected(items, options)] == ["operators", "inductor"]
+
+
+def test_items_are_ordered_and_predicted():
+    items = suite_items("cuda", "wan-1.3b")
+    names = [item.name for item in items]
+    assert len(set(names)) == len(names)
+    assert names[:4] == ["480p/checks", "480p/ops", "480p/eager-dense", "480p/eager-forcing-kv"]
+    predicted = {item.name: seconds for item, seconds in predict(items)}
+    assert all(0 < seconds < item.timeout_s for item, seconds in predict(items))
+    # References are made by the first that needs them.
+    assert predicted["480p/eager-forcing-kv"] > predicted["480p/eager-grouped"]
+    assert predicted["1080p/eager-dense"] > predicted["480p/eager-dense"]
+    assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
+
+
+def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/own")
+    environment = suite._environment(SuiteOptions(tmp_path / "rows.jsonl", tmp_path / "folder"))
+    assert environment["TRITON_CACHE_DIR"] == str(tmp_path / "folder/triton")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/own"
+    assert "PATH" in environment
+
+
+def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    real = suite.subprocess.Popen
+    monkeypatch.setattr(
+        suite.subprocess, "Popen", lambda command, **options: real(["sleep", "60"], **options)
+    )
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
+    item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
+    (found,) = run_suite([item], options, lambda _: None)
+    assert "not finished after 0 s" in found.error
 
 
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -58,7 +100,7 @@ def test_no_item_begins_without_time(tmp_path):
 
 
 def test_suite_measures_every_subject_of_its_device():
-    cuda = {item.subject for item in suite_items("cuda", "wan-1.3b")}
+    cuda = {item.subject for item in suite_items("cuda", "wan-1.3b") if item.kind == "subject"}
     cpu = {item.subject for item in suite_items("cpu", "golden")}
     assert {"eager-dense", "eager-forcing-kv", "inductor", "compile-dense-graph"} <= cuda
     assert {"onnxruntime", "eager-dense"} <= cpu
@@ -70,9 +112,14 @@ def test_report_of_rows(tmp_path, row):
     failed = row("chunk", "compile-dense", status="failed", error="boom\nplace", metrics={})
     rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
     assert len(latest(rows)) == 4
+    rows.append(row("decode", "inductor", metrics={"with_tae_fps": 101.5}))
+    run = {"asked_chunks": 500, "num_chunks": 480}
+    rows.append(row("growth", "inductor", metrics={"growth": 1.0004}, run=run))
     lines = {line[1]: line for line in cells(rows)}
     assert lines["inductor"][8] == "3.00x"
     assert lines["inductor"][5] == "104.00"
+    assert lines["inductor"][11:] == ["101.50, –", "1.000x over 480 chunks"]
+    assert lines["eager-dense"][11:] == ["", ""]
     assert lines["compile-dense"][2] == "failed"
     written = write_report(rows, tmp_path)
     text = written[0].read_text()

@@ -1,0 +1,91 @@
+"""The suite's first items over a stand-in device: wrong kernels are told, fast ones kept."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
+
+from forcing_kv.plugins import tuning
+from forcing_kv.plugins.accuracy import reference_outputs
+from forcing_kv.plugins.cases import OpCase
+from forcing_kv.tools.bench import kernel_checks, op_bench, worker
+from forcing_kv.tools.bench.gpu_timing import DeviceBounds
+from forcing_kv.tools.bench.rows import describe_environment
+from forcing_kv.tools.bench.suite_items import SuiteItem
+
+OPS = SuiteItem("wan-1.3b", "480p", "ops", "cpu", kind="ops")
+CHECKS = SuiteItem("wan-1.3b", "480p", "checks", "cpu", kind="checks", budget_s=0.5)
+
+
+class Device:
+    """Runs the references in place of the kernels; tactics take the time of their names."""
+
+    wrong: str | None = None
+    launched: str = ""
+
+    def run(self, spec, inputs, attributes, outputs, tactic, num_sms):
+        self.launched = tactic.name
+        for output, value in zip(outputs, reference_outputs(spec, inputs, attributes), strict=True):
+            output.copy_(value + (tactic.name == self.wrong))
+
+    def time(self, call, warmup, iterations):
+        call()
+        return [float(len(self.launched))] * iterations
+
+
+@pytest.fixture
+def device(monkeypatch):
+    made, build = Device(), OpCase.build
+    monkeypatch.setattr(OpCase, "build", lambda case, dtype, seed=0, device="": build(case, dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda _: None}))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    for module in (kernel_checks, op_bench):
+        monkeypatch.setattr(module, "run_kernel", made.run)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(op_bench, "time_cold", made.time)
+    monkeypatch.setattr(op_bench, "time_graph", made.time)
+    monkeypatch.setattr(op_bench, "measure_bounds", lambda *_, **__: DeviceBounds(1.0, 1.0))
+    monkeypatch.setattr(op_bench, "baselines", lambda *_: iter(()))
+    monkeypatch.setattr(
+        op_bench, "describe_environment", lambda _, commit: describe_environment("cpu", commit)
+    )
+    # Frames of 6 tokens instead of 1560.
+    monkeypatch.setitem(worker.LATENT_SIZES, "480p", (4, 6))
+    return made
+
+
+def test_fastest_tactics_are_kept_for_the_items_after(device, tmp_path, monkeypatch):
+    *rows, last = worker._ops(OPS, tmp_path, "abc")
+    assert {row.status for row in rows} == {"ok"}
+    assert last.kind == "tactics"
+    assert last.metrics["FkHeadIndexedAttention"] == ["64x32", 5.0]
+    entries = json.loads((tmp_path / worker.TACTICS).read_text())
+    assert {entry["op"]: entry["tactic"] for entry in entries}["FkQkNormRope"] == "rows1"
+    monkeypatch.setattr(tuning, "_added", {})
+    tuning.add_table(tmp_path / worker.TACTICS)
+    assert len(tuning._added) == 4
+
+
+def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
+    device.wrong = "64x32"
+    *rows, last = worker._ops(OPS, tmp_path, "abc")
+    failed = [row for row in rows if row.status != "ok"]
+    assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
+    assert not failed[0].metrics
+    assert last.metrics["FkHeadIndexedAttention"] == ["64x64", 5.0]
+
+
+def test_checks_count_kernels_and_name_the_wrong_one(device):
+    (row,) = worker._checks(CHECKS, "abc")
+    assert row.status == "ok"
+    assert row.metrics["num_checks"] > 3
+    device.wrong = "128x128"
+    (row,) = worker._checks(CHECKS, "abc")
+    assert row.status == "gate_failed"
+    assert "head_indexed_attention, no history, bfloat16, 128x128: out is off by" in row.error

@@ -1,0 +1,98 @@
+"""Whether the operators' kernels compute the right thing on this GPU: the suite's first item.
+
+Every small case in bfloat16 by the tactic that the device takes, then the other tactics and dtypes
+as far as the time goes: run, judged by the operator's tolerance class, then captured as a CUDA
+graph and replayed, which must give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from forcing_kv.plugins.accuracy import output_errors
+from forcing_kv.plugins.cases import CASES, OpCase
+from forcing_kv.plugins.launch import Tactic, default_tactic
+from forcing_kv.plugins.registry import op_module
+from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_kernel
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """Verdict on one tactic for one case."""
+
+    name: str
+    """Operator, case, dtype and tactic."""
+    passed: bool
+    detail: str
+    """What is wrong; empty if nothing is."""
+
+
+def check_kernels(budget_s: float) -> Iterator[KernelCheck]:
+    """Check the kernels, what matters most first; compiling them is what takes long.
+
+    Args:
+        budget_s: none is begun after this long.
+
+    Yields:
+        A verdict for each; tactics that need more shared memory than the device has are left out.
+    """
+    start = perf_counter()
+    for case, dtype, tactic in _in_order():
+        if perf_counter() - start > budget_s:
+            return
+        try:
+            yield _check(case, dtype, tactic)
+        except OutOfResources:
+            continue
+
+
+def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
+    major, minor = torch.cuda.get_device_capability()
+    every = []
+    for case in CASES:
+        tactics = op_module(case.spec, "kernel").TACTICS
+        default = default_tactic(tactics, 10 * major + minor)
+        every += [
+            (rank, tactic is not default, case, dtype, tactic)
+            for rank, dtype in enumerate(DTYPES)
+            for tactic in tactics
+        ]
+    return [(c, d, t) for _, _, c, d, t in sorted(every, key=lambda entry: entry[:2])]
+
+
+def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
+    name = f"{case.spec.torch_name}, {case.name}, {dtype}, {tactic.name}".replace("torch.", "")
+    inputs = case.build(dtype, device="cuda")
+    outputs = empty_outputs(case.spec, inputs, case.attributes)
+
+    def run() -> None:
+        run_kernel(case.spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))
+
+    _poison(outputs)
+    run()
+    errors = output_errors(case.spec, inputs, case.attributes, outputs)
+    found = [f"{e.name} is off by {e.error:.3g}, allowed {e.allowed:.3g}" for e in errors
+             if not e.passed]  # fmt: skip
+    first = [output.clone() for output in outputs]
+    _poison(outputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True)):
+        found.append("a replayed graph gives something else")
+    return KernelCheck(name, not found, "; ".join(found))
+
+
+def _poison(outputs: tuple[Tensor, ...]) -> None:
+    for output in outputs:
+        output.fill_(float("nan") if output.is_floating_point() else -1)
