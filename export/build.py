@@ -2,7 +2,9 @@
 
 An engine record is one entry of the manifest's `engines`; every backend uses the same keys:
 `backend`, `folder`, `files` (path to hash), `graphs` (inputs and outputs; `file` is the plan),
-`environment`, `options`, `build_seconds`, and here `details` by graph.
+`environment`, `options`, `build_seconds`, and here `details` by graph. `decoders` holds, by kind,
+the `folder`, `files`, `graphs`, `details` and `build_seconds` of a video decoder, and the hash of
+what it was made of (`decoder_sha256`); the denoiser and each decoder are opened on their own.
 """
 
 from __future__ import annotations
@@ -43,10 +45,22 @@ class GraphBuild:
 
     name: str
     info: GraphInfo
+    decoder: str | None
+    """Kind of the decoder that it belongs to; None for the denoiser's."""
     inputs_sha256: str
     """Hash of everything that the engine depends on."""
     found: Mapping[str, Any] | None
     """Details of the engine that is there, if it was made of the same inputs."""
+
+    @property
+    def label(self) -> str:
+        """`step`, or `vae.decode`."""
+        return self.name if self.decoder is None else f"{self.decoder}.{self.name}"
+
+    @property
+    def file(self) -> str:
+        """Its plan, relative to the folder of the engines."""
+        return f"{self.name}.plan" if self.decoder is None else f"{self.decoder}/{self.name}.plan"
 
 
 @dataclass(frozen=True)
@@ -106,15 +120,36 @@ def plan_build(
     elif device is not None:
         environment |= {"sm": str(device.sm), "gpu": device.name, "driver": device.driver}
     plan = BuildPlan(bundle, manifest, options, environment, ())
-    record = _record_of(manifest, plan.folder)
-    details = {} if record is None or force else _intact(bundle, record)
-    graphs = []
-    for name, info in manifest.graphs.items():
-        inputs = _inputs_sha256(plan, info)
+    record = None if force else _record_of(manifest, plan.folder)
+    graphs = _part(plan, record, None, manifest.graphs, manifest.weights_sha256)
+    for kind, decoder in manifest.decoders.items():
+        part = recorded_part(record or {}, kind)
+        graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
+    return replace(plan, graphs=tuple(graphs))
+
+
+def _part(
+    plan: BuildPlan,
+    recorded: Mapping[str, Any] | None,
+    decoder: str | None,
+    graphs: Mapping[str, GraphInfo],
+    weights_sha256: str,
+) -> list[GraphBuild]:
+    """The graphs of the denoiser or of a decoder, compared with what is recorded of them."""
+    details = {} if recorded is None else _intact(plan.bundle, recorded)
+    found = []
+    for name, info in graphs.items():
+        inputs = _inputs_sha256(plan, info, weights_sha256)
         known = details.get(name)
         same = known is not None and known["inputs_sha256"] == inputs
-        graphs.append(GraphBuild(name, info, inputs, known if same else None))
-    return replace(plan, graphs=tuple(graphs))
+        found.append(GraphBuild(name, info, decoder, inputs, known if same else None))
+    return found
+
+
+def recorded_part(record: Mapping[str, Any], decoder: str | None) -> Mapping[str, Any] | None:
+    """What a record says of the denoiser (None) or of a decoder."""
+    part: Mapping[str, Any] | None = record.get("decoders", {}).get(decoder)
+    return record if decoder is None else part
 
 
 def _record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
@@ -122,7 +157,7 @@ def _record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
 
 
 def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Details of those graphs of a record whose plan is as it was written."""
+    """Details of those graphs of a record, or of a part of one, whose plan is as it was written."""
     return {
         name: detail
         for name, detail in record["details"].items()
@@ -131,11 +166,11 @@ def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _inputs_sha256(plan: BuildPlan, graph: GraphInfo) -> str:
+def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> str:
     content = {
         "version": BUILD_VERSION,
         "graph": graph.sha256,
-        "weights": plan.manifest.weights_sha256,
+        "weights": weights_sha256,
         "plugin_abi": plan.manifest.plugin_abi,
         "options": plan.options.to_json(),
         "environment": dict(plan.environment),
@@ -166,16 +201,17 @@ def run_build(
     target = plan.bundle / plan.folder
     with replaced_folder(target) as folder:
         for graph in plan.graphs:
-            file = folder / f"{graph.name}.plan"
+            file = folder / graph.file
+            file.parent.mkdir(exist_ok=True)
             if graph.found is not None:
-                shutil.copyfile(target / file.name, file)
-                details[graph.name] = graph.found
+                shutil.copyfile(target / graph.file, file)
+                details[graph.label] = graph.found
                 continue
             begin = perf_counter()
             built = _build_graph(plan, graph, report)
             file.write_bytes(built.plan)
-            layers[graph.name] = built.log.layers
-            details[graph.name] = _detail(graph, built, perf_counter() - begin)
+            layers[graph.label] = built.log.layers
+            details[graph.label] = _detail(graph, built, perf_counter() - begin)
     record = _record(plan, details, perf_counter() - start)
     write_record(plan.bundle, record)
     return record, layers
@@ -204,9 +240,12 @@ def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPla
     cache = None if plan.timing_cache is None else plan.bundle / plan.timing_cache
 
     def progress(phase: str, fraction: float) -> None:
-        report(graph.name, phase, fraction)
+        report(graph.label, phase, fraction)
 
     progress("reading the graph", 0.0)
+    if graph.decoder is not None:
+        # Standard operators alone, beside its own weights: no plugin, and nothing to inline.
+        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
     if options.frontend == "torch-tensorrt":
         from forcing_kv.export.torch_frontend import build_plan_from_torch
 
@@ -273,24 +312,44 @@ def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, An
     }
 
 
-def _record(plan: BuildPlan, details: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    graphs, files = {}, {}
-    for graph in plan.graphs:
-        relative = f"{plan.folder}/{graph.name}.plan"
-        files[relative] = sha256_of(plan.bundle / relative)
-        info = replace(graph.info, file=relative, sha256=files[relative])
-        graphs[graph.name] = asdict(info)
+def _record(
+    plan: BuildPlan, details: Mapping[str, Mapping[str, Any]], seconds: float
+) -> dict[str, Any]:
+    decoders = {}
+    for kind, decoder in plan.manifest.decoders.items():
+        part = _recorded(plan, kind, details)
+        built = sum(detail["build_seconds"] for detail in part["details"].values())
+        decoders[kind] = {
+            "folder": f"{plan.folder}/{kind}",
+            "decoder_sha256": decoder.sha256,
+            "build_seconds": round(built, 1),
+            **part,
+        }
     return {
         "backend": plan.options.backend,
         "target": plan.target,
         "folder": plan.folder,
-        "files": files,
-        "graphs": graphs,
         "environment": dict(plan.environment),
         "options": plan.options.to_json(),
         "build_seconds": round(seconds, 1),
-        "details": dict(details),
+        **_recorded(plan, None, details),
+        "decoders": decoders,
     }
+
+
+def _recorded(
+    plan: BuildPlan, decoder: str | None, details: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Files, graphs and details of the denoiser or of a decoder."""
+    files, graphs, described = {}, {}, {}
+    for graph in plan.graphs:
+        if graph.decoder != decoder:
+            continue
+        relative = f"{plan.folder}/{graph.file}"
+        files[relative] = sha256_of(plan.bundle / relative)
+        graphs[graph.name] = asdict(replace(graph.info, file=relative, sha256=files[relative]))
+        described[graph.name] = dict(details[graph.label])
+    return {"files": files, "graphs": graphs, "details": described}
 
 
 def write_record(bundle: Path, record: Mapping[str, Any]) -> None:

@@ -164,13 +164,20 @@ def _build_inductor(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device is {device!r}; give cpu or cuda")
     fusion = replace(FUSED, text_rows=text_rows)
-    config = read_manifest(bundle).config
+    manifest = read_manifest(bundle)
+    config = manifest.config
     fusion.check(config.model.text_len)
     options = InductorOptions(cast(Any, device), fusion, autotune)
-    talk(f"{bundle} -> engines/inductor-{device}, {config.dtype}, for this machine's {device}")
+    decoders = [
+        f"{kind}.{name}" for kind, info in manifest.decoders.items() for name in info.graphs
+    ]
+    added = f", with {', '.join(decoders)}" if decoders else ""
+    talk(
+        f"{bundle} -> engines/inductor-{device}, {config.dtype}{added}, for this machine's {device}"
+    )
     if dry_run:
         return
-    with progress("reading the weights", 7.0) as bar:
+    with progress("reading the weights", 7.0 + len(decoders)) as bar:
 
         def report(part: str) -> None:
             bar.advance()
@@ -184,6 +191,7 @@ def _build_inductor(
 
 def describe(plan: BuildPlan) -> str:
     """What a build would do, for people."""
+    from forcing_kv.runtime_trt.backends.decode_graph import plan_decoder_memory
     from forcing_kv.runtime_trt.chunk_program import plan_memory
 
     manifest, lines = plan.manifest, []
@@ -191,16 +199,26 @@ def describe(plan: BuildPlan) -> str:
     lines.append(f"{plan.bundle} -> {plan.folder}, {plan.options.backend} for {name}")
     for graph in plan.graphs:
         state = "to build" if graph.found is None else "up to date"
-        lines.append(f"  {graph.name}: {state} (inputs {graph.inputs_sha256[:12]})")
-    weights = manifest.weights_nbytes / 1e6
+        lines.append(f"  {graph.label}: {state} (inputs {graph.inputs_sha256[:12]})")
+    buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes
+    lines.append(_expected(plan, "denoiser", manifest.weights_nbytes, buffers))
+    for kind, decoder in manifest.decoders.items():
+        nbytes = (plan.bundle / decoder.weights_file).stat().st_size
+        # Every graph of a decoder has most of the weights in its plan.
+        buffers = plan_decoder_memory(decoder.graphs, 0).nbytes
+        lines.append(_expected(plan, kind, len(decoder.graphs) * nbytes, buffers))
+    return "\n".join(lines)
+
+
+def _expected(plan: BuildPlan, part: str, weight_nbytes: int, buffer_nbytes: int) -> str:
+    """What a part of the engines takes on disk and on the GPU."""
+    weights, buffers = weight_nbytes / 1e6, buffer_nbytes / 1e6
     held = 0.0 if plan.options.strip_weights else weights
-    buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes / 1e6
-    lines.append(
-        f"  expected: {held:.0f} MB of weights in the engines beside the kernels (about 10 MB a "
+    return (
+        f"  {part}: {held:.0f} MB of weights in the engines beside the kernels (about 10 MB a "
         f"graph); on the GPU {weights:.0f} MB of weights, {buffers:.0f} MB of buffers, and the "
         "scratch that the builder finds"
     )
-    return "\n".join(lines)
 
 
 def _dry_record(plan: BuildPlan) -> dict[str, Any]:
@@ -208,20 +226,24 @@ def _dry_record(plan: BuildPlan) -> dict[str, Any]:
         "folder": plan.folder,
         "environment": dict(plan.environment),
         "options": plan.options.to_json(),
-        "to_build": [graph.name for graph in plan.to_do],
-        "up_to_date": [graph.name for graph in plan.graphs if graph.found is not None],
+        "to_build": [graph.label for graph in plan.to_do],
+        "up_to_date": [graph.label for graph in plan.graphs if graph.found is not None],
     }
 
 
 def _summary(plan: BuildPlan, record: Mapping[str, Any]) -> None:
+    from forcing_kv.export.build import recorded_part
+
     if not plan.to_do:
         talk("nothing to do: every engine is up to date")
         return
     for graph in plan.to_do:
-        detail = record["details"][graph.name]
+        part = recorded_part(record, graph.decoder)
+        assert part is not None, f"{graph.label} was built and is not recorded"
+        detail = part["details"][graph.name]
         scratch = (detail["scratch_nbytes"] or 0) / 1e6
         talk(
-            f"{graph.name}: {detail['nbytes'] / 1e6:.1f} MB in {detail['build_seconds']:.1f} s, "
+            f"{graph.label}: {detail['nbytes'] / 1e6:.1f} MB in {detail['build_seconds']:.1f} s, "
             f"{detail['num_layers']} layers, {detail['num_fused_attention']} of them fused "
             f"attention, {scratch:.0f} MB of scratch"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.build import ENGINE_FOLDER, replaced_folder, write_record
-from forcing_kv.export.bundle_weights import MODEL_PREFIX, BundleWeights, read_bundle_weights
-from forcing_kv.export.inductor_package import InductorOptions, compile_package
+from forcing_kv.export.bundle_weights import MODEL_PREFIX, read_bundle_weights
+from forcing_kv.export.capture import GraphSource
+from forcing_kv.export.inductor_package import (
+    InductorOptions,
+    compile_package,
+    compile_sources,
+    torch_dtype,
+)
+from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.inductor_package import environment
-from forcing_kv.runtime_trt.manifest import read_manifest, sha256_of
+from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest, sha256_of
 
 CONSTANTS_FILE = "constants.json"
 SMALL_FILE = "constants.bin"
@@ -52,26 +59,82 @@ def build_inductor(
     weights = read_bundle_weights(bundle, manifest)
     weights.model.to(options.device)
     relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
+    decoders = {}
     with replaced_folder(bundle / relative) as folder:
         compiled = compile_package(weights.model, manifest.config, folder, options, report)
         report("constants")
-        table = _write_constants(folder, relative, compiled.constants, weights)
-        write_table(folder / CONSTANTS_FILE, table)
-    graphs = {name: asdict(info) for name, info in compiled.graphs.items()}
-    for info in graphs.values():
-        info["file"] = str(relative / info["file"])
-    files = sorted(file for file in (bundle / relative).iterdir() if file.is_file())
+        _write_constants(folder, relative, compiled.constants, weights.entries)
+        for kind, decoder in manifest.decoders.items():
+            begin = perf_counter()
+            inner = folder / kind
+            inner.mkdir()
+            graphs = _compile_decoder(
+                bundle, kind, decoder, inner, relative / kind, options, report
+            )
+            decoders[kind] = {
+                **_recorded(inner, relative / kind, graphs),
+                "decoder_sha256": decoder.sha256,
+                "build_seconds": round(perf_counter() - begin, 1),
+            }
+        part = _recorded(folder, relative, compiled.graphs)
     record = {
         "backend": "inductor",
-        "folder": str(relative),
-        "files": {str(relative / file.name): sha256_of(file) for file in files},
-        "graphs": graphs,
+        **part,
         "environment": environment(options.device),
         "options": options.to_json(),
         "build_seconds": round(perf_counter() - start, 1),
+        "decoders": decoders,
     }
     write_record(bundle, record)
     return record
+
+
+def _recorded(folder: Path, relative: Path, graphs: Mapping[str, GraphInfo]) -> dict[str, Any]:
+    """What a record says of the package in `folder`, which will be at `relative`."""
+    described = {
+        name: asdict(replace(info, file=str(relative / info.file))) for name, info in graphs.items()
+    }
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    hashes = {str(relative / file.name): sha256_of(file) for file in files}
+    return {"folder": str(relative), "files": hashes, "graphs": described}
+
+
+def _compile_decoder(
+    bundle: Path,
+    kind: str,
+    decoder: DecoderInfo,
+    folder: Path,
+    relative: Path,
+    options: InductorOptions,
+    report: Callable[[str], None],
+) -> Mapping[str, GraphInfo]:
+    """Compile a decoder as its graphs in the bundle have it, into a package of its own."""
+    modules = {
+        name: OnnxModule(bundle / graph.file, decoder.weights_file)
+        for name, graph in decoder.graphs.items()
+    }
+    sources = [
+        _decoder_source(name, decoder.graphs[name], module.to(options.device))
+        for name, module in modules.items()
+    ]
+    compiled = compile_sources(sources, folder, options, lambda name: report(f"{kind}: {name}"))
+    entries = {key: entry for module in modules.values() for key, entry in module.entries.items()}
+    _write_constants(folder, relative, compiled.constants, entries)
+    return compiled.graphs
+
+
+def _decoder_source(name: str, graph: GraphInfo, module: OnnxModule) -> GraphSource:
+    device = next(module.buffers()).device
+    latents, *state = (
+        torch.zeros(info.shape, dtype=torch_dtype(info.dtype),
+                    device=device)
+        for info in graph.inputs
+    )  # fmt: skip
+    inputs, outputs = (
+        tuple(info.name for info in tensors) for tensors in (graph.inputs, graph.outputs)
+    )
+    arguments = (latents, state) if state else (latents,)
+    return GraphSource(name, module, arguments, inputs, outputs)
 
 
 @dataclass
@@ -92,18 +155,21 @@ class _SmallFile:
 
 
 def _write_constants(
-    folder: Path, relative: Path, constants: Mapping[str, Tensor], weights: BundleWeights
-) -> dict[str, ConstantEntry]:
-    """Describe every constant by the bundle's bytes, or store it."""
+    folder: Path,
+    relative: Path,
+    constants: Mapping[str, Tensor],
+    entries: Mapping[str, ConstantEntry],
+) -> None:
+    """Describe every constant by the bundle's bytes in `entries`, or store it."""
     small = _SmallFile(folder / SMALL_FILE, str(relative / SMALL_FILE))
     table = {}
     for name, value in constants.items():
-        pieces = _shared_pieces(name.removeprefix(MODEL_PREFIX), weights.entries)
+        pieces = _shared_pieces(name.removeprefix(MODEL_PREFIX), entries)
         if sum(piece.nbytes for piece in pieces) != value.nbytes:
             pieces = (small.add(_content(value)),)
         dtype = str(value.dtype).removeprefix("torch.")
         table[name] = ConstantEntry(tuple(value.shape), dtype, pieces)
-    return table
+    write_table(folder / CONSTANTS_FILE, table)
 
 
 def _shared_pieces(name: str, entries: Mapping[str, ConstantEntry]) -> tuple[Piece, ...]:

@@ -183,7 +183,10 @@ def verify(
     ] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="A backend's name. Default: auto for a bundle, eager for a golden case."),
+        typer.Option(
+            help="A backend's name. Default: auto for a bundle, onnxruntime for a decoder, eager "
+            "for a golden case."
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to use instead of the case's own.")
@@ -192,13 +195,23 @@ def verify(
         int | None, typer.Option(min=1, help="Chunks of a bundle's rollout.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Key of a bundle's prompt and noise.")] = 0,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="vae or tae: check this decoder of the bundle, not the denoiser."),
+    ] = None,
     cuda_graph: Annotated[bool, typer.Option(help="Replay captured chunks.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
     """Compare a backend with numerical truth; exit 0 within tolerance, 1 not, 2 bad use."""
     if (bundle is None) == (golden is None):
         raise InputError("give either a bundle or --golden CASE_DIR")
-    if bundle is not None:
+    if decoder is not None and bundle is None:
+        raise InputError("--decoder is for a bundle's decoder; give the bundle")
+    if bundle is not None and decoder is not None:
+        passed = _verify_decoder(
+            bundle, decoder, backend or "onnxruntime", seed, cuda_graph, as_json
+        )
+    elif bundle is not None:
         passed = _verify_bundle(bundle, backend or "auto", num_chunks, seed, cuda_graph, as_json)
     else:
         assert golden is not None
@@ -225,6 +238,24 @@ def _verify_bundle(
         talk(note)
     verdict = "PASS" if report.passed else "FAIL"
     console().print(f"[bold]{verdict}[/bold] worst tensor: {report.worst.line()}")
+    if as_json:
+        print_json(report.to_json())
+    return report.passed
+
+
+def _verify_decoder(
+    bundle: Path, kind: str, backend: str, seed: int, cuda_graph: bool, as_json: bool
+) -> bool:
+    from forcing_kv.export.verify_decoder import verify_decoder
+    from forcing_kv.runtime_trt.decoder import VideoDecoder
+    from forcing_kv.runtime_trt.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    with VideoDecoder.open(bundle, manifest, kind, backend, use_graphs=cuda_graph) as decoder:
+        talk(f"{kind} on {decoder.backend_name} against eager PyTorch")
+        report = verify_decoder(bundle, manifest, kind, decoder, seed=seed)
+    verdict = "PASS" if report.passed else "FAIL"
+    console().print(f"[bold]{verdict}[/bold] worst tensor: {report.tensors[0].line()}")
     if as_json:
         print_json(report.to_json())
     return report.passed

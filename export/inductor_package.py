@@ -6,7 +6,7 @@ is loaded, so that every graph and every session reads the same copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,12 +101,32 @@ def compile_package(
     Returns:
         The package. Its constants share memory with `model` where they are weights.
     """
+    return compile_sources(graph_sources(model, config, options.fusion), folder, options, report)
+
+
+def compile_sources(
+    sources: Iterable[GraphSource],
+    folder: Path,
+    options: InductorOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> CompiledPackage:
+    """Compile graphs and write their package.
+
+    Args:
+        sources: the graphs, weights on the target device; constants of one name are one tensor.
+        folder: existing directory that receives the package.
+        options: the target.
+        report: told the name of each graph when it begins.
+
+    Returns:
+        The package. Its constants share memory with the graphs' modules.
+    """
     from torch._inductor.package.package import load_package, package_aoti
 
     files: dict[str, Any] = {}
     constants: dict[str, Tensor] = {}
     ports: dict[str, tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]] = {}
-    for source in graph_sources(model, config, options.fusion):
+    for source in sources:
         report(source.name)
         with torch.no_grad():
             program = source.capture().run_decompositions(options.bodies())
@@ -152,3 +172,9 @@ def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
     """Name, shape and dtype as ONNX calls it."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorInfo(name, tuple(tensor.shape), "float" if dtype == "float32" else dtype)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by its ONNX name, as `tensor_info` gives it."""
+    dtype: torch.dtype = getattr(torch, "float32" if name == "float" else name)
+    return dtype

@@ -256,21 +256,24 @@ class _Lockstep:
         self, graph: str, name: str, chunk: int, step: int | None, arrays: list[NDArray[Any]]
     ) -> None:
         reference, yardstick, found = (array.astype(np.float64) for array in arrays)
-        allowed = _allowed(reference, yardstick, self._backend.config.dtype)
+        allowed = allowed_error(reference, yardstick, self._backend.config.dtype)
         _, _, index = name.partition(".")
         layer = int(index) if index else None
-        check = TensorCheck(graph, name, layer, chunk, step, _error(found, reference), allowed)
+        check = TensorCheck(
+            graph, name, layer, chunk, step, largest_error(found, reference), allowed
+        )
         before = self._worst.get((graph, name))
         if before is None or check.ratio > before.ratio:
             self._worst[graph, name] = check
 
 
-def _allowed(reference: NDArray[Any], yardstick: NDArray[Any], dtype: str) -> float:
+def allowed_error(reference: NDArray[Any], yardstick: NDArray[Any], dtype: str) -> float:
+    """What a backend may differ from float32, given what eager in `dtype` does."""
     largest = float(np.abs(reference).max(initial=0.0))
-    return ROLLOUT_FACTOR * _error(yardstick, reference) + SLACK[dtype] * max(largest, 1e-3)
+    return ROLLOUT_FACTOR * largest_error(yardstick, reference) + SLACK[dtype] * max(largest, 1e-3)
 
 
-def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+def largest_error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     """Largest absolute difference; infinite where a value is not finite."""
     error = float(np.abs(found - wanted).max(initial=0.0))
     return error if np.isfinite(error) else float("inf")
@@ -290,7 +293,7 @@ def _rollout(
             for session in different
         }
         reference, yardstick, found = (made[id(session.backend)] for session in sessions)
-        allowed = _allowed(reference, yardstick, config.dtype)
+        allowed = allowed_error(reference, yardstick, config.dtype)
         yield TensorCheck(
-            "rollout", "latents", None, chunk, None, _error(found, reference), allowed
+            "rollout", "latents", None, chunk, None, largest_error(found, reference), allowed
         )

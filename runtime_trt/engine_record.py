@@ -7,14 +7,21 @@ using it ends the process. One error each, with the command that mends it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.chunk_program import plan_memory
 from forcing_kv.runtime_trt.cuda import DeviceInfo
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, graph_info, sha256_of
+from forcing_kv.runtime_trt.manifest import (
+    GRAPH_FOLDER,
+    DecoderInfo,
+    GraphInfo,
+    Manifest,
+    graph_info,
+    sha256_of,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class EngineRecord:
     """The entry of the manifest."""
     graphs: Mapping[str, GraphInfo]
     """Inputs and outputs; `file` is the plan."""
+    sources: Mapping[str, str]
+    """File of the bundle that each graph was built from."""
 
     @classmethod
     def of(cls, bundle: Path, content: Mapping[str, Any]) -> EngineRecord:
@@ -65,7 +74,8 @@ class EngineRecord:
             }
             int(content["environment"]["sm"])
             dict(content["options"])
-            return cls(bundle, content, graphs)
+            sources = {name: f"{GRAPH_FOLDER}/{name}.onnx" for name in graphs}
+            return cls(bundle, content, graphs, sources)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{where}: its record is malformed ({error}); build it again with `fkv build`"
@@ -91,12 +101,72 @@ class EngineRecord:
         compatible = self.options.get("hardware_compatible") and min(sm, self.sm) >= 80
         return self.sm == sm or bool(compatible)
 
+    @property
+    def weight_nbytes(self) -> int:
+        """Device memory of the weights of all graphs."""
+        return sum(self._sizes("weight_nbytes"))
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Largest scratch of any graph."""
+        return max(self._sizes("scratch_nbytes"), default=0)
+
+    def _sizes(self, key: str) -> list[int]:
+        return [detail.get(key) or 0 for detail in self.content.get("details", {}).values()]
+
     def nbytes_on_device(self, manifest: Manifest) -> int:
         """Device memory that a first session needs: weights, buffers and scratch."""
-        details = self.content.get("details", {}).values()
-        weights = sum(detail.get("weight_nbytes") or 0 for detail in details)
-        scratch = max((detail.get("scratch_nbytes") or 0 for detail in details), default=0)
-        return weights + plan_memory(manifest.config, self.graphs, scratch).nbytes
+        buffers = plan_memory(manifest.config, self.graphs, self.scratch_nbytes).nbytes
+        return self.weight_nbytes + buffers
+
+    def decoder(self, kind: str, info: DecoderInfo) -> EngineRecord:
+        """The engines of one of the bundle's decoders, built together with these.
+
+        Raises:
+            BackendUnavailableError: there are none.
+            BundleError: they were built from another decoder, or their record is malformed.
+        """
+        content = decoder_content(self.bundle, self.content, kind, info)
+        sources = {name: graph.file for name, graph in info.graphs.items()}
+        return replace(EngineRecord.of(self.bundle, content), sources=sources)
+
+
+def decoder_content(
+    bundle: Path, content: Mapping[str, Any], kind: str, info: DecoderInfo
+) -> Mapping[str, Any]:
+    """The part of an engine record that is about a decoder, in the form of a record.
+
+    Args:
+        bundle: directory of the bundle.
+        content: an entry of the manifest's engines.
+        kind: vae or tae.
+        info: the decoder that the bundle holds now.
+
+    Raises:
+        BackendUnavailableError: the record has no such part.
+        BundleError: it was compiled from another decoder.
+    """
+    parts = content.get("decoders")
+    part = parts.get(kind) if isinstance(parts, Mapping) else None
+    where = f"{bundle}: engine {content.get('folder')}"
+    if not isinstance(part, Mapping):
+        raise BackendUnavailableError(
+            f"{where} holds no {kind} decoder; make it with {rebuild_command(bundle, content)}"
+        )
+    if part.get("decoder_sha256") != info.sha256:
+        raise BundleError(
+            f"{where}: its {kind} decoder was compiled from another one than the bundle holds now; "
+            f"{rebuild_command(bundle, content)}"
+        )
+    return {**content, **part}
+
+
+def rebuild_command(bundle: Path, content: Mapping[str, Any]) -> str:
+    """The `fkv build` that makes the engines of a record again."""
+    if content.get("backend") == "inductor":
+        device = content["environment"]["device"]
+        return f"`fkv build {bundle} --backend inductor --device {device}`"
+    return EngineRecord.of(bundle, content).build_command
 
 
 def build_command(

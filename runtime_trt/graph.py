@@ -54,7 +54,7 @@ def capture(
         except BaseException as error:
             _abandon(cuda, stream)
             if isinstance(error, CudaError):
-                raise ForcingKvError(f"{error}, while a chunk was captured; {_WAY_OUT}") from error
+                raise ForcingKvError(f"{error}, during a capture; {_WAY_OUT}") from error
             raise
         try:
             graph = cuda.end_capture(stream)
@@ -65,7 +65,7 @@ def capture(
         # Work on another stream is not captured, some of it silently.
         if not nodes["kernel"]:
             raise ForcingKvError(
-                f"the captured chunk holds no kernel (nodes: {dict(nodes) or 'none'}), so the "
+                f"the captured graph holds no kernel (nodes: {dict(nodes) or 'none'}), so the "
                 f"engine runs on another stream than it is told to; {_WAY_OUT}"
             )
         return CapturedGraph(cuda.instantiate(graph), nodes, base)

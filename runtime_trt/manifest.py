@@ -54,6 +54,12 @@ class DecoderInfo:
     source: str = ""
     """What it was exported from, for people."""
 
+    @property
+    def sha256(self) -> str:
+        """Hash of its graphs and weights together: what an engine of it is made of."""
+        graphs = [f"{name} {graph.sha256}" for name, graph in sorted(self.graphs.items())]
+        return hashlib.sha256("\n".join([*graphs, self.weights_sha256]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Manifest:

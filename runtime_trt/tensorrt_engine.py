@@ -90,7 +90,7 @@ class LoadedPlans:
                 f"{self.record.build_command}"
             )
         if self.record.options.get("strip_weights"):
-            self._refit(engine, self.record.bundle / "graphs" / f"{name}.onnx")
+            self._refit(engine, self.record.bundle / self.record.sources[name])
         return engine
 
     def _refit(self, engine: Any, graph: Path) -> None:

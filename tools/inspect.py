@@ -127,11 +127,12 @@ def _engines(bundle: Path, manifest: Manifest) -> Any:
         versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
         given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
         options = ", ".join(f"{key} {value}" for key, value in given.items()) or "defaults"
-        files = [bundle / file for file in engine["files"]]
-        nbytes = sum(file.stat().st_size for file in files if file.is_file())
-        table.add_row(
-            engine["folder"], engine["backend"], built_for, versions, options,
-            " ".join(engine["graphs"]), f"{nbytes / 1e6:.1f}", str(engine["build_seconds"]),
-            " ".join(sha256[:8] for sha256 in engine["files"].values()),
-        )  # fmt: skip
+        for part in (engine, *engine.get("decoders", {}).values()):
+            files = [bundle / file for file in part["files"]]
+            nbytes = sum(file.stat().st_size for file in files if file.is_file())
+            table.add_row(
+                part["folder"], engine["backend"], built_for, versions, options,
+                " ".join(part["graphs"]), f"{nbytes / 1e6:.1f}", str(part["build_seconds"]),
+                " ".join(sha256[:8] for sha256 in part["files"].values()),
+            )  # fmt: skip
     return table

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
@@ -18,8 +20,8 @@ from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.preview import Preview, check_preview
 from forcing_kv.tools.run_decode import (
     FrameDecoder,
+    choose_decoder,
     default_fps,
-    open_decoder,
     pixel_frames_per_latent,
 )
 from forcing_kv.tools.run_prompts import PromptSource, Switch
@@ -73,7 +75,14 @@ def run(
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge pixels by this factor.")] = 1,
     decode: Annotated[str, typer.Option(help="auto, vae, tae, or none (latents only).")] = "auto",
-    decode_device: Annotated[str, typer.Option(help="cpu, or cuda with onnxruntime-gpu.")] = "cpu",
+    decode_backend: Annotated[
+        str,
+        typer.Option(
+            help="What runs the bundle's decoder: auto (the session's backend if it has an engine "
+            "of it, else onnxruntime), tensorrt, tensorrt-lean, tensorrt-rtx, inductor, "
+            "onnxruntime, or onnxruntime-cuda with onnxruntime-gpu."
+        ),
+    ] = "auto",
     live: Annotated[
         Path | None,
         typer.Option(help="PNG that always shows the latest chunk, while generating."),
@@ -91,15 +100,22 @@ def run(
         check_preview(live)
     manifest = read_manifest(bundle)
     rate = default_fps(manifest) if fps is None else fps
-    decoder = open_decoder(bundle, manifest, decode, out, num_threads, decode_device)
-    if live is not None and decoder is None:
+    chosen = choose_decoder(bundle, manifest, decode, out, decode_backend)
+    if live is not None and chosen is None:
         raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
     source = PromptSource(prompt, prompts, prompt_file, script, text_encoder)
     videos = source.videos(manifest)
     preview = None if live is None else Preview(live, scale)
     opening = time.perf_counter()
     records = []
-    with Session.open(bundle, backend, num_threads=num_threads, use_graphs=cuda_graph) as session:
+    with ExitStack() as stack:
+        session = stack.enter_context(
+            Session.open(bundle, backend, num_threads=num_threads, use_graphs=cuda_graph)
+        )
+        decoder: FrameDecoder | None = None
+        if chosen is not None:
+            decoder = chosen.open(session.backend_name, num_threads, use_graphs=cuda_graph)
+            stack.callback(decoder.close)
         open_s = time.perf_counter() - opening
         for path, switches in zip(_outputs(out, len(videos)), videos, strict=True):
             job = _Job(session, decoder, preview, pixel_frames_per_latent(manifest))
@@ -137,6 +153,8 @@ class _Job:
     frames_per_latent: int
     chunk_ms: list[float] = field(default_factory=list)
     """Denoiser time of each chunk: steps, clean pass, eviction and commit."""
+    decode_ms: list[float] = field(default_factory=list)
+    """Time of each chunk from latents to frames, both on the host."""
     switch_ms: list[dict[str, Any]] = field(default_factory=list)
     first_chunk_s: float = 0.0
     total_s: float = 0.0
@@ -151,7 +169,7 @@ class _Job:
         begin = time.perf_counter()
         for chunk in self._chunks(switches, num_chunks, seed):
             self.chunk_ms.append(sum(chunk.timings_ms.values()))
-            frames = None if self.decoder is None else self.decoder.decode(chunk.latents)
+            frames = self._decode(chunk)
             writer.write(chunk.latents, frames)
             if self.preview is not None and frames is not None:
                 self.preview.show(frames)
@@ -159,6 +177,14 @@ class _Job:
             self.first_chunk_s = self.first_chunk_s or self.total_s
             bar.describe(f"generating: {self._speeds()}")
             bar.advance()
+
+    def _decode(self, chunk: Chunk) -> NDArray[np.uint8] | None:
+        if self.decoder is None:
+            return None
+        start = time.perf_counter()
+        frames = self.decoder.decode(chunk.latents)
+        self.decode_ms.append(1e3 * (time.perf_counter() - start))
+        return frames
 
     def _check_switches(self, switches: Sequence[Switch], num_chunks: int) -> None:
         end = (num_chunks - 1) * self.session.config.chunk.num_frames
@@ -211,11 +237,16 @@ class _Job:
             f"; prompt switch at frame {entry['frame']} took {entry['latency_ms']:.1f} ms"
             for entry in self.switch_ms
         )
-        decoder = "latents only" if self.decoder is None else f"decoded by {self.decoder.name}"
+        decoder, decoding = "latents only", ""
+        if self.decoder is not None:
+            where = f" on {self.decoder.backend_name}" if self.decoder.backend_name else ""
+            decoder = f"decoded by {self.decoder.name}{where}"
+            decoding = f", decoding {np.median(self.decode_ms):.1f} ms"
         return (
             f"{frames} latent frames on {self.session.backend_name}, {decoder}; {self._speeds()} "
-            f"(pixel frames); denoiser {np.median(self.chunk_ms):.1f} ms a chunk (median), first "
-            f"chunk after {self.first_chunk_s:.2f} s, {self.total_s:.2f} s in all{switches}"
+            f"(pixel frames); denoiser {np.median(self.chunk_ms):.1f} ms{decoding} a chunk "
+            f"(median), first chunk after {self.first_chunk_s:.2f} s, {self.total_s:.2f} s in "
+            f"all{switches}"
         )
 
     def record(self, switches: Sequence[Switch]) -> dict[str, Any]:
@@ -225,7 +256,9 @@ class _Job:
             "num_latent_frames": self.session.num_frames,
             "num_pixel_frames": self._num_pixel_frames,
             "decoder": None if self.decoder is None else self.decoder.name,
+            "decoder_backend": None if self.decoder is None else self.decoder.backend_name,
             "denoiser_chunk_ms": self.chunk_ms,
+            "decoder_chunk_ms": self.decode_ms,
             "switches": self.switch_ms,
             "first_chunk_s": self.first_chunk_s,
             "total_s": self.total_s,

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import Manifest
+from forcing_kv.runtime_trt.open_decoder import check_choice, follow_session
 from forcing_kv.tools.digits import codec
 from forcing_kv.tools.video import gray_to_rgb
 
 Float32 = NDArray[np.float32]
 Uint8 = NDArray[np.uint8]
 
+DIGITS = "digits"
+"""Kind of decoder of the small model's codec, which is no graph."""
 CHOICES = ("auto", "vae", "tae", "none")
 PIXEL_FRAMES_PER_LATENT = 4
 """Of Wan's auto-encoders; the small model's codec makes one."""
@@ -28,6 +33,9 @@ class FrameDecoder(Protocol):
     """Decodes one video after another."""
 
     name: str
+    """Kind, for people."""
+    backend_name: str | None
+    """What runs it; None for what is no graph."""
 
     def decode(self, latents: Float32) -> Uint8:
         """Latents [F, C, h, w] to frames [F', height, width, 3]."""
@@ -35,11 +43,15 @@ class FrameDecoder(Protocol):
     def reset(self) -> None:
         """Begin another video."""
 
+    def close(self) -> None:
+        """Release everything; may be called twice."""
+
 
 class CodecDecoder:
     """The small model's space-to-depth codec."""
 
     name = "digits codec"
+    backend_name: str | None = None
 
     def decode(self, latents: Float32) -> Uint8:
         """See `FrameDecoder`."""
@@ -48,12 +60,16 @@ class CodecDecoder:
     def reset(self) -> None:
         """Nothing is kept from frame to frame."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class BundleDecoder:
     """A decoder that was exported into the bundle."""
 
     def __init__(self, decoder: VideoDecoder, name: str) -> None:
         self._decoder, self.name = decoder, name
+        self.backend_name: str | None = decoder.backend_name
 
     def decode(self, latents: Float32) -> Uint8:
         """See `FrameDecoder`."""
@@ -63,16 +79,50 @@ class BundleDecoder:
         """See `FrameDecoder`."""
         self._decoder.reset()
 
+    def close(self) -> None:
+        """See `FrameDecoder`."""
+        self._decoder.close()
 
-def open_decoder(
-    bundle: Path,
-    manifest: Manifest,
-    choice: str,
-    out: Path,
-    num_threads: int,
-    device: str = "cpu",
-) -> FrameDecoder | None:
-    """The decoder that was asked for; None for latents alone.
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """A decoder that was asked for and could be opened once the session's backend is known."""
+
+    bundle: Path
+    manifest: Manifest
+    kind: str
+    """`digits` for the small model's codec, or a decoder of the bundle."""
+    backend: str
+    """`auto`, or one of `DECODE_BACKENDS`."""
+
+    def open(self, session_backend: str, num_threads: int, *, use_graphs: bool) -> FrameDecoder:
+        """Open it, and say where the session's backend was not taken.
+
+        Args:
+            session_backend: name of the backend that makes the latents, for `auto`.
+            num_threads: CPU threads of ONNX Runtime.
+            use_graphs: replay captured CUDA graphs, for backends that can.
+
+        Raises:
+            ForcingKvError: see `VideoDecoder.open` and `follow_session`.
+        """
+        if self.kind == DIGITS:
+            return CodecDecoder()
+        which = (self.bundle, self.manifest, self.kind)
+        options: dict[str, Any] = {"num_threads": num_threads, "use_graphs": use_graphs}
+        if self.backend != "auto":
+            decoder = VideoDecoder.open(*which, self.backend, **options)
+            return BundleDecoder(decoder, self.kind)
+        decoder = follow_session(*which, session_backend, **options)
+        if decoder.backend_name != session_backend:
+            talk(f"{self.kind} runs on {decoder.backend_name}; {decoder.chosen_because}")
+        return BundleDecoder(decoder, self.kind)
+
+
+def choose_decoder(
+    bundle: Path, manifest: Manifest, choice: str, out: Path, backend: str = "auto"
+) -> DecoderChoice | None:
+    """The decoder that was asked for; None for latents alone. Opens nothing.
 
     Args:
         bundle: directory of the bundle.
@@ -80,40 +130,51 @@ def open_decoder(
         choice: one of `CHOICES`; `auto` takes the model's own, else the tiny one, else latents
             where the output is an `.npz`.
         out: output file.
-        num_threads: CPU threads of the bundle's decoder.
-        device: where the bundle's decoder runs, cpu or cuda.
+        backend: what runs the bundle's decoder; `auto` follows the session.
 
     Raises:
-        InputError: unknown choice, or no such decoder in the bundle.
+        InputError: unknown choice or backend, or no such decoder in the bundle.
     """
     if choice not in CHOICES:
         raise InputError(f"--decode is {choice!r}; give one of {list(CHOICES)}")
+    kind = _kind(bundle, manifest, choice, out)
+    if backend != "auto" and kind in (None, DIGITS):
+        raise InputError(
+            f"--decode-backend {backend} is for a decoder of the bundle, and none is used; leave "
+            "it out, or give --decode vae or tae"
+        )
+    if kind is None:
+        return None
+    if kind != DIGITS:
+        check_choice(bundle, manifest, kind, "onnxruntime" if backend == "auto" else backend)
+    return DecoderChoice(bundle, manifest, kind, backend)
+
+
+def _kind(bundle: Path, manifest: Manifest, choice: str, out: Path) -> str | None:
     latents_only = out.suffix == ".npz"
     if choice == "none" and not latents_only:
         raise InputError(f"{out}: --decode none gives latents; write them to an .npz file")
     if choice == "none":
         return None
-    if choice == "auto" and manifest.decoder == "digits":
-        return CodecDecoder()
-    if choice == "auto":
-        found = [kind for kind in ("vae", "tae") if kind in manifest.decoders]
-        if not found and latents_only:
-            return None
-        if not found:
-            raise InputError(
-                f"{bundle}: holds no decoder, so there are no frames for {out}; add one with "
-                f"`fkv add-decoder {bundle} --vae FOLDER` (or --tae FILE), or write latents with "
-                "--decode none and an .npz output"
-            )
-        choice = found[0]
-    return BundleDecoder(VideoDecoder.open(bundle, manifest, choice, num_threads, device), choice)
+    if choice != "auto":
+        return choice
+    if manifest.decoder == DIGITS:
+        return DIGITS
+    found = [kind for kind in ("vae", "tae") if kind in manifest.decoders]
+    if not found and not latents_only:
+        raise InputError(
+            f"{bundle}: holds no decoder, so there are no frames for {out}; add one with "
+            f"`fkv add-decoder {bundle} --vae FOLDER` (or --tae FILE), or write latents with "
+            "--decode none and an .npz output"
+        )
+    return found[0] if found else None
 
 
 def pixel_frames_per_latent(manifest: Manifest) -> int:
     """Pixel frames that a latent frame stands for, by which FPS are counted."""
-    return 1 if manifest.decoder == "digits" else PIXEL_FRAMES_PER_LATENT
+    return 1 if manifest.decoder == DIGITS else PIXEL_FRAMES_PER_LATENT
 
 
 def default_fps(manifest: Manifest) -> int:
     """Pixel frames per second that the model was trained on."""
-    return DIGITS_FPS if manifest.decoder == "digits" else WAN_FPS
+    return DIGITS_FPS if manifest.decoder == DIGITS else WAN_FPS

@@ -81,7 +81,7 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
         elif name == "inductor":
             from forcing_kv.runtime_trt.inductor_package import check_environment
 
-            environment = _inductor_record(bundle, manifest)["environment"]
+            environment = inductor_record(bundle, manifest)["environment"]
             check_environment(environment, environment["device"])
         elif manifest.config.dtype == "bfloat16":
             return "it does not run bfloat16 on the CPU; export with --dtype float32"
@@ -90,8 +90,12 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """The Inductor engine of a bundle, one for CUDA before one for the CPU."""
+def inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
     records = [record for record in manifest.engines if record.get("backend") == "inductor"]
     if not records:
         raise BackendUnavailableError(
@@ -139,7 +143,7 @@ def _open(
     if name == "inductor":
         from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
 
-        record = _inductor_record(bundle, manifest)
+        record = inductor_record(bundle, manifest)
         return open_inductor(bundle, manifest, record, use_graphs=use_graphs)
     from forcing_kv.runtime_trt.backends.onnxruntime import OnnxRuntimeBackend
 

@@ -34,6 +34,17 @@ def open_inductor(
         BackendUnavailableError: it was compiled for another environment.
         BundleError: a file is missing or altered.
     """
+    package = open_package(bundle, record)
+    return package_backend(manifest.config, package, use_graphs=use_graphs)
+
+
+def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:
+    """Load the package of a record, or of the part of one that is about a decoder.
+
+    Raises:
+        BackendUnavailableError: it was compiled for another environment.
+        BundleError: a file is missing or altered.
+    """
     device = record["environment"]["device"]
     check_environment(record["environment"], device)
     for file, sha256 in record["files"].items():
@@ -43,8 +54,7 @@ def open_inductor(
     graphs = {name: _graph_info(info, name) for name, info in record["graphs"].items()}
     constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
     (path,) = {bundle / info.file for info in graphs.values()}
-    package = InductorPackage(path, graphs, constants, device)
-    return package_backend(manifest.config, package, use_graphs=use_graphs)
+    return InductorPackage(path, graphs, constants, device)
 
 
 def package_backend(

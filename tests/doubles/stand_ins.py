@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from forcing_kv.export import text
+from forcing_kv.export.tae import TinyDecoder
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs", "on", "grass"]
 
@@ -75,6 +77,19 @@ def vae_original_name(name: str) -> str:
     for ours, theirs in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)):
         name = re.sub(rf"((?:middle|samples)\.\d+)\.{ours}\.", rf"\1.residual.{theirs}.", name)
     return name.replace("conv_shortcut", "shortcut")
+
+
+def tiny_decoder_files(folder: Path, channels: int = 16) -> tuple[Path, Path]:
+    """Files of both decoders with random weights, the VAE with two levels less."""
+    torch.manual_seed(0)
+    vae, tae = folder / "vae", folder / "taew2_1.pth"
+    scales = torch.linspace(0.5, 1.5, channels)
+    AutoencoderKLWan(
+        base_dim=4, z_dim=channels, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=(scales - 1).tolist(), latents_std=scales.tolist(),
+    ).save_pretrained(vae)  # fmt: skip
+    torch.save(TinyDecoder(channels, (8, 6, 4, 4)).state_dict(), tae)
+    return vae, tae
 
 
 def prefixed(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -39,6 +39,26 @@ def tiny_bundle(tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.fixture(scope="session")
+def decoder_bundle(
+    tiny_bundle: Path, tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bundle with both decoders; read only."""
+    from stand_ins import tiny_decoder_files
+
+    from forcing_kv.export.decoders import add_decoder
+    from forcing_kv.export.tae import tiny_decoder
+    from forcing_kv.export.vae import wan_decoder
+
+    folder = tmp_path_factory.mktemp("decoders")
+    _, channels, *size = tiny_config.latent_shape
+    vae, tae = tiny_decoder_files(folder, channels)
+    bundle = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
+    add_decoder(bundle, wan_decoder(vae, (size[0], size[1])))
+    add_decoder(bundle, tiny_decoder(tae, (size[0], size[1])))
+    return bundle
+
+
 @pytest.fixture
 def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle whose files may be changed."""

@@ -1,15 +1,16 @@
 """Decoders in a bundle: ONNX Runtime against torch, one frame after another, and mistakes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from stand_ins import tiny_decoder_files
 
 from forcing_kv.export.decoders import add_decoder
-from forcing_kv.export.tae import TinyDecoder, tiny_decoder
+from forcing_kv.export.tae import tiny_decoder
 from forcing_kv.export.vae import wan_decoder
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
@@ -18,13 +19,9 @@ from forcing_kv.runtime_trt.manifest import read_manifest
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Both decoders for the digits' latents, with random weights; the VAE with two levels less."""
+    """Both decoders for the digits' latents, with random weights."""
     folder = tmp_path_factory.mktemp("decoders")
-    torch.manual_seed(0)
-    AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]
-    ).save_pretrained(folder / "vae")
-    torch.save(TinyDecoder(16, (8, 6, 4, 4)).state_dict(), folder / "taew2_1.pth")
+    tiny_decoder_files(folder)
     return folder
 
 
@@ -60,7 +57,7 @@ def test_decoder_needs_neither_torch_nor_diffusers(bundle, run_blocked):
         "from forcing_kv.runtime_trt.decoder import VideoDecoder\n"
         "from forcing_kv.runtime_trt.manifest import read_manifest\n"
         f"bundle = Path({str(bundle)!r})\n"
-        "decoder = VideoDecoder.open(bundle, read_manifest(bundle), 'tae', 1)\n"
+        "decoder = VideoDecoder.open(bundle, read_manifest(bundle), 'tae', num_threads=1)\n"
         "print(decoder.decode(np.zeros((3, 16, 8, 8), np.float32)).shape)",
         blocked=heavy,
     )
@@ -72,12 +69,33 @@ def test_run_decodes_with_the_bundles_decoder(bundle, run_fkv, tmp_path):
         out = tmp_path / f"{decode}.npz"
         done = run_fkv(
             "run", bundle, "--prompt", "a digit 3 moving left .", "--decode", decode, "--out", out,
-            "--num-chunks", 2, "--num-threads", 1,
+            "--num-chunks", 2, "--num-threads", 1, "--json",
         )  # fmt: skip
         assert done.code == 0, done.err
+        record = json.loads(done.out)
+        assert (record["decoder"], record["decoder_backend"]) == (decode, "onnxruntime")
+        assert len(record["decoder_chunk_ms"]) == 2
+        assert re.search(rf"decoded by {decode} on onnxruntime.*, decoding \d+\.\d ms", done.err)
         with np.load(out) as data:
             assert data["frames"].shape[1:] == (size, size, 3)
             assert len(data["frames"]) == (21 if decode == "tae" else 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--decode", "vae", "--decode-backend", "tensorrt"), "--backend tensorrt`"),
+        (("--decode", "tae", "--decode-backend", "inductor"), "--backend inductor`"),
+        (("--decode", "tae", "--decode-backend", "magic"), "'magic' is unknown; choose one of"),
+        (("--decode-backend", "inductor"), "--decode vae or tae"),
+    ],
+)
+def test_a_backend_that_has_no_engine_is_refused(bundle, run_fkv, tmp_path, options, message):
+    done = run_fkv("run", bundle, "--prompt", "a digit 3 moving left .", "--num-chunks", 1,
+                   "--num-threads", 1, "--out", tmp_path / "v.npz", *options)  # fmt: skip
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "v.npz").exists()
 
 
 def test_a_second_decoder_of_a_kind_needs_force(bundle, sources, run_fkv):
@@ -113,7 +131,7 @@ def test_a_device_that_is_not_there_is_refused(bundle, monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendUnavailableError, match="onnxruntime-gpu"):
-        VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "cuda")
+        VideoDecoder.open(bundle, read_manifest(bundle), "tae", "onnxruntime-cuda")
 
 
 def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, run_fkv, tmp_path):
@@ -127,8 +145,8 @@ def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, run_fkv, 
         VideoDecoder.open(folder, read_manifest(folder), "tae")
     assert "tae.bin" in run_fkv("inspect", folder).err
     assert run_fkv("inspect", bundle).code == 0
-    with pytest.raises(InputError, match="device 'tpu'"):
-        VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1, "tpu")
-    decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", 1)
+    with pytest.raises(InputError, match="backend 'tpu' is unknown; choose one of"):
+        VideoDecoder.open(bundle, read_manifest(bundle), "tae", "tpu")
+    decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", num_threads=1)
     with pytest.raises(InputError, match=r"takes frames of \[16, 8, 8\]"):
         decoder.decode(np.zeros((3, 16, 4, 8), np.float32))
