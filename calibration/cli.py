@@ -10,7 +10,7 @@ import typer
 
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 _CHECKPOINT_PANEL = "Another model"
@@ -153,6 +153,7 @@ def calibrate_heads(
     Generates videos with dense attention, measures how much of each head's attention stays on the
     last frames, and writes the partition with its scores and their stability, and a heat map.
     """
+    from forcing_kv.calibration.artifacts import check_folder
     from forcing_kv.calibration.head_profile import HeadRule
     from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
     from forcing_kv.calibration.model_source import load_checkpoint, load_shipped
@@ -164,6 +165,8 @@ def calibrate_heads(
     existing = [str(file) for file in files if file.exists()]
     if existing and not force:
         raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
+    check_folder(out)
+    require("matplotlib")
     if checkpoint is None:
         if config or prompt_embeds or lora:
             raise InputError(
@@ -207,7 +210,7 @@ def calibrate_heads(
     talk(calibration.description)
     if dry_run:
         return
-    with progress("profiling heads", calibration.num_chunks) as bar:
+    with progress("profiling heads", calibration.num_passes) as bar:
         profile = calibration.run(bar.advance)
     record = calibration.write(out, profile)
     _show(record)
