@@ -16,7 +16,6 @@ from typing import Any
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.stability import Stability, measure_stability
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.layout import HeadPartition
 from forcing_kv.runtime_trt.version import project_version
@@ -68,17 +67,6 @@ def heads_record(
 def count_static(partition: HeadPartition) -> int:
     """Static heads of all layers together."""
     return sum(len(heads) for heads in partition.static_heads)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written, before the work whose result it is to hold.
-
-    Raises:
-        InputError: it or the folder that it would be made in is none, or not writable.
-    """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise InputError(f"{folder}: {place} is not a writable folder; choose another --out")
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

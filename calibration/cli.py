@@ -11,6 +11,7 @@ import typer
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 _CHECKPOINT_PANEL = "Another model"
@@ -153,7 +154,6 @@ def calibrate_heads(
     Generates videos with dense attention, measures how much of each head's attention stays on the
     last frames, and writes the partition with its scores and their stability, and a heat map.
     """
-    from forcing_kv.calibration.artifacts import check_folder
     from forcing_kv.calibration.head_profile import HeadRule
     from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
     from forcing_kv.calibration.model_source import load_checkpoint, load_shipped

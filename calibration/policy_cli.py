@@ -13,6 +13,7 @@ from forcing_kv.export.devices import DEVICES, find_device
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 
 _CHECKPOINT_PANEL = "Another model"
@@ -110,7 +111,7 @@ def calibrate_policy(
     Generates the same videos with dense attention and with every policy of the grid, compares
     latents and chunk boundaries, and draws which policies no other beats.
     """
-    from forcing_kv.calibration.artifacts import check_folder, write_json
+    from forcing_kv.calibration.artifacts import write_json
     from forcing_kv.calibration.policy_picture import draw_policies
     from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
     from forcing_kv.calibration.policy_source import SearchRequest, load_search

@@ -142,7 +142,8 @@ def read_tensor_file(path: Path) -> Mapping[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        # The first sentence: PyTorch goes on to advise loading the file without its safeguard.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({reason}); it may be truncated or hold more "
             "than tensors: download it again and compare its size and checksum"

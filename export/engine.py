@@ -53,8 +53,8 @@ class EagerBackend(Backend):
     """Runs the exported graphs as plain PyTorch modules.
 
     Args:
-        model: weights under the official names, heads in checkpoint order; not changed, and shared where
-            neither order nor dtype nor device differ.
+        model: weights under the official names, heads in checkpoint order; not changed, and
+            shared where neither order nor dtype nor device differ.
         config: rollout configuration; its dtype is the compute dtype.
         device: where to run.
         observer: called in every self-attention, once for each group of heads.
