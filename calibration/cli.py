@@ -21,7 +21,8 @@ from forcing_kv.export.model_options import (
     WeightSet,
 )
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.resolution import parse_latent_size
 
 _SCHEDULE_PANEL = "Schedule"
@@ -132,6 +133,8 @@ def calibrate_heads(
     existing = [str(file) for file in files if file.exists()]
     if existing and not force:
         raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
+    check_folder(out)
+    require("matplotlib")
     if checkpoint is None:
         if config or prompt_embeds or lora:
             raise InputError(
@@ -175,7 +178,7 @@ def calibrate_heads(
     talk(calibration.description)
     if dry_run:
         return
-    with progress("profiling heads", calibration.num_chunks) as bar:
+    with progress("profiling heads", calibration.num_passes) as bar:
         profile = calibration.run(bar.advance)
     record = calibration.write(out, profile)
     _show(record)

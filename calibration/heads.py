@@ -58,9 +58,9 @@ class HeadCalibration:
         return len(self.source.prompts) * len(self.seeds)
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of all rollouts together."""
-        return self.num_rollouts * self.plan.num_chunks
+    def num_passes(self) -> int:
+        """Passes of the denoiser in all rollouts together."""
+        return self.num_rollouts * self.plan.num_chunks * (self.source.schedule.num_steps + 1)
 
     @property
     def description(self) -> str:
@@ -69,14 +69,15 @@ class HeadCalibration:
             f"{self.source.name}: {len(self.source.prompts)} prompts x {len(self.seeds)} seeds, "
             f"{self.plan.num_chunks} chunks each; recording chunks "
             f"{list(recorded_chunks(self.plan, self.config))} under a dense window of "
-            f"{self.config.policy.num_sink_frames + self.config.policy.warmup_frames} past frames"
+            f"{self.config.policy.num_sink_frames + self.config.policy.warmup_frames} past frames, "
+            f"whose K and V take {self.config.nbytes_kv / 1e6:,.1f} MB"
         )
 
-    def run(self, on_chunk: Callable[[], object] | None = None) -> HeadProfile:
+    def run(self, on_pass: Callable[[], object] | None = None) -> HeadProfile:
         """Generate and record.
 
         Args:
-            on_chunk: called after each of `num_chunks` chunks.
+            on_pass: called in each of `num_passes` passes.
         """
         rollouts = [
             Rollout(name, embeds, seed)
@@ -89,7 +90,7 @@ class HeadCalibration:
             rollouts,
             self.plan,
             device=self.device,
-            on_chunk=on_chunk,
+            on_pass=on_pass,
         )
 
     def write(self, folder: Path, profile: HeadProfile) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from forcing_kv.export.model_options import (
     PromptEmbeds,
 )
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.resolution import parse_latent_size
 
 _GRID_PANEL = "Grid (each a list; every combination is tried)"
@@ -102,6 +103,8 @@ def calibrate_policy(
     existing = [str(out / name) for name in FILES if (out / name).exists()]
     if existing and not force:
         raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
+    check_folder(out)
+    require("matplotlib")
     target = find_device(device)
     size = None if latent_size is None else parse_latent_size("--latent-size", latent_size)
     request = SearchRequest(

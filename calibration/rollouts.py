@@ -13,7 +13,7 @@ from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import eager_session
+from forcing_kv.export.engine import AttentionCall, eager_session
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
@@ -84,7 +84,7 @@ def profile_heads(
     plan: ProfilePlan,
     *,
     device: torch.device | str = "cpu",
-    on_chunk: Callable[[], object] | None = None,
+    on_pass: Callable[[], object] | None = None,
 ) -> HeadProfile:
     """Generate every rollout and record the attention mass of every head.
 
@@ -94,7 +94,7 @@ def profile_heads(
         rollouts: at least one.
         plan: what to record.
         device: where to run.
-        on_chunk: called after each chunk, for progress.
+        on_pass: called once a pass of the denoiser, for progress.
 
     Raises:
         InputError: no rollout, a chunk or step that the rollouts do not have, or chunks that see
@@ -104,7 +104,13 @@ def profile_heads(
         raise InputError("no rollout to profile; give at least one prompt and one seed")
     _require_device(device)
     recorder = HeadRecorder(config, recorded_chunks(plan, config), plan.steps)
-    with eager_session(model, config, device=device, observer=recorder) as session:
+
+    def observe(call: AttentionCall) -> None:
+        recorder(call)
+        if on_pass is not None and call.layer == config.model.num_layers - 1:
+            on_pass()
+
+    with eager_session(model, config, device=device, observer=observe) as session:
         for rollout in rollouts:
             session.reset()
             session.set_prompt(rollout.prompt_embeds)
@@ -112,8 +118,7 @@ def profile_heads(
             for _ in session.stream(
                 plan.num_chunks, seed=rollout.seed, noise=rollout.noise, eps=rollout.eps
             ):
-                if on_chunk is not None:
-                    on_chunk()
+                pass
     return recorder.profile(plan.rule)
 
 

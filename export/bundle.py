@@ -21,6 +21,7 @@ from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.manifest import (
     GRAPH_FOLDER,
     MANIFEST_FILE,
@@ -50,13 +51,14 @@ def check_target(target: Path, *, force: bool) -> None:
     """Refuse a target that is in the way.
 
     Raises:
-        InputError: `target` exists and `force` is off, or it is not a bundle.
+        InputError: `target` exists and `force` is off, or it is not a bundle; or it cannot be made.
     """
     if target.exists() and not force:
         raise InputError(f"{target}: exists already; choose another path or give --force")
     is_bundle = (target / MANIFEST_FILE).is_file()
     if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
         raise InputError(f"{target}: is not a bundle, so it is not replaced; choose another path")
+    check_folder(target.absolute().parent)
 
 
 @contextmanager

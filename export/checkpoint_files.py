@@ -1,6 +1,7 @@
 """Weight files to named tensors: single files, sharded folders, and what trainers nest them in.
 
-Tensors stay mapped to their file, so reading costs no memory until they are converted.
+Tensors stay mapped to their file, so reading costs no memory until they are converted. They are not
+to be written to.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
-from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.export.safetensors_map import map_safetensors
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import sha256_of
 
 Weights = Literal["auto", "ema", "plain"]
@@ -133,7 +135,7 @@ def read_tensor_file(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: no such file")
     try:
         if path.suffix in SAFETENSORS_SUFFIXES:
-            loaded: Any = require("safetensors.torch").load_file(path)
+            loaded: Any = map_safetensors(path)
         elif path.suffix in TORCH_SUFFIXES:
             mapped = zipfile.is_zipfile(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -142,7 +144,8 @@ def read_tensor_file(path: Path) -> Mapping[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        # The first sentence: PyTorch goes on to advise loading the file without its safeguard.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({reason}); it may be truncated or hold more "
             "than tensors: download it again and compare its size and checksum"

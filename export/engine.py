@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
-from forcing_kv.export.rewrite import sort_heads_
+from forcing_kv.export.rewrite import share_weights, sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
     Backend,
     ChunkPositions,
@@ -54,7 +53,8 @@ class EagerBackend(Backend):
     """Runs the exported graphs as plain PyTorch modules.
 
     Args:
-        model: weights under the official names, heads in checkpoint order; not changed.
+        model: weights under the official names, heads in checkpoint order; not changed, and
+            shared where neither order nor dtype nor device differ.
         config: rollout configuration; its dtype is the compute dtype.
         device: where to run.
         observer: called in every self-attention, once for each group of heads.
@@ -74,7 +74,7 @@ class EagerBackend(Backend):
         super().__init__(config)
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        sorted_model = sort_heads_(copy.deepcopy(model), config.partition)
+        sorted_model = sort_heads_(share_weights(model), config.partition)
         sorted_model = sorted_model.cast_(self.dtype).to(self.device).eval()
         self._prompt = PromptGraph(sorted_model)
         self._step = StepGraph(
@@ -111,6 +111,7 @@ class EagerBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         """See base class; returns tensors on the device."""
         self._running = (positions.plan, scalars.index)
+        self._new = ([], [])  # The last step's rows: freed before this step makes as many.
         x = self._tensor(x)
         noise = torch.zeros_like(x) if eps is None else self._tensor(eps)
         small = (

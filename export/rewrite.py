@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import nn
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.layout import HeadPartition
+
+
+def share_weights(model: CausalWanModel) -> CausalWanModel:
+    """A second model over the same tensors: what is assigned to one does not reach the other.
+
+    Tensors that are mapped to a checkpoint stay mapped, so this costs no memory.
+    """
+    shared = {
+        id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
 
 
 def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanModel:

@@ -24,7 +24,12 @@ def plan(
     ] = None,
     resolution: Annotated[
         str | None,
-        typer.Option(help="480p (the default), 720p, 1080p, or latent rows x columns: 60x104."),
+        typer.Option(
+            "--resolution",
+            "--latent-size",
+            help="480p, 720p, 1080p, or latent rows x columns: 60x104. Default: the model's own, "
+            "480p.",
+        ),
     ] = None,
     policy: Annotated[
         str,

@@ -108,9 +108,9 @@ def resolve(request: PlanRequest) -> Subject:
             raise InputError(f"a bundle has its own {given}; leave them out, or leave out --bundle")
         return _of_bundle(request.bundle)
     preset = load_preset(request.model or DEFAULT_MODEL)
-    size = parse_latent_size("--resolution", request.resolution or "480p")
-    check_latent_size(size, preset.model.patch_size, 1)
-    preset = replace(preset, latent_size=size)
+    if request.resolution is not None:
+        preset = replace(preset, latent_size=parse_latent_size("--resolution", request.resolution))
+    check_latent_size(preset.latent_size, preset.model.patch_size, 1)
     partition, source = _partition(preset, request)
     dense = CachePolicy.dense(preset.dense_window, preset.chunk_frames, preset.dense_sink)
     dtype = cast(Any, request.dtype or "bfloat16")

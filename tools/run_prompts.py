@@ -55,7 +55,7 @@ class PromptSource:
         if sum(value is not None for value in given) != 1:
             raise InputError("give one of --prompt, --prompts, --prompt-file and --script")
         if self.prompt_file is not None:
-            texts, embeds = read_embeds(self.prompt_file)
+            texts, embeds = _fitting_embeds(self.prompt_file, manifest)
             return [[Switch(0, text, array)] for text, array in zip(texts, embeds, strict=True)]
         if self.script is not None:
             return [self._script(manifest, self.script)]
@@ -73,7 +73,7 @@ class PromptSource:
                 switches.append(Switch(entry["frame"], entry["prompt"], next(encoded)))
                 continue
             file, index = path.parent / entry["prompt_file"], entry.get("index", 0)
-            names, embeds = read_embeds(file)
+            names, embeds = _fitting_embeds(file, manifest)
             if not 0 <= index < len(names):
                 raise InputError(f"{path}: {file} holds {len(names)} prompts; index is {index}")
             switches.append(Switch(entry["frame"], names[index], embeds[index]))
@@ -112,6 +112,24 @@ def read_embeds(path: Path) -> tuple[tuple[str, ...], Float32]:
         raise InputError(f"{path}: needed is one array [text_len, text_dim], or a stack of such")
     embeds = loaded if loaded.ndim == 3 else loaded[None]
     return ("",) * len(embeds), embeds
+
+
+def _fitting_embeds(path: Path, manifest: Manifest) -> tuple[tuple[str, ...], Float32]:
+    """What `read_embeds` reads, of the size that a bundle takes.
+
+    Raises:
+        InputError: it was encoded for another model.
+    """
+    texts, embeds = read_embeds(path)
+    model = manifest.config.model
+    needed = (model.text_len, model.text_dim)
+    if embeds.shape[1:] != needed:
+        found, wanted = ("x".join(map(str, size)) for size in (embeds.shape[1:], needed))
+        raise InputError(
+            f"{path}: embeddings of {found}, but this bundle takes {wanted}; encode the prompts "
+            f"with its text encoder, {manifest.text_encoder}"
+        )
+    return texts, embeds
 
 
 def _read_script(path: Path) -> list[Mapping[str, Any]]:

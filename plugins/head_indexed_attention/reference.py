@@ -48,6 +48,7 @@ def head_indexed_attention(
         rows = slice(offset, offset + length)
         k = torch.cat((hist_k[rows], k_new[head, :num_new])).float()
         v = torch.cat((hist_v[rows], v_new[head, :num_new])).float()
-        attended = F.scaled_dot_product_attention(q[head].float()[None], k[None], v[None])
-        outputs.append(attended[0])
+        # With a batch and a head axis PyTorch works in tiles; without, it holds N x M scores.
+        q_11ND, k_11MD, v_11MD = (x[None, None] for x in (q[head].float(), k, v))
+        outputs.append(F.scaled_dot_product_attention(q_11ND, k_11MD, v_11MD)[0, 0])
     return torch.stack(outputs, dim=1).to(q.dtype)

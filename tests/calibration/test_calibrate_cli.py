@@ -64,6 +64,7 @@ def test_the_threshold_decides(tmp_path, model_options):
 def test_dry_run_writes_nothing(tmp_path, model_options):
     result = run(*model_options, "--out", tmp_path / "out", "--dry-run")
     assert "2 prompts x 2 seeds, 7 chunks each; recording chunks [6]" in result.stderr
+    assert "18 past frames, whose K and V take 1.2 MB" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -91,6 +92,13 @@ def test_bad_use_is_explained(tmp_path, model_options, options, words):
     with pytest.raises(InputError, match=words):
         run(*model_options, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, model_options):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="file is not a writable folder; choose another"):
+            run(*model_options, "--out", out, "--dry-run")
 
 
 @pytest.mark.parametrize(

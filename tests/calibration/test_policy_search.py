@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.policy_picture import best_by_size
 from forcing_kv.calibration.policy_search import (
     Candidate,
     Measurement,
@@ -103,6 +104,13 @@ def test_pareto_front_drops_what_is_beaten_in_everything(search):
 
     best, cheap, beaten, twin = made(30, 10, 5), made(20, 5, 9), made(20, 6, 9), made(20, 5, 9)
     assert pareto_front([best, cheap, beaten, twin]) == [best, cheap, twin]
+
+
+def test_the_picture_numbers_what_is_best_at_its_size():
+    sizes, psnr = (3, 1, 2, 1, 4), (5.0, 2.0, 2.0, 3.0, 6.0)
+    entries = [{"nbytes_kv": n, "psnr_db": p} for n, p in zip(sizes, psnr, strict=True)]
+    assert best_by_size(entries) == [entries[3], entries[0], entries[4]]
+    assert best_by_size([]) == []
 
 
 def test_command_on_a_checkpoint_writes_both_files(search, tmp_path):

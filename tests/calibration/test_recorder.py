@@ -100,12 +100,12 @@ def test_samples_are_prompts_times_seeds_times_chunks_times_steps(model):
     rollouts = [rollout(prompt, seed) for prompt in ("a", "bb") for seed in (3, 4)]
     done = []
     profile = profile_heads(
-        model, config, rollouts, ProfilePlan(4, None, (0, 2)), on_chunk=lambda: done.append(1)
+        model, config, rollouts, ProfilePlan(4, None, (0, 2)), on_pass=lambda: done.append(1)
     )
     found = [(s.prompt, s.seed, s.chunk, s.step) for s in profile.samples]
     expected = [(p, s, c, t) for p in ("a", "bb") for s in (3, 4) for c in (2, 3) for t in (0, 2)]
     assert found == expected
-    assert len(done) == 16
+    assert len(done) == 4 * 4 * 3  # rollouts, chunks, passes
     assert len({frame_map.numpy().tobytes() for frame_map in profile.maps}) == len(found)
 
 

@@ -275,6 +275,8 @@ def test_only_force_replaces_and_only_bundles(tmp_path):
     (photos / "cat.png").write_text("x")
     file = tmp_path / "file"
     file.write_text("x")
+    with pytest.raises(InputError, match="file is not a writable folder"):
+        write(file / "b", "one", force=False)
     for other in (photos, file):
         with pytest.raises(InputError, match="is not a bundle"):
             write(other, "three", force=True)

@@ -1,6 +1,7 @@
 """Every supported checkpoint layout, written exactly as its project writes it, loads the same."""
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from forcing_kv.export.checkpoints import CheckpointSource, load_model, load_sta
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.key_maps import diffusers_from_official, official_from_diffusers
 from forcing_kv.export.model_config import model_shape_from_official
+from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ModelShape
 
@@ -239,6 +241,40 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
         load_state_dict(tmp_path / name)
 
 
+def test_mapped_safetensors_are_what_the_library_reads(tmp_path):
+    """Every dtype, empty and scalar tensors, and one not at a multiple of its size."""
+    path = tmp_path / "a.safetensors"
+    content = torch.arange(24).reshape(2, 3, 4)
+    dtypes = {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+        *(torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+        torch.bool,
+    }
+    tensors = {str(dtype): content.to(dtype) for dtype in dtypes}
+    save_file(tensors | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}, path)
+    found, wanted = map_safetensors(path), load_file(path)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name].float(), value.float()), name
+    header = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]},
+    }
+    text = json.dumps(header).encode()
+    body = struct.pack("<Q", len(text)) + text + b"\x07" + struct.pack("<f", 1.5)
+    path.write_bytes(body)
+    assert {name: float(value) for name, value in map_safetensors(path).items()} == {
+        "a": 7,
+        "b": 1.5,
+    }
+    save_file({}, path)
+    assert map_safetensors(path) == {}
+    path.write_bytes(body.replace(b"F32", b"F99"))
+    with pytest.raises(InputError, match=r"cannot be read|dtype"):
+        load_state_dict(path)
+
+
 @pytest.mark.parametrize("write", [krea, raven])
 def test_truncated_file(tmp_path, weights, write):
     file = write(tmp_path, weights)
@@ -253,8 +289,9 @@ def test_code_is_never_unpickled(tmp_path):
             return (print, ("executed",))
 
     torch.save({"generator": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="more than tensors"):
+    with pytest.raises(InputError, match="more than tensors") as refused:
         load_state_dict(tmp_path / "evil.pt")
+    assert "trust" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

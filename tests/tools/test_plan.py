@@ -7,9 +7,11 @@ import pytest
 
 from forcing_kv.export.memory_model import buffer_nbytes
 from forcing_kv.export.presets import PRESETS
+from forcing_kv.export.request import ExportRequest, resolve
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.chunk_program import plan_memory
 from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.resolution import parse_latent_size
 from forcing_kv.tools.plan_request import spread
 
 
@@ -162,3 +164,23 @@ def test_a_bundle_has_its_own_model(run_fkv, digits_bundle):
     done = run_fkv("plan", "--bundle", digits_bundle, "--resolution", "480p")
     assert done.code == 2
     assert "resolution" in done.err
+
+
+def test_a_preset_file_is_planned_as_it_is_exported(run_fkv, tmp_path):
+    """At its own size, unless another is asked for."""
+    config = {"dim": 24, "ffn_dim": 16, "num_heads": 2, "num_layers": 2}
+    preset, heads = tmp_path / "tiny.json", tmp_path / "heads.json"
+    preset.write_text(json.dumps({"model": config, "latent_size": [8, 12]}))
+    heads.write_text(json.dumps({"layers": [{"static_head": [0], "dynamic_head": [1]}] * 2}))
+    (tmp_path / "weights.pt").touch()
+    for size in (None, "720p"):
+        asked = [] if size is None else ["--latent-size", size]
+        record = plan(run_fkv, "--model", preset, "--heads", heads, "--dtype", "float32", *asked)
+        request = ExportRequest(
+            model=str(preset), checkpoint=tmp_path / "weights.pt", heads=heads,
+            latent_size=parse_latent_size("size", size) if size else None,
+        )  # fmt: skip
+        exported = resolve(request).config
+        assert record["latent_size"] == [exported.chunk.latent_height, exported.chunk.latent_width]
+        assert record["kv_nbytes"]["pools"] == exported.nbytes_kv
+        assert record["memory_nbytes"]["buffers"] == buffer_nbytes(exported)

@@ -124,3 +124,14 @@ def test_mistakes_are_named_and_leave_nothing(run_fkv, digits_bundle, tmp_path, 
     assert done.code == 2
     assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_of_another_model_are_named(run_fkv, digits_bundle, tmp_path):
+    np.save(tmp_path / "other.npy", np.zeros((512, 16), np.float32))
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"frame": 0, "prompt_file": "other.npy"}')
+    for options in (("--prompt-file", tmp_path / "other.npy"), ("--script", script)):
+        done = run(run_fkv, digits_bundle, tmp_path / "v.npz", *options)
+        assert done.code == 2
+        assert "other.npy: embeddings of 512x16, but this bundle takes 8x32" in done.err
+        assert not (tmp_path / "v.npz").exists()
