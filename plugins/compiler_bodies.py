@@ -61,7 +61,12 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
 @cache
 def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any]:
     """A torch operator that the compiler opens and whose kernel it compiles itself."""
-    from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, problem_of
+    from forcing_kv.plugins.triton_run import (
+        empty_outputs,
+        multiprocessors,
+        problem_of,
+        scratch_memory,
+    )
 
     kernel = op_module(spec, "kernel")
     tactics = {tactic.name: tactic for tactic in kernel.TACTICS}
@@ -78,6 +83,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         torch.library.wrap_triton(plan.kernel)[plan.grid](
             *dense,
             *outputs,
+            *scratch_memory(plan, dense[0].device),
             **plan.constants,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
