@@ -68,6 +68,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         empty_outputs,
         multiprocessors,
         problem_of,
+        scratch_memory,
         tactic_for,
     )
 
@@ -88,6 +89,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         torch.library.wrap_triton(plan.kernel)[plan.grid](
             *readable,
             *outputs,
+            *scratch_memory(plan, readable[0].device),
             **plan.constants,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,

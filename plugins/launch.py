@@ -1,6 +1,7 @@
 """How a Triton kernel is launched: the same plan for torch, for PTX and for TensorRT.
 
-A kernel's arguments are the operator's inputs, then its outputs, then compile-time constants.
+A kernel's arguments are the operator's inputs, then its outputs, then compile-time constants; a
+tactic for PyTorch alone may want scratch memory behind the outputs.
 Shapes are compile-time constants, so that a plan needs no scalars at run time.
 """
 
@@ -54,8 +55,13 @@ class Tactic:
     """Depth of the software pipeline."""
     blocks: Mapping[str, int] = field(default_factory=dict)
     """Tile sizes, by the kernel's constant names."""
+    schedule: str = "tiles"
+    """How the work is dealt to thread blocks, where a kernel knows several ways."""
     portable: bool = False
     """Compiled for PORTABLE_SM and within SAFE_SHARED_BYTES, whatever the device."""
+    torch_only: bool = False
+    """Takes scratch memory beside its inputs and outputs: for launches by PyTorch, which has it to
+    give, and not for TensorRT."""
 
     def target_sm(self, device_sm: int) -> int:
         """Compute capability to compile for (90 for 9.0) on a device."""
@@ -93,6 +99,20 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """Memory that a kernel wants for the time of a launch, as a parameter behind the outputs."""
+
+    name: str
+    """Parameter name, without `_ptr`."""
+    shape: tuple[int, ...]
+    """Elements."""
+    dtype: str
+    """Element type."""
+    zeroed: bool = False
+    """Whether it must hold zeros at the start; else it may hold anything."""
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel with its constants and its launch geometry."""
 
@@ -106,6 +126,8 @@ class Launch:
     """Warps of a thread block."""
     num_stages: int
     """Depth of the software pipeline."""
+    scratch: tuple[Scratch, ...] = ()
+    """Memory for a launch, in the order of the kernel's parameters."""
 
 
 def next_power_of_2(value: int) -> int:

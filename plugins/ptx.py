@@ -33,7 +33,10 @@ _PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel ready to be launched with the operator's inputs and outputs as its parameters."""
+    """A kernel ready to be launched with the operator's inputs and outputs as its parameters.
+
+    That of a tactic for PyTorch alone takes scratch memory behind them.
+    """
 
     name: str
     """Entry point."""
@@ -99,8 +102,10 @@ def compile_kernel(
             f"{sorted(SHARED_LIMIT_BYTES)}"
         )
     plan = op_module(spec, "kernel").launch(problem, tactic)
+    dtypes = (*dtypes, *(scratch.dtype for scratch in plan.scratch))
     names = plan.kernel.arg_names[: len(dtypes)]
-    expected = [f"{tensor.name}_ptr" for tensor in (*spec.inputs, *spec.outputs)]
+    expected = [f"{x.name}_ptr" for x in (*spec.inputs, *spec.outputs, *plan.scratch)]
+    assert bool(plan.scratch) == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
     assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
     signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
     signature |= dict.fromkeys(plan.constants, "constexpr")
@@ -126,7 +131,7 @@ def compile_kernel(
     metadata = compiled.metadata
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise PtxError(f"{where}: the kernel wants scratch memory, which a plugin cannot give")
+        raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
     limit = tactic.shared_limit(device_sm)
     if metadata.shared > limit:
         raise SharedMemoryError(

@@ -105,7 +105,8 @@ class PluginKernels:
         if key not in self._compiled:
             tactic = self.tactics[number - 1]
             self._compiled[key] = None
-            if tactic.portable or not self.device.portable_only:
+            allowed = tactic.portable or not self.device.portable_only
+            if allowed and not tactic.torch_only:
                 with suppress(SharedMemoryError):
                     self._compiled[key] = compile_kernel(
                         self.spec, problem, dtypes, tactic, self.device.sm

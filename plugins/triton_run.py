@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.launch import Problem, Tactic
+from forcing_kv.plugins.launch import Launch, Problem, Tactic
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.torch_library import output_dtype
@@ -77,6 +77,16 @@ def empty_outputs(
     )
 
 
+def scratch_memory(plan: Launch, device: torch.device) -> tuple[Tensor, ...]:
+    """What a kernel wants for one launch; not shared with any other."""
+    return tuple(
+        (torch.zeros if scratch.zeroed else torch.empty)(
+            scratch.shape, dtype=getattr(torch, scratch.dtype), device=device
+        )
+        for scratch in plan.scratch
+    )
+
+
 def run_kernel(
     spec: OpSpec,
     inputs: Sequence[Tensor],
@@ -101,6 +111,7 @@ def run_kernel(
     plan.kernel[plan.grid](
         *readable,
         *outputs,
+        *scratch_memory(plan, inputs[0].device),
         **plan.constants,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,

@@ -38,6 +38,8 @@ class KernelRow:
     ptx_bytes: int | None = None
     default: bool = False
     """Used where no measurement says otherwise."""
+    torch_only: bool = False
+    """For launches by PyTorch; not offered to TensorRT."""
 
 
 def list_plugins(
@@ -116,6 +118,7 @@ def _row(
         "number": number,
         "device_sm": device,
         "target_sm": tactic.target_sm(device),
+        "torch_only": tactic.torch_only,
         "default": tactic == default_tactic([tactic for _, tactic in _tactics(case)], device),
     }
     try:
@@ -138,7 +141,9 @@ def _print_table(title: str, rows: list[KernelRow]) -> None:
     from rich.table import Table
 
     out = Console(highlight=False)
-    out.print(f"{title}; * default tactic, registers and spilled bytes of a thread")
+    out.print(
+        f"{title}; * default tactic, (PyTorch) no plugin; registers and spilled bytes of a thread"
+    )
     columns = ("tactic", "device", "PTX for", "shared KiB", "registers", "spilled", "PTX KiB")
     for op in dict.fromkeys(row.op for row in rows):
         table = Table(*columns, title=op, title_justify="left", title_style="bold")
@@ -148,7 +153,8 @@ def _print_table(title: str, rows: list[KernelRow]) -> None:
 
 
 def _cells(row: KernelRow) -> tuple[str, ...]:
-    name = f"{row.number} {row.tactic}{'*' if row.default else ''}"
+    mark = "*" if row.default else " (PyTorch)" if row.torch_only else ""
+    name = f"{row.number} {row.tactic}{mark}"
     place = (name, f"sm_{row.device_sm}", f"sm_{row.target_sm}")
     if row.shared_bytes is None or row.ptx_bytes is None:
         return (*place, "does not fit", "", "", "")

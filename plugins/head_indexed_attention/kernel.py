@@ -2,9 +2,8 @@
 
 A program attends from one tile of queries to its head's valid history and then to the chunk's rows,
 with an online softmax in float32. Full key tiles run without masks; what is left of the history and
-of the new rows runs masked, last. Two things keep the device busy to the end: heads with more keys
-come first, and the last rows of every head are cut into tiles of half the height, launched last, so
-that the final wave is short. Lengths are read from device memory.
+of the new rows runs masked, last. Lengths are read from device memory. `schedule.py` says how the
+tiles are dealt to the programs.
 
 Legend: H heads, N new tokens, D head dim, R pool rows, Q query tile, K key tile.
 """
@@ -13,15 +12,28 @@ Legend: H heads, N new tokens, D head dim, R pool rows, Q query tile, K key tile
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.launch import Launch, Problem, Tactic, ceil_div, next_power_of_2
+from forcing_kv.plugins.head_indexed_attention.schedule import MIN_TAIL, tile_counts
+from forcing_kv.plugins.head_indexed_attention.split import split_attention_kernel
+from forcing_kv.plugins.head_indexed_attention.tile import attend_queries, store_queries
+from forcing_kv.plugins.launch import (
+    Launch,
+    Problem,
+    Scratch,
+    Tactic,
+    ceil_div,
+    next_power_of_2,
+)
 
-# By ptxas for D 128, bfloat16: no tactic spills on sm_90; 128x128 spills 588 bytes of a thread on
-# sm_80 .. 89, 20 on sm_100 and 664 on sm_120; 64x128 spilled 572 on sm_90 and 64x64 with one stage
-# 208 on sm_80, hence neither is here. Speed is unmeasured.
+# Bytes of a thread that ptxas spills for D 128, bfloat16, at 480p. On sm_90: 128x128 16, 128x64_split
+# 44, the others none. Elsewhere: 128x128 540 on sm_80 .. 89, 28 on sm_100, 660 on sm_120; 64x64 12 on
+# sm_120; 128x64_persistent 24 on sm_80 .. 89, 60 on sm_120; 128x64_split 148 on sm_80 .. 89, 180 on
+# sm_120. Not here: 64x128 spilled 572 on sm_90, 64x64 with one stage 208 on sm_80, and 128x128 384 on
+# sm_90 when split, 272 when persistent. Speed is unmeasured.
 TACTICS = (
     Tactic("64x32", num_warps=4, blocks={"Q": 64, "K": 32}, portable=True),
     Tactic("128x32", num_warps=8, blocks={"Q": 128, "K": 32}, portable=True),
@@ -29,149 +41,9 @@ TACTICS = (
     Tactic("128x64s3", num_warps=8, num_stages=3, blocks={"Q": 128, "K": 64}),
     Tactic("128x64", num_warps=8, blocks={"Q": 128, "K": 64}),
     Tactic("64x64", num_warps=4, blocks={"Q": 64, "K": 64}),
+    Tactic("128x64_persistent", 8, blocks={"Q": 128, "K": 64}, schedule="persistent"),
+    Tactic("128x64_split", 8, blocks={"Q": 128, "K": 64}, schedule="split", torch_only=True),
 )
-
-MIN_TAIL = 64
-"""Smallest tile of the tail: the height of a warp group's matrix instruction."""
-
-
-@triton.jit
-def _attend_tile(
-    q,
-    k_ptr,
-    v_ptr,
-    offset,
-    valid,
-    acc,
-    row_sum,
-    row_max,
-    SCALE: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One key tile: scores, online softmax, values. `valid` [K] is read if MASKED."""
-    if MASKED:
-        k = tl.load(k_ptr + offset, mask=valid[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptr + offset)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * SCALE)
-    weights = tl.exp2(scores * SCALE - new_max[:, None])
-    decay = tl.exp2(row_max - new_max)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None]
-    if MASKED:
-        # A masked row may hold NaN, and 0 * NaN is NaN: the values are masked too.
-        v = tl.load(v_ptr + offset, mask=valid[:, None], other=0.0)
-    else:
-        v = tl.load(v_ptr + offset)
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, row_sum, new_max
-
-
-@triton.jit
-def _attend_queries(
-    q_ptr,
-    k_new_ptr,
-    v_new_ptr,
-    hist_k_ptr,
-    hist_v_ptr,
-    head_offset_ptr,
-    hist_len_ptr,
-    new_len_ptr,
-    out_ptr,
-    head,
-    first_query,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    MAX_HISTORY: tl.constexpr,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    Q: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Attend from queries first_query .. first_query + Q of a head."""
-    query = first_query + tl.arange(0, Q)
-    channel = tl.arange(0, D)
-    query_mask = (query < N)[:, None]
-    own = tl.cast(head, tl.int64) * (N * D)
-    q_offset = query[:, None] * D + channel[None, :]
-    q = tl.load(q_ptr + own + q_offset, mask=query_mask, other=0.0)
-    acc = tl.zeros((Q, D), tl.float32)
-    row_sum = tl.zeros((Q,), tl.float32)
-    row_max = tl.full((Q,), float("-inf"), tl.float32)
-    slot = tl.arange(0, K)
-    tile = slot[:, None] * D + channel[None, :]
-
-    hist_len = tl.minimum(tl.load(hist_len_ptr + head), MAX_HISTORY)
-    run = tl.load(head_offset_ptr + head).to(tl.int64) * D
-    full_history = hist_len // K
-    for i in range(full_history):
-        start = run + tl.cast(i, tl.int64) * (K * D)
-        acc, row_sum, row_max = _attend_tile(
-            q,
-            hist_k_ptr + start,
-            hist_v_ptr + start,
-            tile,
-            slot,
-            acc,
-            row_sum,
-            row_max,
-            SCALE,
-            False,
-            PRECISION,
-        )
-
-    new_len = tl.minimum(tl.load(new_len_ptr), N)
-    full_new = new_len // K
-    for i in range(full_new):
-        start = own + tl.cast(i, tl.int64) * (K * D)
-        acc, row_sum, row_max = _attend_tile(
-            q,
-            k_new_ptr + start,
-            v_new_ptr + start,
-            tile,
-            slot,
-            acc,
-            row_sum,
-            row_max,
-            SCALE,
-            False,
-            PRECISION,
-        )
-
-    history_rest = hist_len - full_history * K
-    new_rest = new_len - full_new * K
-    for source in range(2):
-        if source == 0:
-            rest = history_rest
-            start = run + tl.cast(full_history, tl.int64) * (K * D)
-            k_rest, v_rest = hist_k_ptr + start, hist_v_ptr + start
-        else:
-            rest = new_rest
-            start = own + tl.cast(full_new, tl.int64) * (K * D)
-            k_rest, v_rest = k_new_ptr + start, v_new_ptr + start
-        if rest > 0:
-            acc, row_sum, row_max = _attend_tile(
-                q,
-                k_rest,
-                v_rest,
-                tile,
-                slot < rest,
-                acc,
-                row_sum,
-                row_max,
-                SCALE,
-                True,
-                PRECISION,
-            )
-
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    out_offset = query.to(tl.int64)[:, None] * (H * D) + head * D + channel[None, :]
-    tl.store(out_ptr + out_offset, out, mask=query_mask)
 
 
 @triton.jit
@@ -182,6 +54,43 @@ def _head_by_length(length, position, HEADS: tl.constexpr):
     lower_equal = (length[None, :] == length[:, None]) & (head[None, :] < head[:, None])
     rank = tl.sum((longer | lower_equal).to(tl.int32), axis=1)
     return tl.sum(tl.where(rank == position, head, 0), axis=0)
+
+
+@triton.jit
+def _attend_item(
+    q_ptr,
+    k_new_ptr,
+    v_new_ptr,
+    hist_k_ptr,
+    hist_v_ptr,
+    head_offset_ptr,
+    hist_len_ptr,
+    new_len_ptr,
+    out_ptr,
+    length,
+    item,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    MAX_HISTORY: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    TILES: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """One of H * TILES tiles of queries, from query FIRST of each head on, and all its keys."""
+    head = _head_by_length(length, item // max(TILES, 1), HEADS)
+    first_query = FIRST + (item % max(TILES, 1)) * Q
+    EVERY_KEY: tl.constexpr = 2**30
+    acc, row_sum, _ = attend_queries(
+        q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
+        head_offset_ptr, hist_len_ptr, new_len_ptr, head, first_query, 0, EVERY_KEY,
+        N, D, MAX_HISTORY, SCALE, PRECISION, Q, K,
+    )  # fmt: skip
+    store_queries(out_ptr, head, first_query, acc, row_sum, N, H, D, Q)
 
 
 @triton.jit
@@ -207,88 +116,45 @@ def head_indexed_attention_kernel(
     TAIL: tl.constexpr,
     TAIL_TILES: tl.constexpr,
     HEADS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
-    """Grid (H * (FULL_TILES + TAIL_TILES)): every head's full tiles, then every head's tail."""
-    program = tl.program_id(0)
+    """Grid (PROGRAMS): every head's full tiles, then every head's tail, dealt out in rounds."""
     # Loaded here and not in the function: PyTorch would take an address that a call gives, and with
     # it this input, for written memory.
     slot = tl.arange(0, HEADS)
     length = tl.load(hist_len_ptr + slot, mask=slot < H, other=-1)
-    if program < H * FULL_TILES:
-        head = _head_by_length(length, program // max(FULL_TILES, 1), HEADS)
-        _attend_queries(
-            q_ptr,
-            k_new_ptr,
-            v_new_ptr,
-            hist_k_ptr,
-            hist_v_ptr,
-            head_offset_ptr,
-            hist_len_ptr,
-            new_len_ptr,
-            out_ptr,
-            head,
-            (program % max(FULL_TILES, 1)) * Q,
-            N,
-            H,
-            D,
-            MAX_HISTORY,
-            SCALE,
-            PRECISION,
-            Q,
-            K,
-        )
+    program = tl.program_id(0)
+    FULL_ITEMS: tl.constexpr = H * FULL_TILES
+    TAIL_ITEMS: tl.constexpr = H * TAIL_TILES
+    if PROGRAMS == FULL_ITEMS + TAIL_ITEMS:
+        # The loops below would run once; without them it takes fewer registers.
+        if program < FULL_ITEMS:
+            _attend_item(
+                q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
+                head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, program,
+                N, H, D, MAX_HISTORY, SCALE, PRECISION, Q, K, 0, FULL_TILES, HEADS,
+            )  # fmt: skip
+        else:
+            _attend_item(
+                q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
+                head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, program - FULL_ITEMS,
+                N, H, D, MAX_HISTORY, SCALE, PRECISION, TAIL, K, FULL_TILES * Q, TAIL_TILES, HEADS,
+            )  # fmt: skip
     else:
-        rest = program - H * FULL_TILES
-        head = _head_by_length(length, rest // max(TAIL_TILES, 1), HEADS)
-        _attend_queries(
-            q_ptr,
-            k_new_ptr,
-            v_new_ptr,
-            hist_k_ptr,
-            hist_v_ptr,
-            head_offset_ptr,
-            hist_len_ptr,
-            new_len_ptr,
-            out_ptr,
-            head,
-            FULL_TILES * Q + (rest % max(TAIL_TILES, 1)) * TAIL,
-            N,
-            H,
-            D,
-            MAX_HISTORY,
-            SCALE,
-            PRECISION,
-            TAIL,
-            K,
-        )
-
-
-def tile_counts(
-    num_tokens: int, num_heads: int, tile: int, tail: int, num_sms: int
-) -> tuple[int, int]:
-    """Full tiles and tail tiles of every head.
-
-    As many full tiles as make whole waves over the device (one program per multiprocessor); the
-    rows that are left go to tail tiles. Without a smaller tail, or where everything fits in whole
-    waves, full tiles alone.
-
-    Args:
-        num_tokens: queries of a head, N.
-        num_heads: heads, H.
-        tile: rows of a full tile.
-        tail: rows of a tail tile.
-        num_sms: multiprocessors of the device.
-
-    Returns:
-        Full tiles and tail tiles; together they cover every query.
-    """
-    all_tiles = ceil_div(num_tokens, tile)
-    waves = num_heads * all_tiles // num_sms
-    full = waves * num_sms // num_heads
-    if tail >= tile or num_heads * all_tiles % num_sms == 0:
-        return all_tiles, 0
-    full = min(full, num_tokens // tile)
-    return full, ceil_div(num_tokens - full * tile, tail)
+        for item in range(program, FULL_ITEMS, PROGRAMS):
+            _attend_item(
+                q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
+                head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, item,
+                N, H, D, MAX_HISTORY, SCALE, PRECISION, Q, K, 0, FULL_TILES, HEADS,
+            )  # fmt: skip
+        # Whoever has no tile in the last round of full ones comes first.
+        program = (program + PROGRAMS - FULL_ITEMS % PROGRAMS) % PROGRAMS
+        for item in range(program, TAIL_ITEMS, PROGRAMS):
+            _attend_item(
+                q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
+                head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, item,
+                N, H, D, MAX_HISTORY, SCALE, PRECISION, TAIL, K, FULL_TILES * Q, TAIL_TILES, HEADS,
+            )  # fmt: skip
 
 
 def launch(problem: Problem, tactic: Tactic) -> Launch:
@@ -297,8 +163,6 @@ def launch(problem: Problem, tactic: Tactic) -> Launch:
     # float32 exists for tests: half the tile keeps it in the same shared memory.
     shrink = 2 if problem.dtype == "float32" else 1
     tile = tactic.blocks["Q"] // shrink
-    tail = min(tile, max(MIN_TAIL, tile // 2))
-    full_tiles, tail_tiles = tile_counts(num_tokens, num_heads, tile, tail, problem.num_sms)
     constants = {
         "N": num_tokens,
         "H": num_heads,
@@ -308,12 +172,39 @@ def launch(problem: Problem, tactic: Tactic) -> Launch:
         "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
         "Q": tile,
         "K": tactic.blocks["K"] // shrink,
+        "HEADS": next_power_of_2(num_heads),
+    }
+    if tactic.schedule == "split":
+        return _launch_split(constants, tactic, problem.num_sms)
+    tail = min(tile, max(MIN_TAIL, tile // 2))
+    full_tiles, tail_tiles = tile_counts(num_tokens, num_heads, tile, tail, problem.num_sms)
+    programs = num_heads * (full_tiles + tail_tiles)
+    if tactic.schedule == "persistent":
+        programs = min(programs, problem.num_sms)
+    constants |= {
         "FULL_TILES": full_tiles,
         "TAIL": tail,
         "TAIL_TILES": tail_tiles,
-        "HEADS": next_power_of_2(num_heads),
+        "PROGRAMS": programs,
     }
-    grid = (num_heads * (full_tiles + tail_tiles), 1, 1)
+    grid = (programs, 1, 1)
     return Launch(
         head_indexed_attention_kernel, constants, grid, tactic.num_warps, tactic.num_stages
+    )
+
+
+def _launch_split(constants: dict[str, Any], tactic: Tactic, num_sms: int) -> Launch:
+    """Plan of the split schedule: one program per multiprocessor, with a place for two pieces."""
+    tile, head_dim = constants["Q"], constants["D"]
+    constants = constants | {"TILES": ceil_div(constants["N"], tile), "PROGRAMS": num_sms}
+    return Launch(
+        split_attention_kernel,
+        constants,
+        (num_sms, 1, 1),
+        tactic.num_warps,
+        tactic.num_stages,
+        (
+            Scratch("pieces", (2 * num_sms, tile, head_dim + 2), "float32"),
+            Scratch("arrived", (num_sms,), "int32", zeroed=True),
+        ),
     )

@@ -14,8 +14,11 @@ from forcing_kv.plugins.launch import default_tactic
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
 
-# Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height.
+# Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height, and
+# several rounds of persistent programs.
 WAVES = attention_case("waves", 200, 32, [(70, 70), (70, 66), (100, 3), (100, 100)])
+# One tile of queries, whose keys the split schedule spreads over all three.
+ONE_TILE = attention_case("one tile", 40, 32, [(300, 299)])
 NUM_SMS = 3
 
 # q and k as a fused product of q, k and v gives them.
@@ -23,11 +26,14 @@ APART = norm_rope_case("rows apart", 21, 3, 32)
 
 
 def tactics(case, dtype):
-    """All in float32; in float16 the portable and the default one."""
+    """All in float32; in float16 the portable one, the default one and one of every schedule."""
     every = op_module(case.spec, "kernel").TACTICS
     if dtype == torch.float32:
         return every
-    return every[0], default_tactic(every, 90)
+    by_schedule = {tactic.schedule: tactic for tactic in every}
+    return {
+        t.name: t for t in (every[0], default_tactic(every, 90), *by_schedule.values())
+    }.values()
 
 
 def run(case, dtype, tactic):
@@ -47,7 +53,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {
         (case.spec.name, case.name, str(dtype), tactic.name): run(case, dtype, tactic)
-        for case in (*CASES, WAVES, APART)
+        for case in (*CASES, WAVES, ONE_TILE, APART)
         for dtype in (torch.float32, torch.float16)
         for tactic in tactics(case, dtype)
     }

@@ -7,12 +7,15 @@ real registry holds them; `Builder`, `OnnxParser` and `Runtime` do not work.
 
 Needs, installed with `pip install --no-deps`: tensorrt-cu13-bindings, tensorrt-cu13,
 tensorrt-lean-cu13-libs, all of one version 11.x; and a C compiler.
+
+Usage: python tensorrt_stubs.py says what is missing, and fails, or nothing.
 """
 
 import ctypes
 import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 LEAN = "libnvinfer_lean.so.11"
@@ -75,3 +78,7 @@ def load(folder: Path) -> list[ctypes.CDLL]:
         subprocess.run(command, input=source_of(library).encode(), check=True)
         loaded.append(ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL))
     return loaded
+
+
+if __name__ == "__main__":
+    sys.exit(missing())

@@ -107,7 +107,7 @@ def test_compiler_sees_that_inputs_are_only_read(spec, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime import driver
 
-    from forcing_kv.plugins.triton_run import empty_outputs, problem_of
+    from forcing_kv.plugins.triton_run import empty_outputs, problem_of, scratch_memory
 
     monkeypatch.setattr(driver, "_active", _H200())
     kernel = op_module(spec, "kernel")
@@ -119,11 +119,13 @@ def test_compiler_sees_that_inputs_are_only_read(spec, monkeypatch):
     for tactic in kernel.TACTICS:
         plan = kernel.launch(problem_of(spec, inputs, case.attributes, 132), tactic)
         names = plan.kernel.arg_names
-        given = dict(zip(names, [*inputs, *outputs], strict=False)) | dict(plan.constants)
+        with FakeTensorMode():
+            tensors = [*inputs, *outputs, *scratch_memory(plan, inputs[0].device)]
+        given = dict(zip(names, tensors, strict=False)) | dict(plan.constants)
         analyse = getattr(wrap, "identify_mutated_tensors", None)
         if analyse is not None:
             written = set(analyse(plan.kernel, given, {}))
         else:
             access = wrap.identify_accessed_tensors(plan.kernel, given, {})
             written = {dep.name for dep in access.read_writes.writes}
-        assert written == set(names[len(inputs) : len(inputs) + len(outputs)])
+        assert written == set(names[len(inputs) : len(tensors)])

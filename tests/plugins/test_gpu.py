@@ -104,14 +104,16 @@ def test_large_cases(large, dtype, sm, check):
 @pytest.mark.parametrize("large", LARGE, ids=lambda case: f"{case.spec.torch_name}-{case.name}")
 def test_embedded_ptx_gives_the_same_numbers(large, dtype, sm, check):
     from forcing_kv.plugins.ptx_launch import LoadedKernel
+    from forcing_kv.plugins.triton_run import scratch_memory
 
     inputs = large.build(dtype, device="cuda")
     for _, kernel in kernels_of(large, inputs, sm):
         outputs = poisoned_outputs(large, inputs)
+        tensors = (*inputs, *outputs, *scratch_memory(kernel.launch, inputs[0].device))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with LoadedKernel(kernel) as loaded:
-            loaded.launch([x.data_ptr() for x in (*inputs, *outputs)], stream.cuda_stream)
+            loaded.launch([x.data_ptr() for x in tensors], stream.cuda_stream)
             stream.synchronize()
         check(large, inputs, outputs)
 

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
 from forcing_kv.plugins.cases import attention_case, norm_rope_case  # noqa: E402
-from forcing_kv.plugins.head_indexed_attention.kernel import tile_counts  # noqa: E402
+from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
+    predicted_share,
+    tile_counts,
+)
 from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
 from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE, op_module  # noqa: E402
 from forcing_kv.plugins.triton_run import accepted_inputs  # noqa: E402
@@ -50,27 +53,33 @@ def outputs_of(results, case, dtype):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_kernel_equals_reference(case, dtype, interpreted, check):
+def check_outputs(case, dtype, interpreted, check):
     inputs = case.build(dtype)
     for outputs in outputs_of(interpreted, case, dtype):
         check(case, inputs, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_kernel_equals_reference(case, dtype, interpreted, check):
+    check_outputs(case, dtype, interpreted, check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_attention_with_a_tail_of_smaller_tiles(dtype, interpreted, check):
     case = attention_case("waves", 200, 32, [(70, 70), (70, 66), (100, 3), (100, 100)])
     assert all(tile_counts(200, 4, 128, 64, 3))
-    inputs = case.build(dtype)
-    for outputs in outputs_of(interpreted, case, dtype):
-        check(case, inputs, outputs)
+    check_outputs(case, dtype, interpreted, check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_attention_with_the_keys_of_a_tile_split_over_three_programs(dtype, interpreted, check):
+    check_outputs(attention_case("one tile", 40, 32, [(300, 299)]), dtype, interpreted, check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_norm_and_rope_of_rows_that_lie_apart(dtype, interpreted, check):
     case = norm_rope_case("rows apart", 21, 3, 32)
-    for outputs in outputs_of(interpreted, case, dtype):
-        check(case, case.build(dtype), outputs)
+    check_outputs(case, dtype, interpreted, check)
 
 
 def test_only_what_a_kernel_cannot_read_is_copied():
@@ -106,6 +115,21 @@ def test_full_tiles_fill_whole_waves_at_480p():
     full, tail = tile_counts(4680, 12, 128, 64, 132)
     assert 12 * full == 3 * 132
     assert 12 * tail <= 132
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_frame", "shares"),
+    [(1560, (86, 94, 94, 98)), (3600, (97, 97, 96, 99)), (8160, (97, 99, 99, 100))],
+    ids=["480p", "720p", "1080p"],
+)
+def test_predicted_shares_are_the_documented_ones(tokens_per_frame, shares):
+    num_new = 3 * tokens_per_frame
+    keys = [num_new + 2 * tokens_per_frame] * 4 + [num_new + 3 * tokens_per_frame] * 8
+    found = [
+        predicted_share(schedule, num_new, keys, 132, tail=tail)
+        for schedule, tail in (("tiles", 128), ("tiles", 64), ("persistent", 64), ("split", 64))
+    ]
+    assert [round(100 * share) for share in found] == list(shares)
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)

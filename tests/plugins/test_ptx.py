@@ -22,7 +22,7 @@ from forcing_kv.plugins.ptx import (
     tensor_dtypes,
 )
 from forcing_kv.plugins.ptxas import assemble
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
 
 DEVICES = tuple(SHARED_LIMIT_BYTES)
 
@@ -47,7 +47,8 @@ def cache(tmp_path_factory):
 
 def check_kernel(kernel, spec, tactic, device):
     parameters = entry_parameters(kernel.ptx, kernel.name)
-    assert len(parameters) == len(spec.inputs) + len(spec.outputs)
+    assert len(parameters) == len(spec.inputs) + len(spec.outputs) + len(kernel.launch.scratch)
+    assert bool(kernel.launch.scratch) == tactic.torch_only
     assert kernel.shared_bytes <= tactic.shared_limit(device)
     assert f".target {kernel.arch}" in kernel.ptx
     assert re.search(r"\.version 8\.7\b", kernel.ptx)
@@ -70,6 +71,13 @@ def test_portable_tactic_compiles_for_every_device(spec):
 def test_default_tactic_compiles_for_hopper(spec):
     tactic = default_tactic(op_module(spec, "kernel").TACTICS, 90)
     check_kernel(build(spec, tactic, 90), spec, tactic, 90)
+
+
+@pytest.mark.parametrize("schedule", ["persistent", "split"])
+def test_every_schedule_of_attention_compiles_for_hopper(schedule):
+    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    tactic = next(tactic for tactic in tactics if tactic.schedule == schedule)
+    check_kernel(build(HEAD_INDEXED_ATTENTION, tactic, 90), HEAD_INDEXED_ATTENTION, tactic, 90)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_ke
 from forcing_kv.plugins.tuning import TunedTactic
 from forcing_kv.runtime_trt.console import talk, track
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds, measure_bounds, time_cold, time_graph
-from forcing_kv.tools.bench.op_baselines import baselines
+from forcing_kv.tools.bench.op_baselines import baseline_errors, baselines
 from forcing_kv.tools.bench.op_costs import flops, traffic_nbytes
 from forcing_kv.tools.bench.rows import Row, describe_environment
 from forcing_kv.tools.bench.statistics import summary
@@ -124,16 +124,23 @@ class OpBench:
     def _baseline_rows(
         self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
     ) -> Iterator[Row]:
-        for name, call in baselines(case, inputs):
+        for baseline in baselines(case, inputs):
+            row = partial(self._row, workload, case.spec.name, baseline.name)
             try:
+                call = baseline.prepare()
+                errors = baseline_errors(baseline, call())
+                gate = {error.name: asdict(error) for error in errors}
+                if not all(error.passed for error in errors):
+                    reason = "outside the operator's tolerance, not timed"
+                    yield row(status="failed", error=reason, gate=gate)
+                    continue
                 times = time_cold(call, **self._run)
             except RuntimeError as error:
-                # PyTorch refuses a backend that this device or build does not have.
-                reason = str(error).splitlines()[0]
-                yield self._row(workload, case.spec.name, name, status="failed", error=reason)
+                # PyTorch refuses a kernel that this device or build does not have.
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                yield row(status="failed", error=reason)
             else:
-                metrics = self._metrics(case, times)
-                yield self._row(workload, case.spec.name, name, metrics=metrics)
+                yield row(gate=gate, metrics=self._metrics(case, times))
 
     def _eviction_row(
         self, workload: Workload, cases: list[OpCase], best: dict[str, Tactic]
