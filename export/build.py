@@ -14,14 +14,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
 from forcing_kv.export.bundle import write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
+from forcing_kv.runtime_trt.engine_record import weight_table
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
@@ -122,13 +124,13 @@ def _record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
 
 
 def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Details of those graphs of a record whose plan is as it was written."""
-    return {
-        name: detail
-        for name, detail in record["details"].items()
-        if (file := bundle / record["graphs"][name]["file"]).is_file()
-        and sha256_of(file) == record["graphs"][name]["sha256"]
+    """Details of those graphs of a record whose files are as they were written."""
+    changed = {
+        PurePath(file).name.partition(".")[0]
+        for file, sha256 in record["files"].items()
+        if not (bundle / file).is_file() or sha256_of(bundle / file) != sha256
     }
+    return {name: detail for name, detail in record["details"].items() if name not in changed}
 
 
 def _inputs_sha256(plan: BuildPlan, graph: GraphInfo) -> str:
@@ -168,12 +170,16 @@ def run_build(
         for graph in plan.graphs:
             file = folder / f"{graph.name}.plan"
             if graph.found is not None:
-                shutil.copyfile(target / file.name, file)
+                for kept in target.glob(f"{graph.name}.*"):
+                    shutil.copyfile(kept, folder / kept.name)
                 details[graph.name] = graph.found
                 continue
             begin = perf_counter()
             built = _build_graph(plan, graph, report)
             file.write_bytes(built.plan)
+            if plan.options.strip_weights:
+                table = folder / weight_table(file.name)
+                write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
             layers[graph.name] = built.log.layers
             details[graph.name] = _detail(graph, built, perf_counter() - begin)
     record = _record(plan, details, perf_counter() - start)
@@ -262,10 +268,12 @@ def register_plugins() -> None:
 
 def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
     log = built.log
+    # They come to the device all the same, whatever the builder counts.
+    stripped = sum(entry.nbytes for entry in built.stripped.values())
     return {
         "inputs_sha256": graph.inputs_sha256,
         "nbytes": len(built.plan),
-        "weight_nbytes": log.nbytes.get("weights"),
+        "weight_nbytes": max(log.nbytes.get("weights", 0), stripped),
         "scratch_nbytes": log.nbytes.get("activation"),
         "num_layers": len(log.layers),
         "num_fused_attention": log.num_fused_attention,
@@ -278,6 +286,9 @@ def _record(plan: BuildPlan, details: Mapping[str, Any], seconds: float) -> dict
     for graph in plan.graphs:
         relative = f"{plan.folder}/{graph.name}.plan"
         files[relative] = sha256_of(plan.bundle / relative)
+        if plan.options.strip_weights:
+            table = weight_table(relative)
+            files[table] = sha256_of(plan.bundle / table)
         info = replace(graph.info, file=relative, sha256=files[relative])
         graphs[graph.name] = asdict(info)
     return {

@@ -65,6 +65,7 @@ class EngineRecord:
             }
             int(content["environment"]["sm"])
             dict(content["options"])
+            dict(content["files"])
             return cls(bundle, content, graphs)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
@@ -178,17 +179,23 @@ def _numbers(version: str) -> list[int]:
 
 
 def check_plans(record: EngineRecord) -> None:
-    """Compare every plan with its recorded hash.
+    """Compare every plan, and every table of weights, with its recorded hash.
 
     Raises:
         BundleError: one is missing or altered.
     """
-    for graph in record.graphs.values():
-        path = record.bundle / graph.file
+    plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
+    for file, sha256 in {**record.content["files"], **plans}.items():
+        path = record.bundle / file
         if not path.is_file():
             raise BundleError(f"{path}: missing; {record.build_command}")
-        if (found := sha256_of(path)) != graph.sha256:
+        if (found := sha256_of(path)) != sha256:
             raise BundleError(
                 f"{path}: altered since it was built (sha256 {found[:12]}... found, "
-                f"{graph.sha256[:12]}... recorded); {record.build_command}"
+                f"{sha256[:12]}... recorded); {record.build_command}"
             )
+
+
+def weight_table(plan: str) -> str:
+    """File beside a stripped plan that says where the bundle holds its weights."""
+    return plan.removesuffix(".plan") + ".weights.json"
