@@ -16,14 +16,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
 from forcing_kv.export.bundle import write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
+from forcing_kv.runtime_trt.engine_record import weight_table
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
@@ -157,13 +159,13 @@ def _record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
 
 
 def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Details of those graphs of a record, or of a part of one, whose plan is as it was written."""
-    return {
-        name: detail
-        for name, detail in record["details"].items()
-        if (file := bundle / record["graphs"][name]["file"]).is_file()
-        and sha256_of(file) == record["graphs"][name]["sha256"]
+    """Details of those graphs of a record, or of a part of one, whose files are as written."""
+    changed = {
+        PurePath(file).name.partition(".")[0]
+        for file, sha256 in record["files"].items()
+        if not (bundle / file).is_file() or sha256_of(bundle / file) != sha256
     }
+    return {name: detail for name, detail in record["details"].items() if name not in changed}
 
 
 def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> str:
@@ -204,12 +206,16 @@ def run_build(
             file = folder / graph.file
             file.parent.mkdir(exist_ok=True)
             if graph.found is not None:
-                shutil.copyfile(target / graph.file, file)
+                for kept in (target / graph.file).parent.glob(f"{graph.name}.*"):
+                    shutil.copyfile(kept, file.with_name(kept.name))
                 details[graph.label] = graph.found
                 continue
             begin = perf_counter()
             built = _build_graph(plan, graph, report)
             file.write_bytes(built.plan)
+            if plan.options.strip_weights:
+                table = file.with_name(weight_table(file.name))
+                write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
             layers[graph.label] = built.log.layers
             details[graph.label] = _detail(graph, built, perf_counter() - begin)
     record = _record(plan, details, perf_counter() - start)
@@ -301,10 +307,12 @@ def register_plugins() -> None:
 
 def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
     log = built.log
+    # They come to the device all the same, whatever the builder counts.
+    stripped = sum(entry.nbytes for entry in built.stripped.values())
     return {
         "inputs_sha256": graph.inputs_sha256,
         "nbytes": len(built.plan),
-        "weight_nbytes": log.nbytes.get("weights"),
+        "weight_nbytes": max(log.nbytes.get("weights", 0), stripped),
         "scratch_nbytes": log.nbytes.get("activation"),
         "num_layers": len(log.layers),
         "num_fused_attention": log.num_fused_attention,
@@ -347,6 +355,9 @@ def _recorded(
             continue
         relative = f"{plan.folder}/{graph.file}"
         files[relative] = sha256_of(plan.bundle / relative)
+        if plan.options.strip_weights:
+            table = weight_table(relative)
+            files[table] = sha256_of(plan.bundle / table)
         graphs[graph.name] = asdict(replace(graph.info, file=relative, sha256=files[relative]))
         described[graph.name] = dict(details[graph.label])
     return {"files": files, "graphs": graphs, "details": described}

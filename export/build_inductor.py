@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,7 +62,10 @@ def build_inductor(
     relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
     decoders = {}
     with replaced_folder(bundle / relative) as folder:
-        compiled = compile_package(weights.model, manifest.config, folder, options, report)
+        with warnings.catch_warnings():
+            # PyTorch's notes to itself, one for each kernel.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            compiled = compile_package(weights.model, manifest.config, folder, options, report)
         report("constants")
         _write_constants(folder, relative, compiled.constants, weights.entries)
         for kind, decoder in manifest.decoders.items():

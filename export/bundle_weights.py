@@ -10,7 +10,8 @@ import onnx_ir as ir
 import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, read_constants
+from forcing_kv.export.stripped_weights import dtype_name, weight_entry
+from forcing_kv.runtime_trt.constant_table import ConstantEntry, read_constants
 from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.runtime_trt.manifest import WEIGHT_FILE, Manifest
 
@@ -47,7 +48,7 @@ def read_bundle_weights(bundle: Path, manifest: Manifest) -> BundleWeights:
             "export the bundle again"
         )
     entries = {
-        name: _entry(tensor, wanted[name])
+        name: weight_entry(tensor, WEIGHT_FILE, wanted[name])
         for name, tensor in found.items()
         if isinstance(tensor, ir.ExternalTensor)
     }
@@ -84,12 +85,6 @@ def _initializers(
     return found
 
 
-def _entry(tensor: ir.ExternalTensor, shape: tuple[int, ...]) -> ConstantEntry:
-    piece = Piece(WEIGHT_FILE, tensor.offset or 0, tensor.length or tensor.nbytes)
-    return ConstantEntry(shape, str(_dtype(tensor)).removeprefix("torch."), (piece,))
-
-
 def _dtype(tensor: ir.TensorProtocol) -> torch.dtype:
-    name = tensor.dtype.name.lower()
-    dtype: torch.dtype = getattr(torch, "float32" if name == "float" else name)
+    dtype: torch.dtype = getattr(torch, dtype_name(tensor))
     return dtype

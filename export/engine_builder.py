@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.stripped_weights import mark_stripped
+from forcing_kv.runtime_trt.constant_table import ConstantEntry
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class BuiltPlan:
 
     plan: bytes
     log: BuildLog
+    stripped: Mapping[str, ConstantEntry] = field(default_factory=dict)
+    """Weights that the engine leaves out, by its names; see `mark_stripped`."""
 
 
 def build_plan(
@@ -104,6 +108,7 @@ def build_plan(
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise ForcingKvError(f"{path}: {options.backend} cannot parse it: {'; '.join(errors)}")
+    stripped = mark_stripped(network, path) if options.strip_weights else {}
     with _polygraphy(options) as polygraphy:
 
         def configure(builder: Any, network: Any) -> Any:
@@ -121,7 +126,7 @@ def build_plan(
                 f"{path}: {options.backend} could not build it for {options.target or 'this GPU'}: "
                 f"{said}"
             ) from error
-    return BuiltPlan(bytes(plan), log)
+    return BuiltPlan(bytes(plan), log, stripped)
 
 
 def _create_config(
@@ -135,7 +140,7 @@ def _create_config(
         "profiling_verbosity": getattr(trt.ProfilingVerbosity, verbosity),
         "progress_monitor": _progress_monitor(trt, progress),
         "builder_optimization_level": options.optimization_level,
-        "refittable": options.refit,
+        "refittable": options.refit and not options.strip_weights,
         "strip_plan": options.strip_weights,
         # A capture records one stream; work on auxiliary streams would be lost.
         "max_aux_streams": 0,
@@ -162,6 +167,9 @@ def _set_flags(trt: Any, config: Any, options: EngineOptions) -> Any:
     user_allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if user_allocation is not None:
         config.set_flag(user_allocation)
+    if options.strip_weights:
+        # The weights that are marked and no others, so that the bundle can give every one back.
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
     if options.tf32:
         config.set_flag(trt.BuilderFlag.TF32)
     else:

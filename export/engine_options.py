@@ -36,9 +36,9 @@ class EngineOptions:
     hardware_compatible: bool = False
     """Engines that run on every GPU from Ampere on; kernels use 48 KiB of shared memory at most."""
     refit: bool = False
-    """Engines whose weights can be replaced."""
+    """Engines whose weights can be replaced, all of them or, if stripped, those left out."""
     strip_weights: bool = False
-    """Engines without weights, which are read from the bundle on opening."""
+    """Engines without the weights of the bundle's weight file, which gives them on opening."""
     tf32: bool = False
     """Allow TF32 in float32 products; about 1e-3 instead of 1e-6 from the reference."""
     workspace_gb: float | None = None
@@ -61,6 +61,11 @@ class EngineOptions:
             raise InputError(f"optimization level is {self.optimization_level}; allowed are 0 to 5")
         if self.workspace_gb is not None and self.workspace_gb <= 0:
             raise InputError(f"workspace is {self.workspace_gb} GB; it must be positive")
+        if self.strip_weights and self.frontend == "torch-tensorrt":
+            raise InputError(
+                "--frontend torch-tensorrt gives weights names of its own, by which the bundle "
+                "cannot supply them; leave out --strip-weights, or take --frontend onnx"
+            )
         if self.backend == "tensorrt-rtx":
             self._check_rtx(where)
         elif self.target is not None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
+from forcing_kv.runtime_trt.buffers import ALIGNMENT
+from forcing_kv.runtime_trt.chunk_program import SLOTS
 from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
 from forcing_kv.runtime_trt.layout import ModelShape
 
@@ -104,6 +107,24 @@ def _num_small(config: RolloutConfig) -> int:
     return latents + scalars + rope + lengths + prompt + selection
 
 
+def replay_nbytes(config: RolloutConfig) -> int:
+    """Bytes that the CUDA-graph runtime holds beside the bound buffers.
+
+    Every step has latents and scalars of its own, for addresses are fixed, and two sets of results
+    wait for their copy to the host. Buffers start on multiples of 256 bytes, which is not counted.
+    """
+    steps, latents = config.schedule.num_steps, prod(config.latent_shape)
+    # x0 of every pass but one; re-noise, zeros for none; the noise and the two that x alternates.
+    extra_latents = steps + max(1, steps - 1) + 1
+    scalars = steps * (config.model.freq_dim + 2)
+    results = [latents]
+    if config.evicted_layers:
+        policy = config.policy
+        results += [config.chunk.num_frames * policy.num_segments, policy.num_kept_segments]
+    held = sum(-(-FLOAT32_NBYTES * size // ALIGNMENT) * ALIGNMENT for size in results)
+    return FLOAT32_NBYTES * (extra_latents * latents + scalars) + len(SLOTS) * held
+
+
 def activation_nbytes(config: RolloutConfig) -> int:
     """Estimate of the scratch of one step: the widest point of a block, attention not unfolded."""
     model, size = config.model, ITEMSIZES[config.dtype]
@@ -121,17 +142,20 @@ class MemoryCost:
     buffers: Mapping[str, int]
     activations: int
     """An estimate."""
+    copies: int = 0
+    """What the CUDA-graph runtime holds beside the buffers."""
 
     @classmethod
     def of(cls, config: RolloutConfig) -> MemoryCost:
         """Memory of a configuration."""
         weights = sum(engine_nbytes(config.model, config.dtype).values())
-        return cls(weights, buffer_nbytes(config), activation_nbytes(config))
+        return cls(weights, buffer_nbytes(config), activation_nbytes(config), replay_nbytes(config))
 
     @property
     def total(self) -> int:
         """Everything, the overhead of the process included."""
-        return self.weights + sum(self.buffers.values()) + self.activations + OVERHEAD_NBYTES
+        counted = self.weights + sum(self.buffers.values()) + self.copies
+        return counted + self.activations + OVERHEAD_NBYTES
 
     def fits(self, memory_gib: int) -> bool:
         """Whether one session runs on a card of this size."""

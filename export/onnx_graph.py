@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -14,7 +14,9 @@ from typing import Any, BinaryIO, cast
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript.optimizer import optimize_ir
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import rewrite
 
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.plugins.op_spec import DOMAIN
@@ -24,6 +26,9 @@ INLINE_NBYTES = 1024
 """Larger constants go to the shared weight file."""
 ALIGNMENT = 4096
 """Tensors start on a page, so that a runtime can map them."""
+
+_OPTIMIZER_ROUNDS = 2
+"""Folding makes rewrites possible and the other way round; as often as the exporter's default."""
 
 _NOT_FOLDED = ("Cast", "Transpose")
 """Folding these would copy weights under new names: unshared, and lost to who reads them back."""
@@ -90,9 +95,7 @@ def onnx_model(source: GraphSource) -> ir.Model:
         )
     assert exported is not None
     model = exported.model
-    optimize_ir(
-        model, inline=False, should_fold=lambda node: False if node.op_type in _NOT_FOLDED else None
-    )
+    _optimize(model, program.graph_signature.parameters)
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for function in onnx_functions(OPSET):
         if function.name in used:
@@ -101,6 +104,42 @@ def onnx_model(source: GraphSource) -> ir.Model:
     model.producer_name, model.producer_version = "forcing_kv", ""
     _strip_metadata(model)
     return model
+
+
+def _optimize(model: ir.Model, parameters: Collection[str]) -> None:
+    """Fold constants, drop what is unused, merge what is equal; all `parameters` keep their names.
+
+    These are the passes of `onnxscript.optimizer.optimize_ir`, which merges parameters too: of two
+    that are equal, as biases of zeros are, only one could be read back from the bundle.
+    """
+    for _ in range(_OPTIMIZER_ROUNDS):
+        fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: False if node.op_type in _NOT_FOLDED else None,
+        )
+        rewrite(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _merge_equal_constants(model.graph, parameters)
+    for last in (
+        passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(), passes.NameFixPass()
+    ):  # fmt: skip
+        last(model)
+
+
+def _merge_equal_constants(graph: ir.Graph, kept: Collection[str]) -> None:
+    """Give equal initializers one name, but for those that are `kept`."""
+    seen: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None, f"initializer {name} has no value"
+        if name in kept:
+            continue
+        key = (tensor.dtype.name, tuple(tensor.shape.numpy()), tensor.tobytes())
+        first = seen.setdefault(key, value)
+        if first is not value and not value.is_graph_output():
+            value.replace_all_uses_with(first)
+            graph.initializers.pop(name)
 
 
 def _strip_metadata(model: ir.Model) -> None:

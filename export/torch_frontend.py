@@ -71,8 +71,7 @@ def _settings(options: EngineOptions) -> dict[str, Any]:
         "require_full_compilation": True,
         "version_compatible": options.version_compatible,
         "hardware_compatible": options.hardware_compatible,
-        "immutable_weights": not (options.refit or options.strip_weights),
-        "strip_engine_weights": options.strip_weights,
+        "immutable_weights": not options.refit,
     }
     if options.optimization_level is not None:
         settings["optimization_level"] = options.optimization_level

@@ -79,22 +79,57 @@ def read_constants(
     Raises:
         BundleError: a file is missing or shorter than the table says.
     """
-    files: dict[str, NDArray[np.uint8]] = {}
+    files = _Files(bundle)
     for name, entry in table.items():
         content = np.empty(entry.nbytes, np.uint8)
         begin = 0
         for piece in entry.pieces:
-            if piece.file not in files:
-                files[piece.file] = _mapped(bundle / piece.file)
-            run = files[piece.file][piece.offset : piece.offset + piece.nbytes]
-            if len(run) != piece.nbytes:
-                raise BundleError(
-                    f"{bundle / piece.file}: {len(files[piece.file])} bytes, but constant {name} "
-                    f"ends at {piece.offset + piece.nbytes}; build the engine again"
-                )
-            content[begin : begin + piece.nbytes] = run
+            content[begin : begin + piece.nbytes] = files.run(piece, name)
             begin += piece.nbytes
         yield name, entry, content
+
+
+def map_constants(
+    bundle: Path, table: Mapping[str, ConstantEntry]
+) -> Iterator[tuple[str, ConstantEntry, NDArray[np.uint8]]]:
+    """Every constant where it lies, without a copy; each is one piece.
+
+    Yields:
+        Its name, its entry and its bytes, mapped from the file for as long as the array lives.
+
+    Raises:
+        BundleError: a file is missing or shorter than the table says.
+    """
+    files = _Files(bundle)
+    for name, entry in table.items():
+        (piece,) = entry.pieces
+        yield name, entry, files.run(piece, name)
+
+
+class _Files:
+    """Files of a bundle, mapped when they are first read."""
+
+    def __init__(self, bundle: Path) -> None:
+        self._bundle = bundle
+        self._mapped: dict[str, NDArray[np.uint8]] = {}
+
+    def run(self, piece: Piece, name: str) -> NDArray[np.uint8]:
+        """The bytes of one piece of constant `name`.
+
+        Raises:
+            BundleError: there are fewer.
+        """
+        path = self._bundle / piece.file
+        if piece.file not in self._mapped:
+            self._mapped[piece.file] = _mapped(path)
+        content = self._mapped[piece.file]
+        run = content[piece.offset : piece.offset + piece.nbytes]
+        if len(run) != piece.nbytes:
+            raise BundleError(
+                f"{path}: {len(content)} bytes, but constant {name} ends at "
+                f"{piece.offset + piece.nbytes}; build the engine again"
+            )
+        return run
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:

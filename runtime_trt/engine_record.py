@@ -7,7 +7,7 @@ using it ends the process. One error each, with the command that mends it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from forcing_kv.runtime_trt.chunk_program import plan_memory
 from forcing_kv.runtime_trt.cuda import DeviceInfo
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
 from forcing_kv.runtime_trt.manifest import (
-    GRAPH_FOLDER,
     DecoderInfo,
     GraphInfo,
     Manifest,
@@ -56,8 +55,6 @@ class EngineRecord:
     """The entry of the manifest."""
     graphs: Mapping[str, GraphInfo]
     """Inputs and outputs; `file` is the plan."""
-    sources: Mapping[str, str]
-    """File of the bundle that each graph was built from."""
 
     @classmethod
     def of(cls, bundle: Path, content: Mapping[str, Any]) -> EngineRecord:
@@ -74,8 +71,8 @@ class EngineRecord:
             }
             int(content["environment"]["sm"])
             dict(content["options"])
-            sources = {name: f"{GRAPH_FOLDER}/{name}.onnx" for name in graphs}
-            return cls(bundle, content, graphs, sources)
+            dict(content["files"])
+            return cls(bundle, content, graphs)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{where}: its record is malformed ({error}); build it again with `fkv build`"
@@ -126,9 +123,7 @@ class EngineRecord:
             BackendUnavailableError: there are none.
             BundleError: they were built from another decoder, or their record is malformed.
         """
-        content = decoder_content(self.bundle, self.content, kind, info)
-        sources = {name: graph.file for name, graph in info.graphs.items()}
-        return replace(EngineRecord.of(self.bundle, content), sources=sources)
+        return EngineRecord.of(self.bundle, decoder_content(self.bundle, self.content, kind, info))
 
 
 def decoder_content(
@@ -248,17 +243,23 @@ def _numbers(version: str) -> list[int]:
 
 
 def check_plans(record: EngineRecord) -> None:
-    """Compare every plan with its recorded hash.
+    """Compare every plan, and every table of weights, with its recorded hash.
 
     Raises:
         BundleError: one is missing or altered.
     """
-    for graph in record.graphs.values():
-        path = record.bundle / graph.file
+    plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
+    for file, sha256 in {**record.content["files"], **plans}.items():
+        path = record.bundle / file
         if not path.is_file():
             raise BundleError(f"{path}: missing; {record.build_command}")
-        if (found := sha256_of(path)) != graph.sha256:
+        if (found := sha256_of(path)) != sha256:
             raise BundleError(
                 f"{path}: altered since it was built (sha256 {found[:12]}... found, "
-                f"{graph.sha256[:12]}... recorded); {record.build_command}"
+                f"{sha256[:12]}... recorded); {record.build_command}"
             )
+
+
+def weight_table(plan: str) -> str:
+    """File beside a stripped plan that says where the bundle holds its weights."""
+    return plan.removesuffix(".plan") + ".weights.json"

@@ -6,13 +6,15 @@ sibling sessions, each with execution contexts of its own.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.runtime_trt.engine_record import EngineRecord, Flavour
+from forcing_kv.runtime_trt.constant_table import map_constants, read_table
+from forcing_kv.runtime_trt.engine_record import EngineRecord, Flavour, weight_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.graph_engine import SCRATCH
 from forcing_kv.runtime_trt.jit_cache import JitCache
@@ -23,6 +25,9 @@ _DTYPES = {
     "BOOL": "bool", "UINT8": "uint8",
 }  # fmt: skip
 """TensorRT's names of dtypes → the manifest's."""
+
+_TRT_DTYPES = {"float32": "FLOAT", **{name: trt for trt, name in _DTYPES.items()}}
+"""Names of dtypes in a table of constants → TensorRT's."""
 
 
 class EngineLog:
@@ -90,23 +95,32 @@ class LoadedPlans:
                 f"{self.record.build_command}"
             )
         if self.record.options.get("strip_weights"):
-            self._refit(engine, self.record.bundle / self.record.sources[name])
+            self._refit(engine, path)
         return engine
 
-    def _refit(self, engine: Any, graph: Path) -> None:
-        """Give a stripped engine the bundle's weights."""
-        if not hasattr(self.trt, "OnnxParserRefitter"):
-            raise BackendUnavailableError(
-                f"the engine holds no weights, and {self.flavour.module} cannot read them from "
-                "the bundle; build it without --strip-weights, or use the full tensorrt package"
-            )
+    def _refit(self, engine: Any, plan: Path) -> None:
+        """Give a stripped engine its weights, by the names that were recorded when it was built."""
+        table = read_table(Path(weight_table(str(plan))))
+        if not table:  # This graph has none, so there is nothing to refit.
+            return
         refitter = self.trt.Refitter(engine, self.log.logger)
-        parser = self.trt.OnnxParserRefitter(refitter, self.log.logger)
-        if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-            raise BundleError(
-                f"{graph}: its weights do not fit the engine ({self.log.last()}); "
-                f"{self.record.build_command}"
-            )
+        read = []  # TensorRT takes addresses, and reads them when it refits.
+        for name, entry, content in map_constants(self.record.bundle, table):
+            read.append(content)
+            dtype = getattr(self.trt.DataType, _TRT_DTYPES[entry.dtype])
+            weights = self.trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
+            if not refitter.set_named_weights(name, weights):
+                raise self._unfit(plan, f"weight {name} is refused")
+        if missing := refitter.get_missing_weights():
+            raise self._unfit(plan, f"{len(missing)} weights are missing, such as {missing[:3]}")
+        if not refitter.refit_cuda_engine():
+            raise self._unfit(plan, "the refit failed")
+
+    def _unfit(self, plan: Path, what: str) -> BundleError:
+        return BundleError(
+            f"{plan}: the bundle's weights do not fit the engine: {what} ({self.log.last()}); "
+            f"{self.record.build_command}"
+        )
 
     def _match(self, name: str, graph: GraphInfo) -> dict[str, str]:
         """Check an engine's tensors against the record.

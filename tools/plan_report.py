@@ -96,6 +96,7 @@ class Plan:
             "memory_nbytes": {
                 "engines": engine_nbytes(config.model, config.dtype),
                 "buffers": dict(memory.buffers),
+                "replay_copies": memory.copies,
                 "activations_estimate": memory.activations,
                 "overhead_assumed": OVERHEAD_NBYTES,
                 "total": memory.total,
@@ -141,6 +142,7 @@ class Plan:
         rows = {f"weights, {name} engine": _gb(size) for name, size in engines.items()}
         rows |= {name: _gb(memory.buffers.get(name, 0)) for name in kv}
         rows |= {
+            "copies for the replay": _gb(memory.copies),
             "activations (estimate)": _gb(memory.activations),
             "process overhead (assumed)": _gb(OVERHEAD_NBYTES),
             "total": _gb(memory.total),
@@ -213,6 +215,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
         bars = {
             "weights": cost.weights,
             **cost.buffers,
+            "copies for the replay": cost.copies,
             "activations (estimate)": cost.activations,
             "process overhead (assumed)": OVERHEAD_NBYTES,
         }

@@ -112,8 +112,14 @@ class InductorBackend(Backend):
 
     def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """See base class; float32."""
-        k, v = (self.tensors[f"hist_{part}.{layer}"].float().cpu().numpy() for part in "kv")
-        return k, v
+        return self.read_tensor(f"hist_k.{layer}"), self.read_tensor(f"hist_v.{layer}")
+
+    def read_tensor(self, name: str) -> NDArray[Any]:
+        """See base class; 16-bit floats as float32."""
+        tensor = self.tensors[name]
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        array: NDArray[Any] = wide.cpu().numpy().copy()
+        return array
 
     def close(self) -> None:
         """Drop the package and every tensor."""

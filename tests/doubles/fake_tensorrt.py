@@ -3,7 +3,9 @@
 It checks what the real one would crash on: addresses set, alignment, scratch, release order.
 """
 
+import ctypes
 import enum
+import hashlib
 import json
 import weakref
 from importlib.machinery import ModuleSpec
@@ -29,6 +31,23 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 2
 
 
+class DataType(enum.Enum):
+    FLOAT = 4
+    HALF = 2
+    BF16 = 3
+
+
+class Weights:
+    """Remembers an address, as the real one does: nothing is copied."""
+
+    def __init__(self, dtype, address, count):
+        self.dtype, self.address, self.count = dtype, address, count
+
+    def sha256(self):
+        nbytes = self.count * {DataType.FLOAT: 4}.get(self.dtype, 2)
+        return hashlib.sha256(ctypes.string_at(self.address, nbytes)).hexdigest()
+
+
 class FakeTensorRt:
     """Use as `sys.modules["tensorrt"]`.
 
@@ -40,6 +59,8 @@ class FakeTensorRt:
 
     ILogger = ILogger
     TensorIOMode = TensorIOMode
+    DataType = DataType
+    Weights = Weights
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
 
     def __init__(self, cuda, bundle, manifest, version="11.4.0.106"):
@@ -65,15 +86,42 @@ class FakeTensorRt:
                     return None
                 return _Engine(module, self.logger, content)
 
-        self.Runtime = Runtime
+        class Refitter:
+            """Takes weights by name; reads them when it refits, and not before."""
+
+            def __init__(self, engine, logger):
+                self.engine, self.logger, self.given = engine, logger, {}
+
+            def set_named_weights(self, name, weights):
+                if name not in self.engine.stripped or module.refuse == "weights":
+                    self.logger.log(ILogger.Severity.ERROR, f"no weights named {name}")
+                    return False
+                self.given[name] = weights
+                return True
+
+            def get_missing_weights(self):
+                return sorted(set(self.engine.stripped) - set(self.given))
+
+            def refit_cuda_engine(self):
+                found = {name: weights.sha256() for name, weights in self.given.items()}
+                self.engine.refitted = found == self.engine.stripped
+                return self.engine.refitted
+
+        self.Runtime, self.Refitter = Runtime, Refitter
 
     @property
     def live(self):
         """Engines that are loaded and not released."""
         return list(self._engines)
 
-    def write_plans(self, folder, **changes):
-        """Write one plan a graph; returns their paths."""
+    def write_plans(self, folder, stripped=None, **changes):
+        """Write one plan a graph; returns their paths.
+
+        Args:
+            folder: where.
+            stripped: by graph, the sha256 of every weight that the plan leaves out.
+            changes: replace what the plans say.
+        """
         folder.mkdir(parents=True)
         paths = {}
         for name, info in self.manifest.graphs.items():
@@ -82,6 +130,7 @@ class FakeTensorRt:
                 "inputs": [[t.name, t.shape, t.dtype] for t in info.inputs],
                 "outputs": [[t.name, t.shape, t.dtype] for t in info.outputs],
                 "num_aux_streams": 0,
+                "stripped": (stripped or {}).get(name, {}),
             }
             paths[name] = folder / f"{name}.plan"
             paths[name].write_text(json.dumps({**content, **changes}))
@@ -100,6 +149,8 @@ class _Engine:
         }
         self.num_io_tensors = len(self.tensors)
         self.num_aux_streams = content["num_aux_streams"]
+        self.stripped = content["stripped"]
+        self.refitted = not self.stripped
         module._engines.add(self)
 
     def get_tensor_name(self, index):
@@ -142,6 +193,7 @@ class _Context:
         assert set(self.addresses) == set(self.engine.tensors), "a tensor has no address"
         assert self.scratch is not None, "no scratch was given"
         assert stream
+        assert self.engine.refitted, "a stripped engine runs without its weights"
         if self.engine.module.refuse == "launch":
             self.engine.logger.log(ILogger.Severity.ERROR, "cask failure")
             return False

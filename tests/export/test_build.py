@@ -1,6 +1,8 @@
 """Real TensorRT-RTX builds without a GPU, and what is built when."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +12,18 @@ from typer.testing import CliRunner
 
 from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine_builder import BuildLog
+from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.onnx_graph import INLINE_NBYTES
 from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
+from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.constant_table import map_constants, read_constants, read_table
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, MissingDependencyError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.tensorrt_engine import _TRT_DTYPES
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
@@ -123,6 +129,85 @@ def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
     assert read_manifest(half_bundle).engines == engines
 
 
+STRIPPED = EngineOptions("tensorrt-rtx", target="sm89", strip_weights=True)
+
+
+def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch):
+    """The builder itself needs a GPU for this; everything around it does not."""
+    needs_rtx()
+    from forcing_kv.export import build
+
+    wanted = {}
+
+    def build_plan(path, *_):
+        # ONNX's own loader reads the weights, for which it wants their file and not a link.
+        copied = half_bundle / "graphs" / "given.onnx"
+        shutil.copyfile(path, copied)
+        values = onnx.load(copied).graph.initializer
+        copied.unlink()
+        contents = {each.name: onnx.numpy_helper.to_array(each).tobytes() for each in values}
+        wanted[path.stem] = {n: c for n, c in contents.items() if len(c) > INLINE_NBYTES}
+        return BuiltPlan(b"plan", BuildLog(), shared_weights(path))
+
+    monkeypatch.setattr(build, "build_plan", build_plan)
+    before = read_manifest(half_bundle).engines
+    record, _ = build.run_build(build.plan_build(half_bundle, STRIPPED, force=True))
+    assert set(wanted) == {"prompt", "step", "evict"}
+    for name, contents in wanted.items():
+        file = f"{record['folder']}/{name}.weights.json"
+        table = read_table(half_bundle / file)
+        found = {n: bytes(content) for n, _, content in read_constants(half_bundle, table)}
+        assert found == contents
+        assert file in record["files"]
+        assert record["details"][name]["weight_nbytes"] == sum(map(len, contents.values()))
+    assert len(wanted["step"]) > 10
+    assert not build.plan_build(half_bundle, STRIPPED).to_do
+    (half_bundle / record["folder"] / "step.weights.json").write_text("{}")
+    assert [graph.name for graph in build.plan_build(half_bundle, STRIPPED).to_do] == ["step"]
+    build.run_build(build.plan_build(half_bundle, STRIPPED))
+    assert not build.plan_build(half_bundle, STRIPPED).to_do
+    path = half_bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engines": list(before)}))
+
+
+def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
+    """The names in the table against NVIDIA's parser, which gives them to the network."""
+    needs_rtx()
+    import tensorrt_rtx as trt
+
+    from forcing_kv.export import build
+
+    plan = build.plan_build(half_bundle, STRIPPED)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    for graph in plan.graphs:
+        with build._plugin_free_file(plan, graph) as path:
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            network = builder.create_network(flags)
+            assert trt.OnnxParser(network, logger).parse_from_file(str(path))
+            table = mark_stripped(network, path)
+            assert all(network.are_weights_marked_refittable(name) for name in table)
+            # What the network holds under those names is what the table points to.
+            held = set()
+            for i in range(network.num_layers):
+                layer = network.get_layer(i)
+                if layer.type == trt.LayerType.CONSTANT:
+                    layer.__class__ = trt.IConstantLayer
+                    held.add((layer.name, layer.weights.tobytes()))
+            for name, entry, content in map_constants(path.parent, table):
+                assert (name, content.tobytes()) in held
+                dtype = getattr(trt.DataType, _TRT_DTYPES[entry.dtype])
+                weights = trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
+                assert weights.nbytes == content.nbytes
+                assert weights.numpy().tobytes() == content.tobytes()
+            assert bool(table) == (graph.name != "evict")
+            unknown = path.with_name("other.onnx")
+            unknown.write_bytes(path.read_bytes().replace(b".ffn.0.weight", b".ffn.9.weight"))
+            if graph.name == "step":
+                with pytest.raises(ForcingKvError, match=r"ffn\.9\.weight.*without --strip"):
+                    mark_stripped(network, unknown)
+
+
 POLICIES = {
     "published": CachePolicy(),
     "no sink, unequal": CachePolicy(num_sink_frames=0, num_temporal_frames=2, last_warmup_chunk=0),
@@ -169,6 +254,10 @@ def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
         ({"backend": "tensorrt", "target": "sm90"}, "takes no --target"),
         ({"backend": "tensorrt-rtx", "version_compatible": True}, "--version-compatible"),
         ({"backend": "tensorrt-rtx", "frontend": "torch-tensorrt"}, "--frontend"),
+        (
+            {"backend": "tensorrt", "frontend": "torch-tensorrt", "strip_weights": True},
+            "leave out --strip-weights",
+        ),
         ({"backend": "tensorrt", "optimization_level": 6}, "0 to 5"),
         ({"backend": "tensorrt", "workspace_gb": 0.0}, "positive"),
         ({"backend": "openvino"}, "allowed are"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from host_cuda import HostCuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from forcing_kv.export.cost_model import (
 )
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.devices import DEVICES, find_device
+from forcing_kv.export.inductor_package import tensor_info
 from forcing_kv.export.memory_model import (
     MemoryCost,
     buffer_nbytes,
@@ -28,9 +30,12 @@ from forcing_kv.export.memory_model import (
     weight_counts,
 )
 from forcing_kv.export.presets import PRESETS, WAN_1_3B, WAN_14B
+from forcing_kv.runtime_trt.buffers import BufferSpec
+from forcing_kv.runtime_trt.chunk_resources import ChunkResources
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 
 PERCENT = 0.01
@@ -126,21 +131,29 @@ def test_known_bounds_of_the_frame_rate():
     assert 96 <= fps_bound(config, parts, device) <= 100
 
 
-def port_nbytes(config):
-    """Bytes of every input and output of the graphs, by name, from the tensors that trace them."""
+def graph_infos(config):
+    """Inputs and outputs of the graphs, from the tensors that trace them."""
     model = CausalWanModel(config.model).cast_(getattr(torch, config.dtype))
-    sizes = {}
-    for source in graph_sources(model, config):
-        flat = []
-        for argument in source.arguments:
-            flat += argument if isinstance(argument, list) else [argument]
-        outputs = source.module(*source.arguments)
-        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            flat += output if isinstance(output, list) else [output]
-        names = (*source.input_names, *source.output_names)
-        for name, tensor in zip(names, flat, strict=True):
-            sizes[name] = tensor.numel() * tensor.element_size()
-    return sizes
+    infos = {}
+    with torch.no_grad():
+        for source in graph_sources(model, config):
+            inputs = torch.utils._pytree.tree_leaves(source.arguments)
+            outputs = torch.utils._pytree.tree_leaves(source.module(*source.arguments))
+            infos[source.name] = GraphInfo(
+                "", "",
+                tuple(map(tensor_info, source.input_names, inputs)),
+                tuple(map(tensor_info, source.output_names, outputs)),
+            )  # fmt: skip
+    return infos
+
+
+def port_nbytes(config):
+    """Bytes of every input and output of the graphs, by name."""
+    return {
+        info.name: BufferSpec(info.name, info.shape, info.dtype).nbytes
+        for graph in graph_infos(config).values()
+        for info in (*graph.inputs, *graph.outputs)
+    }
 
 
 @settings(max_examples=25)
@@ -148,8 +161,7 @@ def port_nbytes(config):
 def test_buffers_are_those_of_the_graphs(data, configs):
     config = data.draw(configs(SMALL, (4, 4)), "config")
     config = replace(config, dtype=data.draw(st.sampled_from(["float32", "bfloat16"]), "dtype"))
-    with torch.no_grad():
-        found = port_nbytes(config)
+    found = port_nbytes(config)
     predicted = buffer_nbytes(config)
     kinds = {
         "hist": [f"K/V {kind}" for kind in ("uncompressed", "static", "dynamic")],
@@ -161,6 +173,39 @@ def test_buffers_are_those_of_the_graphs(data, configs):
         names = [name for name in found if name.startswith((f"{prefix}_k.", f"{prefix}_v."))]
         assert sum(found.pop(name) for name in names) == sum(predicted.pop(key) for key in keys)
     assert predicted == {"inputs and outputs": sum(found.values())}
+
+
+POLICIES = {
+    **{name: PRESETS[name].policy for name in ("self-forcing-1.3b", "longlive-1.3b", "krea-14b")},
+    "krea-14b, steady warm-up": replace(PRESETS["krea-14b"].policy, warmup="steady"),
+    "dense, 21 frames": CachePolicy.dense(21, 3),
+    "dense, 12 frames and a sink": CachePolicy.dense(12, 3, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_session_allocates_what_is_predicted(policy, dtype):
+    """The runtime's own allocation, on the double of the CUDA calls."""
+    partition = HeadPartition(3, ((0,), (2,), (0, 1)))
+    schedule = PRESETS["self-forcing-1.3b"].schedule
+    config = RolloutConfig(SMALL, ChunkShape(3, 8, 12), policy, partition, schedule, dtype)
+    allocated = []
+
+    class Counting(HostCuda):
+        def malloc(self, nbytes):
+            allocated.append(nbytes)
+            return super().malloc(nbytes)
+
+    resources = ChunkResources(Counting(), config, graph_infos(config), 0, lambda: None)
+    specs = resources.memory.plan.specs.values()
+    resources.close()
+    cost = MemoryCost.of(config)
+    padding = sum(spec.padded_nbytes - spec.nbytes for spec in specs)
+    assert sum(allocated) == sum(cost.buffers.values()) + cost.copies + padding
+    assert padding < 256 * len(specs)
+    pools = [spec.nbytes for spec in specs if spec.name.startswith(("hist_k.", "hist_v."))]
+    assert sum(pools) == config.nbytes_kv
 
 
 @settings(max_examples=60)

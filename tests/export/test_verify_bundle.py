@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 
 from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle_weights import read_bundle_weights
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.verify_bundle import verify_bundle
 from forcing_kv.runtime_trt.backends import open_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
 
 
-def exported(folder, dtype):
+def exported(folder, dtype, *, equal=False):
+    """A random model; `equal`: with biases and norms as they are initialised, and equal layers."""
     import torch
 
     torch.manual_seed(0)
@@ -25,9 +28,12 @@ def exported(folder, dtype):
         Schedule((1000, 500)), dtype,
     )  # fmt: skip
     model = CausalWanModel(shape).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.02 * torch.randn_like(parameter))
-    export_bundle(model, config, folder, BundleLabels("tiny"), consume=True)
+    if equal:
+        model.blocks[1].load_state_dict(model.blocks[0].state_dict())
+    else:
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    export_bundle(model, config, folder, BundleLabels("tiny"))
     return folder
 
 
@@ -44,6 +50,19 @@ def test_onnxruntime_passes(tmp_path, dtype):
     # In 16 bits eager itself may select otherwise than float32, which ends the lockstep run.
     assert {"dyn_k.1", "scores"} <= names or report.notes
     assert len(report.rollout) == 5
+    backend.close()
+
+
+def test_equal_parameters_are_stored_once_and_read_back_each(tmp_path):
+    bundle = exported(tmp_path / "bundle", "float32", equal=True)
+    weights = read_bundle_weights(bundle, read_manifest(bundle))
+    left, right = (block.ffn.state_dict() for block in weights.model.blocks)
+    assert all(left[name].equal(right[name]) for name in left)
+    places = [weights.entries[f"blocks.{layer}.ffn.0.weight"].pieces for layer in (0, 1)]
+    assert places[0] == places[1]
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    report = verify_bundle(bundle, backend)
+    assert report.passed, report
     backend.close()
 
 

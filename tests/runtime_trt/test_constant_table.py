@@ -6,6 +6,7 @@ import pytest
 from forcing_kv.runtime_trt.constant_table import (
     ConstantEntry,
     Piece,
+    map_constants,
     read_constants,
     read_table,
     write_table,
@@ -25,11 +26,22 @@ def test_pieces_follow_one_another(tmp_path):
     np.testing.assert_array_equal(content, [2, 3, 4, 5, 100, 101])
 
 
+def test_one_piece_is_mapped_without_a_copy(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(range(10)))
+    entry = ConstantEntry((3,), "int8", (Piece("a.bin", 2, 3),))
+    ((name, found, content),) = map_constants(tmp_path, {"w": entry})
+    assert (name, found) == ("w", entry)
+    np.testing.assert_array_equal(content, [2, 3, 4])
+    assert not content.flags.owndata
+
+
 def test_a_short_file_is_named(tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(10))
     table = {"w": ConstantEntry((8,), "int8", (Piece("a.bin", 4, 8),))}
     with pytest.raises(BundleError, match=r"a\.bin: 10 bytes, but constant w ends at 12"):
         list(read_constants(tmp_path, table))
+    with pytest.raises(BundleError, match=r"a\.bin: 10 bytes, but constant w ends at 12"):
+        list(map_constants(tmp_path, table))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"w": {}}'])

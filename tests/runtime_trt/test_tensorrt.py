@@ -1,18 +1,22 @@
 """Opening and running TensorRT engines, with stand-ins for CUDA and for TensorRT."""
 
 import gc
+import hashlib
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import PurePath
 
 import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda
 
+from forcing_kv.export.stripped_weights import shared_weights, write_stripped
 from forcing_kv.runtime_trt import cuda as cuda_module
 from forcing_kv.runtime_trt.backends import choose_backend, open_backend
 from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
+from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
 from forcing_kv.runtime_trt.session import Session
@@ -31,7 +35,18 @@ class Deployment:
     def record(self, *, sm=89, version="11.4.0.106", options=None, **plan_changes):
         """Write plans and add their record to the manifest, as `fkv build` does."""
         folder = f"engines/tensorrt-sm{sm}"
-        paths = self.trt.write_plans(self.bundle / folder, **plan_changes)
+        tables = self.weight_tables() if (options or {}).get("strip_weights") else {}
+        stripped = {
+            graph: {
+                name: hashlib.sha256(content).hexdigest()
+                for name, _, content in read_constants(self.bundle, table)
+            }
+            for graph, table in tables.items()
+        }
+        paths = self.trt.write_plans(self.bundle / folder, stripped, **plan_changes)
+        for graph, table in tables.items():
+            path = paths[f"{graph} weights"] = self.bundle / folder / f"{graph}.weights.json"
+            write_table(path, table)
         files = {f"{folder}/{path.name}": sha256_of(path) for path in paths.values()}
         manifest = read_manifest(self.bundle)
         graphs = {
@@ -50,6 +65,15 @@ class Deployment:
         content["engines"].append(record)
         path.write_text(json.dumps(content))
         return paths
+
+    def weight_tables(self):
+        """By graph, where its large weights lie."""
+        tables = {}
+        for name, info in read_manifest(self.bundle).graphs.items():
+            table = shared_weights(self.bundle / info.file)
+            write_stripped(self.bundle / "table.json", table, PurePath("graphs"))
+            tables[name] = read_table(self.bundle / "table.json")
+        return tables
 
     def open(self, name="tensorrt", **options):
         manifest = read_manifest(self.bundle)
@@ -108,6 +132,47 @@ def test_own_engine_before_a_compatible_one(deployment):
     backend = deployment.open()
     assert backend.engine._plans.record.sm == 89
     backend.close()
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-lean"])
+def test_a_stripped_engine_gets_the_weights_of_the_bundle(deployment, prompts, name):
+    deployment.record(options={"strip_weights": True, "version_compatible": True})
+    with Session(deployment.open(name)) as session:
+        assert any(engine.stripped for engine in deployment.trt.live)
+        session.set_prompt(prompts(0))
+        session.generate_chunk()
+
+
+@pytest.mark.parametrize("fault", ["refused", "unknown", "altered table"])
+def test_a_stripped_engine_that_does_not_fit_is_refused(deployment, fault):
+    paths = deployment.record(options={"strip_weights": True})
+    message = r"the bundle's weights do not fit .*`fkv build .*--strip-weights`"
+    if fault == "refused":
+        deployment.trt.refuse = "weights"
+    elif fault == "unknown":
+        content = json.loads(paths["step"].read_text())
+        content["stripped"]["model.unheard_of"] = "0" * 64
+        paths["step"].write_text(json.dumps(content))
+        renew_hashes(deployment.bundle)
+        message = r"1 weights are missing, such as \['model\.unheard_of'\]"
+    else:
+        paths["step weights"].write_text("{}")
+        message = r"step\.weights\.json: altered since it was built"
+    with pytest.raises(BundleError, match=message):
+        deployment.open()
+    gc.collect()
+    assert not deployment.trt.live
+
+
+def renew_hashes(bundle):
+    """Make the manifest's record of the engine fit the files as they are."""
+    path = bundle / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    (record,) = content["engines"]
+    record["files"] = {file: sha256_of(bundle / file) for file in record["files"]}
+    for graph in record["graphs"].values():
+        graph["sha256"] = record["files"][graph["file"]]
+    path.write_text(json.dumps(content))
 
 
 REFUSALS = {
