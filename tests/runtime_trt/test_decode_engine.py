@@ -73,11 +73,15 @@ def test_a_stream_equals_the_whole_clip_on_onnx_runtime(decoders, kind, use_grap
         # Videos of even and odd lengths: the next one begins whichever set holds the state.
         for seed, num_frames in ((0, 7), (1, 4), (2, 1), (3, 6)):
             latents = decoders.latents(seed, num_frames)
-            wanted = decoders.reference(kind).decode(latents)
+            reference = decoders.reference(kind)
+            wanted = reference.decode(latents)
             parts = [latents[:3], latents[3:4], latents[4:]]
             found = [decoder.decode(part) for part in parts if len(part)]
             np.testing.assert_array_equal(np.concatenate(found), wanted)
             assert np.isfinite(wanted).all()
+            states = decoder.read_state()
+            for name, state in reference.read_state().items():
+                np.testing.assert_array_equal(states[name], state)
             decoder.reset()
     assert not cuda.live
 
