@@ -54,12 +54,11 @@ def draw_policies(path: Path, record: Mapping[str, Any]) -> None:
         zorder=2,
     )
     axes.step(*_places(best), where="post", color="0.6", linewidth=1, zorder=1)
-    # A label above its point and one below the next do not meet on a rising curve.
+    # Above and left of a rising curve there are no other points.
     for number, place in enumerate(zip(*_places(best), strict=True), start=1):
-        above = number % 2 == 1
         axes.annotate(
-            str(number), place, xytext=(-7, 6) if above else (7, -6), textcoords="offset points",
-            ha="center", va="center", fontsize=8, fontweight="bold",
+            str(number), place, xytext=(-7, 7), textcoords="offset points", ha="center",
+            va="center", fontsize=8, fontweight="bold",
         )  # fmt: skip
     axes.axvline(record["dense"]["nbytes_kv"] / _MB, color="firebrick", linestyle="--")
     axes.set_xlabel("K/V cache, MB (dashed: dense)")

@@ -135,6 +135,8 @@ class PolicySearch:
     def candidates(self) -> list[Candidate]:
         """Every combination that can run, once; the others are named in `skipped`.
 
+        Of combinations that keep the same rows, the first is taken.
+
         Raises:
             InputError: no combination can run.
         """
@@ -149,7 +151,7 @@ class PolicySearch:
             except InputError as error:
                 self.skipped.append(f"threshold {threshold}, {changes}: {error}")
                 continue
-            found.setdefault(config, Candidate(threshold, config))
+            found.setdefault(_meaning(config), Candidate(threshold, config))
         if not found:
             raise InputError(
                 f"no combination of the grid can run; the first: {self.skipped[0]}; change the grid"
@@ -219,6 +221,18 @@ class PolicySearch:
             config.nbytes_kv,
             fps_bound(config, parts, self.device),
         )
+
+
+def _meaning(config: RolloutConfig) -> RolloutConfig:
+    """The configuration, without what makes no difference to the rows that it keeps."""
+    policy, partition = config.policy, config.partition
+    temporal = policy.num_temporal_frames
+    if not any(partition.static_heads):
+        # Then the frames of static heads only widen the warm-up and layer 0.
+        policy = replace(policy, num_static_frames=max(policy.num_static_frames, temporal))
+    if policy.num_dynamic_frames == 0 and policy.num_static_frames == temporal:
+        partition = HeadPartition.uniform(config.model.num_layers, partition.num_heads, static=True)
+    return replace(config, policy=policy, partition=partition)
 
 
 def latent_psnr(found: Float32, wanted: Float32, whole: Float32 | None = None) -> float:

@@ -89,7 +89,8 @@ _PRESETS = (
         "Causal Forcing, chunk-wise (Wan2.1-T2V-1.3B)",
         WAN_1_3B,
         weights="plain",
-        download=f"{_HUB} zhuhz22/Causal-Forcing chunkwise/causal_forcing.pt --local-dir .",
+        download=f"{_HUB} zhuhz22/Causal-Forcing chunkwise/causal_forcing.pt "
+        "--local-dir checkpoints",
     ),
     # configs/self_forcing_server_14b.yaml of krea-ai/realtime-video: five values, not warped; its
     # server attends to 3 cached frames and the chunk's own.
@@ -107,7 +108,7 @@ _PRESETS = (
         ),
         dense_window=6,
         download=f"{_HUB} krea/krea-realtime-video krea-realtime-video-14b.safetensors "
-        "--local-dir .",
+        "--local-dir checkpoints",
     ),
     # TrailingSamplingTimesteps(T=1000, shift=5) of RAVEN rounds to whole timesteps, and its noise
     # level is t / T.

@@ -66,6 +66,12 @@ def test_every_preset_has_a_page():
     assert [name for name in presets.PRESETS if name not in named] == []
 
 
+def test_every_preset_names_the_download_of_its_page():
+    """What `fkv export --model NAME` says without a checkpoint."""
+    pages = " ".join(page.read_text() for page in PAGES.glob("*.md"))
+    assert [p.name for p in presets.PRESETS.values() if p.download not in pages] == []
+
+
 def write_checkpoint(page: str) -> None:
     """The page's checkpoint, in the current folder, as its project distributes it."""
     torch.manual_seed(0)

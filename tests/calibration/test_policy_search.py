@@ -69,6 +69,26 @@ def test_grid_is_tried_once_and_what_cannot_run_is_named(search):
         replace(search, grid=PolicyGrid((0.5,), (1,), (3,))).candidates()
 
 
+def test_combinations_that_keep_the_same_rows_are_tried_once(search):
+    """Without static heads S counts only above T_d; where both are equal, so are the heads."""
+    grid = PolicyGrid((0.95, 0.5), (0, 1), (2,), (1, 2, 3), (2,))
+    found = replace(search, grid=grid, skipped=[])
+    labels = [candidate.label for candidate in found.candidates()]
+    assert labels == [
+        "t0.95 S1 T2 B0", "t0.95 S3 T2 B0", "t0.95 S1 T2 B1 P2", "t0.95 S3 T2 B1 P2",
+        "t0.5 S1 T2 B0", "t0.5 S3 T2 B0",
+        "t0.5 S1 T2 B1 P2", "t0.5 S2 T2 B1 P2", "t0.5 S3 T2 B1 P2",
+    ]  # fmt: skip
+    same = [
+        replace(search.dense, policy=replace(search.base, num_static_frames=frames,
+                num_temporal_frames=2), partition=HeadPartition.uniform(2, 2, static=False))
+        for frames in (1, 2)
+    ]  # fmt: skip
+    first, second = search.run([Candidate(None, config) for config in same])
+    assert first.psnr_by_chunk == second.psnr_by_chunk
+    assert first.nbytes_kv == second.nbytes_kv
+
+
 def test_a_policy_that_keeps_everything_equals_dense(search):
     """And one that keeps little does not; a search reports both with their bytes."""
     whole = Candidate(None, replace(search.dense, policy=CachePolicy.dense(9, 3)))
