@@ -82,6 +82,40 @@ def test_unknown_operator_of_a_tactic():
         triton_bodies({"attention": "64x64"})
 
 
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="needs the Python package triton"
+)
+@pytest.mark.parametrize(("named", "wanted"), [({}, 2), ({"qk_norm_rope": "rows4"}, 4)])
+def test_body_launches_the_named_or_the_measured_tactic(named, wanted, monkeypatch):
+    from forcing_kv.plugins import triton_run
+    from forcing_kv.plugins.compiler_bodies import _triton_operator, triton_bodies
+    from forcing_kv.plugins.registry import QK_NORM_ROPE
+
+    kernel = op_module(QK_NORM_ROPE, "kernel")
+    measured = next(tactic for tactic in kernel.TACTICS if tactic.name == "rows2")
+    monkeypatch.setattr(triton_run, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(triton_run, "tactic_for", lambda *_: measured)
+    launched = []
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append((arguments, constants))
+
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda _: Launcher())
+    _triton_operator.cache_clear()
+    body = triton_bodies(named)[torch.ops.forcing_kv.qk_norm_rope.default]
+    _triton_operator.cache_clear()
+    *_, case = (case for case in CASES if case.spec is QK_NORM_ROPE)
+    inputs = case.build(torch.float16)
+    apart = torch.cat((*inputs[:2], inputs[0]), dim=1)
+    inputs[:2] = apart.chunk(3, dim=1)[:2]
+    body._init_fn(*inputs, *case.arguments)
+    ((arguments, constants),) = launched
+    assert constants["ROWS"] == wanted
+    assert constants["Q_STRIDE"] == constants["K_STRIDE"] == apart.shape[1]
+    assert arguments[0] is inputs[0]
+
+
 class _H200:
     """What Triton asks of a driver when PyTorch has a kernel's memory accesses analysed."""
 
