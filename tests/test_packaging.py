@@ -17,7 +17,7 @@ from forcing_kv.tools.cli import COMMANDS
 
 FOLDERS = ("calibration", "export", "plugins", "runtime_trt", "tools")
 
-NEEDS_DEVICE_PACKAGES = ("chain_kernel", "kernel")
+NEEDS_DEVICE_PACKAGES = ("chain_kernel", "kernel", "split", "tile")
 """Last names of the modules that may need Triton to import: those that define kernels."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
