@@ -13,7 +13,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import CASES, OpCase
@@ -44,6 +43,8 @@ def check_kernels(budget_s: float) -> Iterator[KernelCheck]:
     Yields:
         A verdict for each; tactics that need more shared memory than the device has are left out.
     """
+    from triton.runtime.errors import OutOfResources
+
     start = perf_counter()
     for case, dtype, tactic in _in_order():
         if perf_counter() - start > budget_s:

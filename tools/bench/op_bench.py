@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import OpCase
@@ -98,6 +97,8 @@ class OpBench:
     def _tactic_rows(
         self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
     ) -> Iterator[tuple[Row, Tactic]]:
+        from triton.runtime.errors import OutOfResources
+
         spec = case.spec
         for tactic in op_module(spec, "kernel").TACTICS:
             outputs = empty_outputs(spec, inputs, case.attributes)
