@@ -191,6 +191,7 @@ def bench_suite(
 ) -> None:
     """Measure everything, most important first; skips what the file already holds."""
     from forcing_kv.tools.bench.rows import read_rows
+    from forcing_kv.tools.bench.run import require_device
     from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
     from forcing_kv.tools.bench.suite_items import predict, suite_items
 
@@ -203,6 +204,7 @@ def bench_suite(
             when = f"  predicted {predicted_s:4.0f} s, all {total:5.0f} s"
             talk(item.name + (when if device == "cuda" else ""))
         return
+    require_device(device)
     # Ends like Ctrl-C does: the running item's processes with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]

@@ -78,13 +78,25 @@ def run(request: BenchRequest) -> Iterator[Row]:
 
 
 def _prepare(request: BenchRequest) -> None:
-    if request.device not in ("cpu", "cuda"):
-        raise InputError(f"--device is {request.device!r}; give cpu or cuda")
+    require_device(request.device)
+    if request.device == "cpu":
+        import torch
+
+        torch.set_num_threads(request.threads)
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        InputError: neither cpu nor cuda.
+        BackendUnavailableError: no CUDA device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {device!r}; give cpu or cuda")
     import torch
 
-    if request.device == "cpu":
-        torch.set_num_threads(request.threads)
-    elif not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             "PyTorch finds no CUDA device here; give --device cpu --model digits to try the "
             "benchmark on the small model"

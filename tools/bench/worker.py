@@ -85,9 +85,11 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
     from forcing_kv.tools.bench.op_bench import OpBench
 
     bench = OpBench(item.dtype, warmup=5, iterations=30, commit=commit)
-    yield from bench.rows(workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size]))
     folder.mkdir(parents=True, exist_ok=True)
-    tuning.update_table(bench.tuned, folder / TACTICS)
+    for row in bench.rows(workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])):
+        yield row
+        # After every row, for the item may be stopped before its end.
+        tuning.update_table(bench.tuned, folder / TACTICS)
     chosen = {tuned.op: [tuned.tactic, tuned.median_ms] for tuned in bench.tuned}
     yield replace(_blank(item, "tactics", commit), metrics=chosen)
 

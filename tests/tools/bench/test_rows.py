@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench import suite
 from forcing_kv.tools.bench.report import cells, latest, write_report
 from forcing_kv.tools.bench.roofline import step_work
@@ -14,6 +16,7 @@ from forcing_kv.tools.bench.statistics import latency
 from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
 from forcing_kv.tools.bench.suite_items import SuiteItem, predict, suite_items
 from forcing_kv.tools.bench.workloads import mean_attended_frames, workload
+from forcing_kv.tools.cli import COMMANDS, build_app
 
 
 def test_rows_come_back(tmp_path, row):
@@ -75,6 +78,16 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
     item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
     assert "not finished after 0 s" in found.error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_suite_without_a_gpu_can_only_be_looked_at(tmp_path):
+    arguments = ["bench", "suite", "--out", str(tmp_path / "rows.jsonl")]
+    result = CliRunner().invoke(build_app(COMMANDS), [*arguments, "--dry-run"])
+    assert result.exit_code == 0
+    assert "480p/ops  predicted   80 s" in result.output
+    result = CliRunner().invoke(build_app(COMMANDS), arguments)
+    assert isinstance(result.exception, BackendUnavailableError)
 
 
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
