@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
@@ -138,7 +139,7 @@ class GraphDecodeRunner(DecodeRunner):
             self._captured[graph, current] = capture(
                 self._cuda,
                 self._stream,
-                lambda graph=graph, current=current: self._enqueue(graph, current),  # type: ignore[misc]
+                partial(self._enqueue, graph, current),
                 self._engine.capturing(self._stream),
                 self.memory.base,
             )

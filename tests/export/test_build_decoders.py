@@ -163,7 +163,9 @@ def test_inductor_decodes_what_onnx_runtime_does(plain_bundle, files, tmp_path, 
 
     # Its own files and those of the bundle are checked, each on its own.
     (package,) = (bundle / record["decoders"]["vae"]["folder"]).glob("*.pt2")
-    package.write_bytes(package.read_bytes()[:-1] + b"\0")
+    content = bytearray(package.read_bytes())
+    content[len(content) // 2] ^= 1
+    package.write_bytes(content)
     with pytest.raises(BundleError, match=r"vae/package\.pt2: missing or altered"):
         VideoDecoder.open(bundle, manifest, "vae", "inductor")
     VideoDecoder.open(bundle, manifest, "tae", "inductor").close()
