@@ -213,9 +213,10 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
 
 def _show(record: Mapping[str, Any]) -> None:
     """Print the partition, a row a layer, and how stable it is."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layer", "static", "dynamic", "heads (S static)", "score from", "to")
+    heads = Column("heads (S static)", overflow="fold")
+    table = Table("layer", "static", "dynamic", heads, "score from", "to")
     for layer, scores in zip(record["layers"], record["scores"], strict=True):
         static = set(layer["static_head"])
         table.add_row(

@@ -146,6 +146,11 @@ def read_tensor_file(path: Path) -> Mapping[str, Any]:
     except Exception as error:
         # The first sentence: PyTorch goes on to advise loading the file without its safeguard.
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        if "unable to mmap" in reason:
+            raise InputError(
+                f"{path}: cannot be mapped ({reason}); a {path.suffix} file has to fit into the "
+                "memory, save it as .safetensors, which does not"
+            ) from error
         raise InputError(
             f"{path}: cannot be read as a checkpoint ({reason}); it may be truncated or hold more "
             "than tensors: download it again and compare its size and checksum"

@@ -275,6 +275,18 @@ def test_mapped_safetensors_are_what_the_library_reads(tmp_path):
         load_state_dict(path)
 
 
+def test_a_pt_file_larger_than_the_memory(tmp_path, weights, monkeypatch):
+    """PyTorch maps privately and writable, which Linux refuses beyond the memory."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 57 bytes from file <x>: Cannot allocate memory (12)")
+
+    file = raven(tmp_path, weights)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(InputError, match=r"fit into the memory, save it as \.safetensors"):
+        load_state_dict(file)
+
+
 @pytest.mark.parametrize("write", [krea, raven])
 def test_truncated_file(tmp_path, weights, write):
     file = write(tmp_path, weights)
