@@ -19,6 +19,24 @@ from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """A chunk that the backend works on."""
+
+    plan: ChunkPlan
+    request: ChunkRequest
+    pending: PendingChunk
+
+    def is_of(self, request: ChunkRequest) -> bool:
+        """Whether `request` asks for this very chunk: same noise, same wishes."""
+        return self.request.keep_x0 == request.keep_x0 and all(
+            np.array_equal(mine, theirs)
+            for mine, theirs in (
+                (self.request.noise, request.noise), (self.request.eps, request.eps)
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One generated chunk."""
 
@@ -52,6 +70,8 @@ class Session:
         self._closed = False
         self._failed = False
         self._recent: list[PendingChunk] = []
+        self._ahead: _Begun | None = None
+        """Begun by a stream that was abandoned before it handed the chunk out."""
 
     @classmethod
     def open(
@@ -154,17 +174,21 @@ class Session:
             eps: [n - 1, F, C, h, w] re-noise; drawn from `seed` if None.
             seed: key of the noise generator.
             keep_x0: return x0 of every denoise step too.
+
+        Raises:
+            InputError: wrong input, or other noise than that of a chunk which an abandoned
+                `stream(run_ahead=True)` has begun.
         """
-        return self._finish(*self._begin(noise, eps, seed, keep_x0))
+        return self._finish(self._begin(noise, eps, seed, keep_x0))
 
     def _begin(
         self, noise: ArrayLike | None, eps: ArrayLike | None, seed: int, keep_x0: bool = False
-    ) -> tuple[ChunkPlan, PendingChunk]:
-        """Hand the next chunk to the backend."""
+    ) -> _Begun:
+        """Hand the next chunk to the backend, or take the one that it was handed before."""
         self._require_usable()
         if not self._has_prompt:
             raise InputError("no prompt is set; call set_prompt(prompt_embeds) first")
-        index = self._timeline.next_chunk
+        index = self._timeline.next_chunk if self._ahead is None else self._ahead.plan.index
         shape = self.config.latent_shape
         draws = self.config.schedule.num_steps - 1
         if noise is None:
@@ -175,21 +199,31 @@ class Session:
                 eps[draw] = draw_noise(seed, index, draw + 1, shape)
         request_noise = _checked("noise", noise, shape)
         request_eps = _checked("eps", eps, (draws, *shape))
+        if self._ahead is not None:
+            begun = self._ahead
+            if not begun.is_of(ChunkRequest(begun.plan, request_noise, request_eps, keep_x0)):
+                raise InputError(
+                    f"chunk {index} was begun by stream(run_ahead=True) with other noise, another "
+                    "seed or without keep_x0; ask for it as that stream did, or call reset"
+                )
+            self._ahead = None
+            return begun
         plan = self._timeline.advance()
         self._failed = True
-        pending = self._backend.submit(ChunkRequest(plan, request_noise, request_eps, keep_x0))
+        request = ChunkRequest(plan, request_noise, request_eps, keep_x0)
+        pending = self._backend.submit(request)
         self._failed = False
         self._remember(pending)
-        return plan, pending
+        return _Begun(plan, request, pending)
 
-    def _finish(self, plan: ChunkPlan, pending: PendingChunk) -> Chunk:
+    def _finish(self, begun: _Begun) -> Chunk:
         """Wait for a chunk."""
         self._require_open()
         self._failed = True
-        result = pending.result()
+        result = begun.pending.result()
         self._failed = False
         return Chunk(
-            plan.index,
+            begun.plan.index,
             result.latents,
             result.timings_ms,
             result.scores,
@@ -215,7 +249,8 @@ class Session:
             eps: [num_chunks, n - 1, F, C, h, w] explicit re-noise.
             run_ahead: begin the next chunk before this one is handed out, so that a device computes
                 while the caller works and results are copied out meanwhile. A prompt switch then
-                takes effect one chunk later. The chunks are the same.
+                takes effect one chunk later. The chunks are the same. If the stream is abandoned,
+                the next call hands out the chunk that it had begun.
 
         Yields:
             Each chunk as soon as it is ready.
@@ -229,19 +264,22 @@ class Session:
                     f"explicit noise is for {len(array)} chunks but num_chunks is {num_chunks}; "
                     "give one row a chunk"
                 )
-        running: tuple[ChunkPlan, PendingChunk] | None = None
-        for i in itertools.count() if num_chunks is None else range(num_chunks):
-            chunk_noise = None if noise is None else np.asarray(noise)[i]
-            chunk_eps = None if eps is None else np.asarray(eps)[i]
-            begun = self._begin(chunk_noise, chunk_eps, seed)
-            if not run_ahead:
-                yield self._finish(*begun)
-                continue
+        running: _Begun | None = None
+        try:
+            for i in itertools.count() if num_chunks is None else range(num_chunks):
+                chunk_noise = None if noise is None else np.asarray(noise)[i]
+                chunk_eps = None if eps is None else np.asarray(eps)[i]
+                ready, running = running, self._begin(chunk_noise, chunk_eps, seed)
+                if not run_ahead:
+                    ready, running = running, None
+                if ready is not None:
+                    yield self._finish(ready)
             if running is not None:
-                yield self._finish(*running)
-            running = begun
-        if running is not None:
-            yield self._finish(*running)
+                ready, running = running, None
+                yield self._finish(ready)
+        finally:
+            if running is not None and self._recent[-1:] == [running.pending]:
+                self._ahead = running
 
     def sibling(self) -> Session:
         """Another session, of another video, on the same loaded weights.
@@ -259,6 +297,7 @@ class Session:
         self._require_open()
         self._timeline.reset()
         self._recent.clear()
+        self._ahead = None
         self._has_prompt = False
         self._failed = False
 

@@ -84,6 +84,43 @@ def test_chunk_by_chunk_and_run_ahead_are_the_same_video(started, prompts):
         assert np.array_equal(video(make()), first)
 
 
+@pytest.mark.parametrize("resume", ["chunk by chunk", "stream", "run ahead"])
+@pytest.mark.parametrize("num_taken", [1, 2, 4])
+def test_an_abandoned_stream_hands_its_last_chunk_to_the_next_call(
+    started, prompts, resume, num_taken
+):
+    whole = list(started.stream(5, seed=5))
+    started.reset()
+    started.set_prompt(prompts(0))
+    stream = started.stream(5, seed=5, run_ahead=True)
+    taken = list(itertools.islice(stream, num_taken))
+    stream.close()
+    left = 5 - num_taken
+    if resume == "chunk by chunk":
+        taken += [started.generate_chunk(seed=5) for _ in range(left)]
+    else:
+        taken += started.stream(left, seed=5, run_ahead=resume == "run ahead")
+    assert [chunk.index for chunk in taken] == [0, 1, 2, 3, 4]
+    assert np.array_equal(video(taken), video(whole))
+
+
+def test_a_chunk_that_was_begun_has_its_noise(started, prompts):
+    next(iter(stream := started.stream(seed=5, run_ahead=True)))
+    stream.close()
+    for other in ({"seed": 6}, {"seed": 5, "keep_x0": True}):
+        with pytest.raises(InputError, match=r"chunk 1 was begun by stream\(run_ahead=True\)"):
+            started.generate_chunk(**other)
+    started.switch_prompt(prompts(1))  # After the chunk that was begun, as while streaming.
+    assert started.generate_chunk(seed=5).index == 1
+    assert started.generate_chunk(seed=6).index == 2
+    stream = started.stream(seed=5, run_ahead=True)
+    next(stream)
+    started.reset()
+    stream.close()
+    started.set_prompt(prompts(0))
+    assert started.generate_chunk(seed=7).index == 0
+
+
 def test_explicit_noise(started, prompts, tiny_config):
     random = np.random.default_rng(0)
     noise = random.standard_normal((3, *tiny_config.latent_shape))
