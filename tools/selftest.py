@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
-from forcing_kv.runtime_trt.errors import ForcingKvError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.version import project_version
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ PACKAGES = (
     "onnx", "onnxruntime", "numpy",
 )  # fmt: skip
 NUM_CHUNKS = 6
+BACKENDS = ("tensorrt", "tensorrt-rtx", "inductor", "onnxruntime")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass
@@ -44,15 +47,20 @@ def selftest(
         str, typer.Option(help="tensorrt, tensorrt-rtx, inductor or onnxruntime.")
     ] = "tensorrt",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    device: Annotated[
+        str, typer.Option(help="inductor: cuda or cpu, the one of this machine.")
+    ] = "cuda",
     keep: Annotated[Path | None, typer.Option(help="Keep the bundle in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export, build, run and verify a small random model; prints a report to paste in an issue."""
+    check_choices(backend, dtype, device)
     with tempfile.TemporaryDirectory(prefix="fkv-selftest-") as folder:
-        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype)
+        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype, device)
     passed = all(stage.passed for stage in stages)
     report = {
-        "backend": backend, "dtype": dtype, "passed": passed,
+        "backend": backend, "dtype": dtype, "device": used_device(backend, device),
+        "passed": passed,
         "stages": [asdict(stage) for stage in stages],
     }  # fmt: skip
     if as_json:
@@ -63,18 +71,43 @@ def selftest(
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
-def run_stages(bundle: Path, backend: str, dtype: str) -> list[Stage]:
+def check_choices(backend: str, dtype: str, device: str) -> None:
+    """Refuse what cannot be tested, before anything is exported.
+
+    Raises:
+        InputError: an option is unknown, or does not fit the backend.
+    """
+    for option, value, allowed in (
+        ("--backend", backend, BACKENDS),
+        ("--dtype", dtype, DTYPES),
+        ("--device", device, ("cuda", "cpu")),
+    ):
+        if value not in allowed:
+            raise InputError(f"{option} is {value!r}; allowed are {', '.join(allowed)}")
+    if device == "cpu" and backend.startswith("tensorrt"):
+        raise InputError(f"--backend {backend} runs on a GPU alone; leave out --device cpu")
+
+
+def used_device(backend: str, device: str) -> str:
+    """Where a backend runs: ONNX Runtime on the CPU, the others where they are told."""
+    return "cpu" if backend == "onnxruntime" else device
+
+
+def run_stages(bundle: Path, backend: str, dtype: str, device: str) -> list[Stage]:
     """Run every stage up to the first that fails."""
     stages: list[Stage] = []
     opened: dict[bool, Any] = {}
+    # Without CUDA graphs the two are the same code, and must still give the same video.
+    graphs = used_device(backend, device) == "cuda"
+    first, second = ("captured", "enqueued") if graphs else ("first", "second")
     plan: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
         ("environment", environment),
         ("export", lambda: export_random_model(bundle, dtype)),
-        ("build", lambda: build_engine(bundle, backend)),
-        ("open, captured", lambda: open_bundle(bundle, backend, True, opened)),
-        ("verify, captured", lambda: verify(bundle, opened[True])),
-        ("open, enqueued", lambda: open_bundle(bundle, backend, False, opened)),
-        ("captured equals enqueued", lambda: compare(opened[True], opened[False])),
+        ("build", lambda: build_engine(bundle, backend, device)),
+        (f"open, {first}", lambda: open_bundle(bundle, backend, True, opened)),
+        (f"verify, {first}", lambda: verify(bundle, opened[True])),
+        (f"open, {second}", lambda: open_bundle(bundle, backend, False, opened)),
+        (f"{first} equals {second}", lambda: compare(opened[True], opened[False])),
     )
     try:
         for name, work in plan:
@@ -84,6 +117,9 @@ def run_stages(bundle: Path, backend: str, dtype: str) -> list[Stage]:
                 figures, error = work(), None
             except (ForcingKvError, ImportError) as caught:
                 figures, error = {}, str(caught)
+            except Exception as caught:
+                # The report is what the maintainers see, so it holds what they need.
+                figures, error = {}, "".join(traceback.format_exception(caught)).rstrip()
             passed = error is None and figures.get("passed", True)
             seconds = round(perf_counter() - start, 2)
             stages.append(Stage(name, bool(passed), seconds, figures, error))
@@ -116,8 +152,6 @@ def environment() -> dict[str, Any]:
 
 def export_random_model(bundle: Path, dtype: str) -> dict[str, Any]:
     """A small model with all kinds of layers: mixed, all static, all dynamic."""
-    from typing import cast
-
     import torch
 
     from forcing_kv.export.bundle import BundleLabels, export_bundle
@@ -141,17 +175,16 @@ def export_random_model(bundle: Path, dtype: str) -> dict[str, Any]:
     return {"weights_mb": round(manifest.weights_nbytes / 1e6, 1), "graphs": len(manifest.graphs)}
 
 
-def build_engine(bundle: Path, backend: str) -> dict[str, Any]:
-    """Build for this machine's GPU; backends without engines need nothing."""
+def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
+    """Build for this machine; backends without engines need nothing."""
     if backend == "onnxruntime":
         return {}
     if backend == "inductor":
         from forcing_kv.export.build_inductor import build_inductor
         from forcing_kv.export.inductor_package import InductorOptions
 
-        return {"build_seconds": build_inductor(bundle, InductorOptions())["build_seconds"]}
-    from typing import cast
-
+        compiled = InductorOptions(cast(Literal["cpu", "cuda"], device))
+        return {"build_seconds": build_inductor(bundle, compiled)["build_seconds"]}
     from forcing_kv.export.build import plan_build, run_build, target_device
     from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend
 
@@ -231,11 +264,12 @@ def compare(captured: Backend, enqueued: Backend) -> dict[str, Any]:
 def render(report: dict[str, Any], stages: list[Stage]) -> str:
     """The report as text to paste."""
     verdict = "PASS" if report["passed"] else "FAIL"
-    lines = [f"### fkv selftest --backend {report['backend']} ({report['dtype']}): {verdict}", ""]
+    what = f"--backend {report['backend']} ({report['dtype']}, {report['device']})"
+    lines = [f"### fkv selftest {what}: {verdict}", ""]
     for stage in stages:
         mark = "ok" if stage.passed else "FAILED"
         lines.append(f"- **{stage.name}**: {mark}, {stage.seconds} s")
         if stage.error is not None:
-            lines.append(f"  - {stage.error}")
+            lines.append("  - " + stage.error.replace("\n", "\n    "))
         lines += [f"  - {key}: {value}" for key, value in stage.figures.items() if key != "passed"]
     return "\n".join(lines)
