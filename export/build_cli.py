@@ -196,8 +196,8 @@ def describe(plan: BuildPlan) -> str:
     held = 0.0 if plan.options.strip_weights else weights
     buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes / 1e6
     lines.append(
-        f"  expected: {held:.0f} MB of weights in the engines beside the kernels (about 10 MB a "
-        f"graph); on the GPU {weights:.0f} MB of weights, {buffers:.0f} MB of buffers, and the "
+        f"  expected: {held:.1f} MB of weights in the engines beside the kernels (about 10 MB a "
+        f"graph); on the GPU {weights:.1f} MB of weights, {buffers:.1f} MB of buffers, and the "
         "scratch that the builder finds"
     )
     return "\n".join(lines)
