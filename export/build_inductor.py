@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,10 @@ def build_inductor(
     weights.model.to(options.device)
     relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
     with replaced_folder(bundle / relative) as folder:
-        compiled = compile_package(weights.model, manifest.config, folder, options, report)
+        with warnings.catch_warnings():
+            # PyTorch's notes to itself, one for each kernel.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            compiled = compile_package(weights.model, manifest.config, folder, options, report)
         report("constants")
         table = _write_constants(folder, relative, compiled.constants, weights)
         write_table(folder / CONSTANTS_FILE, table)

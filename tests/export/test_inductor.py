@@ -1,7 +1,10 @@
 """The Inductor engine of a bundle: weights shared, results as the golden case has them."""
 
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +15,15 @@ from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.export.inductor_package import InductorOptions
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.export.verify import GoldenCase, verify_golden
+from forcing_kv.export.verify_bundle import verify_bundle
+from forcing_kv.runtime_trt.backends import open_backend
+from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
+from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
 from forcing_kv.runtime_trt.inductor_package import check_environment, environment
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo, read_manifest
 from forcing_kv.runtime_trt.session import Session
 
 
@@ -51,12 +59,42 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
     with Session.open(bundle, "inductor") as session:
         for check in verify_golden(case, session):
             assert check.passed, check.line()
+    with closing(open_backend(bundle, "inductor")) as backend:
+        report = verify_bundle(bundle, backend)
+        assert report.passed, report
+        assert {"cross_k.0", "new_v.1", "dyn_k.1"} <= {check.tensor for check in report.tensors}
     package = bundle / record["folder"] / "package.pt2"
     content = bytearray(package.read_bytes())
     content[len(content) // 2] ^= 1
     package.write_bytes(content)
     with pytest.raises(BundleError, match=r"package\.pt2: missing or altered"):
         open_inductor(bundle, manifest, record)
+
+
+def test_single_tensors_are_shown():
+    shape = ModelShape(2, dim=8, ffn_dim=8, num_heads=2, text_len=3, text_dim=4, freq_dim=8)
+    config = RolloutConfig(
+        shape, ChunkShape(3, 4, 6), CachePolicy(), HeadPartition(2, ((), (0,))), dtype="bfloat16"
+    )
+    port = TensorInfo("prompt_embeds", (3, 4), "float")
+    cross = torch.arange(8, dtype=torch.bfloat16)
+
+    graphs = {
+        "prompt": GraphInfo("package.pt2", "", (port,), ()),
+        "step": GraphInfo("package.pt2", "", (), ()),
+    }
+
+    def run(graph, tensors):
+        assert graph == "prompt"
+        return {"cross_k.0": cross * tensors["prompt_embeds"].sum()}
+
+    package = SimpleNamespace(device=torch.device("cpu"), graphs=graphs, run=run)
+    backend = InductorBackend(config, package)
+    backend.set_prompt(np.ones((3, 4), np.float32))
+    shown = backend.read_tensor("cross_k.0")
+    assert shown.dtype == np.float32
+    np.testing.assert_array_equal(shown, 12 * np.arange(8))
+    assert not backend.read_pool(1)[0].any()
 
 
 def test_another_environment_is_refused():
