@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,9 @@ class BuildPlan:
         if self.options.backend == "tensorrt-rtx":
             return None
         version = self.environment[self.options.module]
-        return f"{ENGINE_FOLDER}/timing-{self.target}-{version}.cache"
+        # Two GPUs of one architecture, such as H100 and H200, measure differently.
+        gpu = re.sub("[^a-z0-9]+", "-", self.environment.get("gpu", self.target).lower())
+        return f"{ENGINE_FOLDER}/timing-{gpu.strip('-')}-{version}.cache"
 
     @property
     def to_do(self) -> tuple[GraphBuild, ...]:

@@ -215,8 +215,8 @@ def _expected(plan: BuildPlan, part: str, weight_nbytes: int, buffer_nbytes: int
     weights, buffers = weight_nbytes / 1e6, buffer_nbytes / 1e6
     held = 0.0 if plan.options.strip_weights else weights
     return (
-        f"  {part}: {held:.0f} MB of weights in the engines beside the kernels (about 10 MB a "
-        f"graph); on the GPU {weights:.0f} MB of weights, {buffers:.0f} MB of buffers, and the "
+        f"  {part}: {held:.1f} MB of weights in the engines beside the kernels (about 10 MB a "
+        f"graph); on the GPU {weights:.1f} MB of weights, {buffers:.1f} MB of buffers, and the "
         "scratch that the builder finds"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import HeadKind
+from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
@@ -144,6 +145,19 @@ class Backend(ABC):
         """Input or output of a graph by its manifest name, copied to the host (for checks)."""
         raise NotImplementedError(f"{self.name} does not show single tensors")
 
+    def outputs_of(self, graph: str) -> Collection[str] | None:
+        """Outputs that a graph leaves in memory (for checks); None if those of the bundle's graph.
+
+        Args:
+            graph: prompt, step, evict, or `clean` for the clean pass.
+        """
+        return None
+
+    @property
+    def num_text_rows(self) -> int:
+        """Rows of a prompt that the engine attends to, padding included."""
+        return self.config.model.text_len
+
     def sibling(self) -> Backend:
         """Another backend for another session on the same loaded weights.
 
@@ -249,3 +263,9 @@ def copy_rows(
             if todo.dynamic_slot is not None and layer in by_layer:
                 target = todo.dynamic_slot * tokens
                 rows[:, target : target + by_layer[layer].shape[1]] = by_layer[layer]
+
+
+def outputs_of(graphs: Mapping[str, GraphInfo], graph: str) -> Collection[str]:
+    """Outputs of a graph by name; the clean pass is the step graph unless it has its own."""
+    info = graphs["step"] if graph not in graphs else graphs[graph]
+    return [port.name for port in info.outputs]

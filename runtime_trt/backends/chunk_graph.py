@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -19,6 +19,7 @@ from forcing_kv.runtime_trt.backends.base import (
     Float32,
     PendingChunk,
     StepScalars,
+    outputs_of,
 )
 from forcing_kv.runtime_trt.buffers import DeviceMemory
 from forcing_kv.runtime_trt.chunk_program import (
@@ -160,13 +161,21 @@ class ChunkGraphBackend(Backend):
         self._enter()
         return self.memory.read(self._cuda, name, self._stream)
 
+    def outputs_of(self, graph: str) -> Collection[str]:
+        """See base class."""
+        return outputs_of(self._graph_infos, graph)
+
+    @property
+    def num_text_rows(self) -> int:
+        """See base class."""
+        return self.memory.plan.specs["prompt_embeds"].shape[0]
+
     def set_prompt(self, prompt_embeds: Float32) -> None:
         """See base class."""
         self._enter()
         specs = self.memory.plan.specs
         if "text_bias" in specs:
-            rows = specs["prompt_embeds"].shape[0]
-            prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
+            prompt_embeds, bias = fold_text(prompt_embeds, self.num_text_rows, self.config.dtype)
             self._write("text_bias", bias)
         self._write("prompt_embeds", prompt_embeds)
         self._program.prompt(self._stream)
@@ -269,8 +278,11 @@ class ChunkGraphBackend(Backend):
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
         for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
             self._write(name, getattr(positions, name))
-        x0 = self._program.step(self._stream, scalars.index, "noise", "eps/0", "x/0")
-        return self.read_tensor(x0), self.read_tensor("x/0")
+        if scalars.index == self.clean_scalars.index:
+            self._program.clean(self._stream, "noise")
+        else:
+            self._program.step(self._stream, scalars.index, "noise", "eps/0", "x/0")
+        return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """See base class: enqueued on its own (for checks)."""

@@ -6,6 +6,7 @@ this one enqueues every graph on its own there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from forcing_kv.runtime_trt.backends.base import (
     Float32,
     StepScalars,
     copy_rows,
+    outputs_of,
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import require
@@ -61,12 +63,22 @@ class InductorBackend(Backend):
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
         """See base class."""
-        (port,) = self.package.graphs["prompt"].inputs
-        if port.shape[0] != len(prompt_embeds) or self._folds_text:
-            prompt_embeds, bias = fold_text(prompt_embeds, port.shape[0], self.config.dtype)
+        rows = self.num_text_rows
+        if rows != len(prompt_embeds) or self._folds_text:
+            prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
             self._put(text_bias=bias)
         self._put(prompt_embeds=prompt_embeds)
         self._run("prompt")
+
+    @property
+    def num_text_rows(self) -> int:
+        """See base class."""
+        (port,) = self.package.graphs["prompt"].inputs
+        return port.shape[0]
+
+    def outputs_of(self, graph: str) -> Collection[str]:
+        """See base class."""
+        return outputs_of(self.package.graphs, graph)
 
     @property
     def _folds_text(self) -> bool:
@@ -88,7 +100,7 @@ class InductorBackend(Backend):
             hist_len=positions.hist_len,
             new_len=positions.new_len,
         )
-        if scalars is self.clean_scalars and "clean" in self.package.graphs:
+        if scalars.index == self.clean_scalars.index and "clean" in self.package.graphs:
             self._run("clean")
             return self.tensors["x"], self.tensors["x"]
         self._run("step")

@@ -268,6 +268,27 @@ def test_options_that_do_not_fit_are_refused(options, message):
         EngineOptions(**options)
 
 
+def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
+    from forcing_kv.export.build import BuildPlan
+
+    manifest = read_manifest(half_bundle)
+    found = {
+        BuildPlan(half_bundle, manifest, EngineOptions("tensorrt"), environment, ()).timing_cache
+        for environment in (
+            {"tensorrt": "11.4.0.106", "sm": "90", "gpu": "NVIDIA H100 80GB HBM3"},
+            {"tensorrt": "11.4.0.106", "sm": "90", "gpu": "NVIDIA H200"},
+            {"tensorrt": "11.5.0.1", "sm": "90", "gpu": "NVIDIA H200"},
+        )
+    }
+    assert found == {
+        "engines/timing-nvidia-h100-80gb-hbm3-11.4.0.106.cache",
+        "engines/timing-nvidia-h200-11.4.0.106.cache",
+        "engines/timing-nvidia-h200-11.5.0.1.cache",
+    }
+    rtx_plan = BuildPlan(half_bundle, manifest, STRIPPED, {"sm": "89"}, ())
+    assert rtx_plan.timing_cache is None
+
+
 def test_what_is_missing_is_named(half_bundle, monkeypatch):
     import sys
 

@@ -83,3 +83,19 @@ def test_a_fault_is_found_in_its_layer(tmp_path):
     assert report.to_json()["passed"] is False
     assert np.isfinite(report.worst.error)
     backend.close()
+
+
+def test_what_an_engine_does_not_return_is_not_compared(tmp_path, monkeypatch):
+    """A fused engine: its clean pass alone returns K and V, and it takes fewer text rows."""
+    bundle = exported(tmp_path / "bundle", "float32")
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    returned = {"prompt": ["cross_k.0"], "step": ["x0", "x_next"], "clean": ["new_k.1"]}
+    monkeypatch.setattr(type(backend), "outputs_of", lambda _, graph: returned.get(graph))
+    monkeypatch.setattr(type(backend), "num_text_rows", 3)
+    report = verify_bundle(bundle, backend)
+    assert report.passed, report
+    checks = {check.tensor: check for check in report.tensors}
+    assert {name for name in checks if name[:3] in ("cro", "new")} == {"cross_k.0", "new_k.1"}
+    assert checks["new_k.1"].step == backend.config.schedule.num_steps
+    assert {"x0", "x_next", "scores"} <= set(checks)
+    backend.close()

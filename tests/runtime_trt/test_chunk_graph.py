@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,12 @@ from host_cuda import HostCuda, HostEngine
 from forcing_kv.runtime_trt.backends import open_backend
 from forcing_kv.runtime_trt.backends.base import copy_rows
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
-from forcing_kv.runtime_trt.chunk_program import ChunkVariant, commit_copies, expected_variants
+from forcing_kv.runtime_trt.chunk_program import (
+    ChunkProgram,
+    ChunkVariant,
+    commit_copies,
+    expected_variants,
+)
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, InputError
 from forcing_kv.runtime_trt.layout import CachePolicy
@@ -70,6 +76,26 @@ def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
             ):
                 np.testing.assert_array_equal(left, right)
     assert not cuda.live
+
+
+def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
+    from forcing_kv.export.verify_bundle import verify_bundle
+
+    cleaned = []
+    run_clean = ChunkProgram.clean
+
+    def clean(program, stream, x):
+        cleaned.append(x)
+        run_clean(program, stream, x)
+
+    with closing(graphed.backend(HostCuda())) as backend:
+        monkeypatch.setattr(ChunkProgram, "clean", clean)
+        assert "new_k.1" in backend.outputs_of("clean")
+        assert backend.num_text_rows == backend.config.model.text_len
+        report = verify_bundle(graphed.bundle, backend, num_chunks=4)
+    assert report.passed, report
+    # An engine may have a graph of its own for the clean pass, so no denoise step stands for it.
+    assert len(cleaned) >= 4
 
 
 def test_one_launch_and_one_upload_a_chunk(graphed, prompts):
