@@ -63,6 +63,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
     """A torch operator that the compiler opens and whose kernel it compiles itself."""
     from forcing_kv.plugins.triton_run import (
         empty_outputs,
+        lend_memory,
         multiprocessors,
         problem_of,
         scratch_memory,
@@ -80,6 +81,9 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         outputs = empty_outputs(spec, dense, attributes)
         num_sms = multiprocessors(dense[0].device.index or 0)
         plan = kernel.launch(problem_of(spec, dense, attributes, num_sms), tactic)
+        if tactic.tma:
+            # For a call outside compiled code, which lends the memory itself.
+            lend_memory(dense[0].device)
         torch.library.wrap_triton(plan.kernel)[plan.grid](
             *dense,
             *outputs,
