@@ -66,6 +66,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
     from forcing_kv.plugins.triton_run import (
         accepted_inputs,
         empty_outputs,
+        lend_memory,
         multiprocessors,
         problem_of,
         scratch_memory,
@@ -86,6 +87,9 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         problem = replace(problem, row_strides=strides)
         tactic = tactics[tactic_name] if tactic_name else tactic_for(spec, problem, device)
         plan = kernel.launch(problem, tactic)
+        if tactic.tma:
+            # For a call outside compiled code, which lends the memory itself.
+            lend_memory(readable[0].device)
         torch.library.wrap_triton(plan.kernel)[plan.grid](
             *readable,
             *outputs,

@@ -31,6 +31,9 @@ PTX_VERSION = 87
 """PTX version to write, 87 for 8.7: the oldest that knows every supported device, so that it asks
 for no newer driver than the device does (r570)."""
 
+FIRST_TMA_SM = 90
+"""First compute capability whose tensor memory accelerator loads tiles."""
+
 PORTABLE_SM = 80
 """Target of the portable tactics: their PTX runs on every device from here on."""
 
@@ -59,9 +62,12 @@ class Tactic:
     """How the work is dealt to thread blocks, where a kernel knows several ways."""
     portable: bool = False
     """Compiled for PORTABLE_SM and within SAFE_SHARED_BYTES, whatever the device."""
+    tma: bool = False
+    """Loads through tensor descriptors, which a thread block writes into memory that it is lent by
+    Triton's launcher: for devices from FIRST_TMA_SM on."""
     torch_only: bool = False
-    """Takes scratch memory beside its inputs and outputs: for launches by PyTorch, which has it to
-    give, and not for TensorRT."""
+    """Takes memory beside its inputs and outputs: for launches by PyTorch, which has it to give,
+    and not for TensorRT."""
 
     def target_sm(self, device_sm: int) -> int:
         """Compute capability to compile for (90 for 9.0) on a device."""

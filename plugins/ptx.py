@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forcing_kv.plugins.launch import (
+    FIRST_TMA_SM,
     PTX_VERSION,
     SHARED_LIMIT_BYTES,
     Launch,
@@ -35,13 +36,14 @@ _PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\
 class CompiledKernel:
     """A kernel ready to be launched with the operator's inputs and outputs as its parameters.
 
-    That of a tactic for PyTorch alone takes scratch memory behind them.
+    That of a tactic for PyTorch alone takes memory behind them: what its launch names and, for TMA,
+    Triton's hidden parameters.
     """
 
     name: str
     """Entry point."""
     ptx: str
-    """PTX text, hidden parameters removed."""
+    """PTX text, hidden parameters removed unless they are for TMA."""
     launch: Launch
     """Geometry."""
     shared_bytes: int
@@ -91,7 +93,8 @@ def compile_kernel(
         The kernel for `tactic.target_sm(device_sm)`.
 
     Raises:
-        SharedMemoryError: it takes more shared memory than the tactic may on the device.
+        SharedMemoryError: it takes more shared memory than the tactic may on the device, or TMA
+            that the device does not have.
         MissingDependencyError: Triton is not installed.
         PtxError: it wants scratch memory or has other parameters than the operator.
         ValueError: the device is not supported.
@@ -105,13 +108,17 @@ def compile_kernel(
     dtypes = (*dtypes, *(scratch.dtype for scratch in plan.scratch))
     names = plan.kernel.arg_names[: len(dtypes)]
     expected = [f"{x.name}_ptr" for x in (*spec.inputs, *spec.outputs, *plan.scratch)]
-    assert bool(plan.scratch) == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
+    takes_memory = bool(plan.scratch) or tactic.tma
+    assert takes_memory == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
     assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
     signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
     signature |= dict.fromkeys(plan.constants, "constexpr")
     # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
     aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(names))}
     target_sm = tactic.target_sm(device_sm)
+    where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
+    if tactic.tma and device_sm < FIRST_TMA_SM:
+        raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
     options = {
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
@@ -129,15 +136,16 @@ def compile_kernel(
             options=options,
         )
     metadata = compiled.metadata
-    where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
-    if metadata.global_scratch_size or metadata.profile_scratch_size:
+    if metadata.profile_scratch_size or (metadata.global_scratch_size and not tactic.tma):
         raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
     limit = tactic.shared_limit(device_sm)
     if metadata.shared > limit:
         raise SharedMemoryError(
             f"{where}: takes {metadata.shared} bytes of shared memory, {limit} are allowed"
         )
-    ptx = strip_hidden_parameters(compiled.asm["ptx"], metadata.name, len(names), where)
+    ptx = compiled.asm["ptx"]
+    if not tactic.tma:
+        ptx = strip_hidden_parameters(ptx, metadata.name, len(names), where)
     if re.search(r"^\s*\.(file|loc|section)\b", ptx, re.MULTILINE):
         raise PtxError(f"{where}: the PTX carries debug information, which may hold paths")
     return CompiledKernel(metadata.name, ptx, plan, metadata.shared, target_sm)

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from forcing_kv.plugins.launch import Launch, Problem, Tactic
@@ -87,6 +88,17 @@ def scratch_memory(plan: Launch, device: torch.device) -> tuple[Tensor, ...]:
     )
 
 
+def lend_memory(device: torch.device) -> None:
+    """Let Triton's launcher take a kernel's hidden memory from PyTorch, from now on."""
+
+    def allocate(nbytes: int, alignment: int, stream: int | None) -> Tensor:
+        # PyTorch aligns to 512 bytes, Triton asks for 128. What is freed before the kernel has run
+        # goes to later work of the same stream alone.
+        return torch.empty(nbytes, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
+
+
 def run_kernel(
     spec: OpSpec,
     inputs: Sequence[Tensor],
@@ -108,6 +120,8 @@ def run_kernel(
     readable, strides = accepted_inputs(spec, inputs)
     problem = replace(problem_of(spec, inputs, attributes, num_sms), row_strides=strides)
     plan = op_module(spec, "kernel").launch(problem, tactic)
+    if tactic.tma:
+        lend_memory(inputs[0].device)
     plan.kernel[plan.grid](
         *readable,
         *outputs,

@@ -29,11 +29,12 @@ from forcing_kv.plugins.launch import (
     next_power_of_2,
 )
 
-# Bytes of a thread that ptxas spills for D 128, bfloat16, at 480p. On sm_90: 128x128 16, 128x64_split
-# 44, the others none. Elsewhere: 128x128 540 on sm_80 .. 89, 28 on sm_100, 660 on sm_120; 64x64 12 on
-# sm_120; 128x64_persistent 24 on sm_80 .. 89, 60 on sm_120; 128x64_split 148 on sm_80 .. 89, 180 on
-# sm_120. Not here: 64x128 spilled 572 on sm_90, 64x64 with one stage 208 on sm_80, and 128x128 384 on
-# sm_90 when split, 272 when persistent. Speed is unmeasured.
+# Bytes of a thread that ptxas spills for D 128, bfloat16, at 480p. On sm_90: 128x128 16,
+# 128x64_split 44, the others none. Elsewhere: 128x128 540 on sm_80 .. 89, 28 on sm_100, 660 on
+# sm_120; 64x64 12 on sm_120; 128x64_persistent 24 on sm_80 .. 89, 60 on sm_120; 128x64_split 148 on
+# sm_80 .. 89, 180 on sm_120; 128x64s3_tma_split 72 on sm_120. Not here: 64x128 spilled 572 on
+# sm_90, 64x64 with one stage 208 on sm_80, 128x128 on sm_90 272 when persistent and 384 when split;
+# with TMA it crashes ptxas on small sizes. Speed is unmeasured.
 TACTICS = (
     Tactic("64x32", num_warps=4, blocks={"Q": 64, "K": 32}, portable=True),
     Tactic("128x32", num_warps=8, blocks={"Q": 128, "K": 32}, portable=True),
@@ -43,6 +44,16 @@ TACTICS = (
     Tactic("64x64", num_warps=4, blocks={"Q": 64, "K": 64}),
     Tactic("128x64_persistent", 8, blocks={"Q": 128, "K": 64}, schedule="persistent"),
     Tactic("128x64_split", 8, blocks={"Q": 128, "K": 64}, schedule="split", torch_only=True),
+    Tactic("128x64s3_tma", 8, 3, blocks={"Q": 128, "K": 64}, tma=True, torch_only=True),
+    Tactic(
+        "128x64s3_tma_split",
+        num_warps=8,
+        num_stages=3,
+        blocks={"Q": 128, "K": 64},
+        schedule="split",
+        tma=True,
+        torch_only=True,
+    ),
 )
 
 
@@ -73,6 +84,7 @@ def _attend_item(
     H: tl.constexpr,
     D: tl.constexpr,
     MAX_HISTORY: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
@@ -88,7 +100,7 @@ def _attend_item(
     acc, row_sum, _ = attend_queries(
         q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
         head_offset_ptr, hist_len_ptr, new_len_ptr, head, first_query, 0, EVERY_KEY,
-        N, D, MAX_HISTORY, SCALE, PRECISION, Q, K,
+        N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, Q, K,
     )  # fmt: skip
     store_queries(out_ptr, head, first_query, acc, row_sum, N, H, D, Q)
 
@@ -108,6 +120,7 @@ def head_indexed_attention_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     MAX_HISTORY: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
@@ -132,20 +145,23 @@ def head_indexed_attention_kernel(
             _attend_item(
                 q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
                 head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, program,
-                N, H, D, MAX_HISTORY, SCALE, PRECISION, Q, K, 0, FULL_TILES, HEADS,
+                N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, Q, K,
+                0, FULL_TILES, HEADS,
             )  # fmt: skip
         else:
             _attend_item(
                 q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
                 head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, program - FULL_ITEMS,
-                N, H, D, MAX_HISTORY, SCALE, PRECISION, TAIL, K, FULL_TILES * Q, TAIL_TILES, HEADS,
+                N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, TAIL, K,
+                FULL_TILES * Q, TAIL_TILES, HEADS,
             )  # fmt: skip
     else:
         for item in range(program, FULL_ITEMS, PROGRAMS):
             _attend_item(
                 q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
                 head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, item,
-                N, H, D, MAX_HISTORY, SCALE, PRECISION, Q, K, 0, FULL_TILES, HEADS,
+                N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, Q, K,
+                0, FULL_TILES, HEADS,
             )  # fmt: skip
         # Whoever has no tile in the last round of full ones comes first.
         program = (program + PROGRAMS - FULL_ITEMS % PROGRAMS) % PROGRAMS
@@ -153,7 +169,8 @@ def head_indexed_attention_kernel(
             _attend_item(
                 q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
                 head_offset_ptr, hist_len_ptr, new_len_ptr, out_ptr, length, item,
-                N, H, D, MAX_HISTORY, SCALE, PRECISION, TAIL, K, FULL_TILES * Q, TAIL_TILES, HEADS,
+                N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, TAIL, K,
+                FULL_TILES * Q, TAIL_TILES, HEADS,
             )  # fmt: skip
 
 
@@ -168,6 +185,7 @@ def launch(problem: Problem, tactic: Tactic) -> Launch:
         "H": num_heads,
         "D": head_dim,
         "MAX_HISTORY": problem.attributes["max_history"],
+        "TMA_ROWS": problem.sizes["R"] if tactic.tma else 0,
         "SCALE": math.log2(math.e) / math.sqrt(head_dim),
         "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
         "Q": tile,

@@ -64,6 +64,7 @@ def split_attention_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     MAX_HISTORY: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
@@ -100,7 +101,7 @@ def split_attention_kernel(
         acc, row_sum, row_max = attend_queries(
             q_ptr, k_new_ptr, v_new_ptr, hist_k_ptr, hist_v_ptr,
             head_offset_ptr, hist_len_ptr, new_len_ptr, head, first_query, first, stop,
-            N, D, MAX_HISTORY, SCALE, PRECISION, Q, K,
+            N, H, D, MAX_HISTORY, TMA_ROWS, SCALE, PRECISION, Q, K,
         )  # fmt: skip
         if stop - first == tiles:
             store_queries(out_ptr, head, first_query, acc, row_sum, N, H, D, Q)

@@ -13,22 +13,29 @@ import triton.language as tl
 @triton.jit
 def _attend_tile(
     q,
-    k_ptr,
-    v_ptr,
-    offset,
+    k_source,
+    v_source,
+    place,
     valid,
     acc,
     row_sum,
     row_max,
     SCALE: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One key tile: scores, online softmax, values. `valid` [K] is read if MASKED."""
-    if MASKED:
-        k = tl.load(k_ptr + offset, mask=valid[:, None], other=0.0)
+    """One key tile: scores, online softmax, values.
+
+    Keys and values are loaded from pointers at offsets `place` [K, D], or with TMA from descriptors
+    at row `place`. `valid` [K] is read if MASKED.
+    """
+    if TMA:
+        k = k_source.load([place, 0])
+    elif MASKED:
+        k = tl.load(k_source + place, mask=valid[:, None], other=0.0)
     else:
-        k = tl.load(k_ptr + offset)
+        k = tl.load(k_source + place)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -37,11 +44,13 @@ def _attend_tile(
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
-    if MASKED:
+    if TMA:
+        v = v_source.load([place, 0])
+    elif MASKED:
         # A masked row may hold NaN, and 0 * NaN is NaN: the values are masked too.
-        v = tl.load(v_ptr + offset, mask=valid[:, None], other=0.0)
+        v = tl.load(v_source + place, mask=valid[:, None], other=0.0)
     else:
-        v = tl.load(v_ptr + offset)
+        v = tl.load(v_source + place)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_sum, new_max
 
@@ -61,8 +70,10 @@ def attend_queries(
     first,
     stop,
     N: tl.constexpr,
+    H: tl.constexpr,
     D: tl.constexpr,
     MAX_HISTORY: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     Q: tl.constexpr,
@@ -72,7 +83,8 @@ def attend_queries(
 
     A head's key tiles are the full ones of its history and of the new rows, then what is left of
     either, where anything is. Returns the sum of weighted values, the sum of weights and the
-    largest score of every query.
+    largest score of every query. Full tiles are loaded by TMA if TMA_ROWS, the rows of the pool, is
+    not 0.
     """
     row = tl.arange(0, Q)
     channel = tl.arange(0, D)
@@ -91,37 +103,35 @@ def attend_queries(
     run = tl.load(head_offset_ptr + head).to(tl.int64) * D
     history_tiles = hist_len // K
     full_tiles = history_tiles + new_len // K
+    if TMA_ROWS:
+        k_tiles = tl.make_tensor_descriptor(hist_k_ptr, [TMA_ROWS, D], [D, 1], [K, D])
+        v_tiles = tl.make_tensor_descriptor(hist_v_ptr, [TMA_ROWS, D], [D, 1], [K, D])
+        first_row = tl.load(head_offset_ptr + head)
     for i in range(first, tl.minimum(stop, history_tiles)):
-        start = run + tl.cast(i, tl.int64) * (K * D)
+        if TMA_ROWS:
+            k_source, v_source, place = k_tiles, v_tiles, first_row + i * K
+        else:
+            start = run + tl.cast(i, tl.int64) * (K * D)
+            k_source, v_source, place = hist_k_ptr + start, hist_v_ptr + start, tile
         acc, row_sum, row_max = _attend_tile(
-            q,
-            hist_k_ptr + start,
-            hist_v_ptr + start,
-            tile,
-            slot,
-            acc,
-            row_sum,
-            row_max,
-            SCALE,
-            False,
-            PRECISION,
-        )
+            q, k_source, v_source, place, slot, acc, row_sum, row_max,
+            SCALE, False, TMA_ROWS > 0, PRECISION,
+        )  # fmt: skip
 
+    if TMA_ROWS:
+        k_new_tiles = tl.make_tensor_descriptor(k_new_ptr, [H * N, D], [D, 1], [K, D])
+        v_new_tiles = tl.make_tensor_descriptor(v_new_ptr, [H * N, D], [D, 1], [K, D])
     for i in range(tl.maximum(first, history_tiles), tl.minimum(stop, full_tiles)):
-        start = own + tl.cast(i - history_tiles, tl.int64) * (K * D)
+        if TMA_ROWS:
+            k_source, v_source = k_new_tiles, v_new_tiles
+            place = head * N + (i - history_tiles) * K
+        else:
+            start = own + tl.cast(i - history_tiles, tl.int64) * (K * D)
+            k_source, v_source, place = k_new_ptr + start, v_new_ptr + start, tile
         acc, row_sum, row_max = _attend_tile(
-            q,
-            k_new_ptr + start,
-            v_new_ptr + start,
-            tile,
-            slot,
-            acc,
-            row_sum,
-            row_max,
-            SCALE,
-            False,
-            PRECISION,
-        )
+            q, k_source, v_source, place, slot, acc, row_sum, row_max,
+            SCALE, False, TMA_ROWS > 0, PRECISION,
+        )  # fmt: skip
 
     history_rest = hist_len % K
     for source in range(2):
@@ -137,18 +147,9 @@ def attend_queries(
             k_rest, v_rest = k_new_ptr + start, v_new_ptr + start
         if (rest > 0) & (first <= place) & (place < stop):
             acc, row_sum, row_max = _attend_tile(
-                q,
-                k_rest,
-                v_rest,
-                tile,
-                slot < rest,
-                acc,
-                row_sum,
-                row_max,
-                SCALE,
-                True,
-                PRECISION,
-            )
+                q, k_rest, v_rest, tile, slot < rest, acc, row_sum, row_max,
+                SCALE, True, False, PRECISION,
+            )  # fmt: skip
     return acc, row_sum, row_max
 
 

@@ -26,11 +26,11 @@ APART = norm_rope_case("rows apart", 21, 3, 32)
 
 
 def tactics(case, dtype):
-    """All in float32; in float16 the portable one, the default one and one of every schedule."""
+    """All in float32; in float16 the portable one, the default one and one of every kind."""
     every = op_module(case.spec, "kernel").TACTICS
     if dtype == torch.float32:
         return every
-    by_schedule = {tactic.schedule: tactic for tactic in every}
+    by_schedule = {(tactic.schedule, tactic.tma): tactic for tactic in every}
     return {
         t.name: t for t in (every[0], default_tactic(every, 90), *by_schedule.values())
     }.values()

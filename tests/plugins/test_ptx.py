@@ -9,10 +9,12 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plug
 
 from forcing_kv.plugins.cases import cases_of
 from forcing_kv.plugins.launch import (
+    FIRST_TMA_SM,
     SAFE_SHARED_BYTES,
     SHARED_LIMIT_BYTES,
     Problem,
     PtxError,
+    SharedMemoryError,
     default_tactic,
 )
 from forcing_kv.plugins.ptx import (
@@ -47,8 +49,10 @@ def cache(tmp_path_factory):
 
 def check_kernel(kernel, spec, tactic, device):
     parameters = entry_parameters(kernel.ptx, kernel.name)
-    assert len(parameters) == len(spec.inputs) + len(spec.outputs) + len(kernel.launch.scratch)
-    assert bool(kernel.launch.scratch) == tactic.torch_only
+    extra = len(kernel.launch.scratch) + (2 if tactic.tma else 0)
+    assert len(parameters) == len(spec.inputs) + len(spec.outputs) + extra
+    assert bool(extra) == tactic.torch_only
+    assert ("cp.async.bulk.tensor" in kernel.ptx) == tactic.tma
     assert kernel.shared_bytes <= tactic.shared_limit(device)
     assert f".target {kernel.arch}" in kernel.ptx
     assert re.search(r"\.version 8\.7\b", kernel.ptx)
@@ -73,10 +77,12 @@ def test_default_tactic_compiles_for_hopper(spec):
     check_kernel(build(spec, tactic, 90), spec, tactic, 90)
 
 
-@pytest.mark.parametrize("schedule", ["persistent", "split"])
-def test_every_schedule_of_attention_compiles_for_hopper(schedule):
+@pytest.mark.parametrize(
+    ("schedule", "tma"), [("persistent", False), ("split", False), ("tiles", True), ("split", True)]
+)
+def test_every_schedule_of_attention_compiles_for_hopper(schedule, tma):
     tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
-    tactic = next(tactic for tactic in tactics if tactic.schedule == schedule)
+    tactic = next(t for t in tactics if (t.schedule, t.tma) == (schedule, tma))
     check_kernel(build(HEAD_INDEXED_ATTENTION, tactic, 90), HEAD_INDEXED_ATTENTION, tactic, 90)
 
 
@@ -86,7 +92,15 @@ def test_every_schedule_of_attention_compiles_for_hopper(schedule):
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_every_tactic_compiles_for_every_device(spec, dtype, device):
     for tactic in op_module(spec, "kernel").TACTICS:
-        check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
+        if not tactic.tma or device >= FIRST_TMA_SM:
+            check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
+
+
+def test_tma_is_refused_where_there_is_none():
+    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    tactic = next(tactic for tactic in tactics if tactic.tma)
+    with pytest.raises(SharedMemoryError, match="needs compute capability 90"):
+        build(HEAD_INDEXED_ATTENTION, tactic, 89)
 
 
 def test_unknown_device_is_refused_with_the_known_ones():
