@@ -69,6 +69,10 @@ class Tactic:
     """Takes memory beside its inputs and outputs: for launches by PyTorch, which has it to give,
     and not for TensorRT."""
 
+    def runs_on(self, device_sm: int) -> bool:
+        """Whether a device (90 for 9.0) has the units that it needs; its memory is asked later."""
+        return not self.tma or device_sm >= FIRST_TMA_SM
+
     def target_sm(self, device_sm: int) -> int:
         """Compute capability to compile for (90 for 9.0) on a device."""
         return PORTABLE_SM if self.portable else device_sm

@@ -117,7 +117,7 @@ def compile_kernel(
     aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(names))}
     target_sm = tactic.target_sm(device_sm)
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
-    if tactic.tma and device_sm < FIRST_TMA_SM:
+    if not tactic.runs_on(device_sm):
         raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
     options = {
         "num_warps": plan.num_warps,

@@ -9,7 +9,6 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plug
 
 from forcing_kv.plugins.cases import cases_of
 from forcing_kv.plugins.launch import (
-    FIRST_TMA_SM,
     SAFE_SHARED_BYTES,
     SHARED_LIMIT_BYTES,
     Problem,
@@ -92,7 +91,7 @@ def test_every_schedule_of_attention_compiles_for_hopper(schedule, tma):
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_every_tactic_compiles_for_every_device(spec, dtype, device):
     for tactic in op_module(spec, "kernel").TACTICS:
-        if not tactic.tma or device >= FIRST_TMA_SM:
+        if tactic.runs_on(device):
             check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
 
 

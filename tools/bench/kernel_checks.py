@@ -43,6 +43,7 @@ def check_kernels(budget_s: float) -> Iterator[KernelCheck]:
     Yields:
         A verdict for each; tactics that need more shared memory than the device has are left out.
     """
+    from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
 
     start = perf_counter()
@@ -53,14 +54,21 @@ def check_kernels(budget_s: float) -> Iterator[KernelCheck]:
             yield _check(case, dtype, tactic)
         except OutOfResources:
             continue
+        except (RuntimeError, TritonError) as error:
+            yield KernelCheck(_name(case, dtype, tactic), False, f"does not run: {error}")
+
+
+def _name(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> str:
+    return f"{case.spec.torch_name}, {case.name}, {dtype}, {tactic.name}".replace("torch.", "")
 
 
 def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
     major, minor = torch.cuda.get_device_capability()
+    device_sm = 10 * major + minor
     every = []
     for case in CASES:
-        tactics = op_module(case.spec, "kernel").TACTICS
-        default = default_tactic(tactics, 10 * major + minor)
+        tactics = [t for t in op_module(case.spec, "kernel").TACTICS if t.runs_on(device_sm)]
+        default = default_tactic(tactics, device_sm)
         every += [
             (rank, tactic is not default, case, dtype, tactic)
             for rank, dtype in enumerate(DTYPES)
@@ -70,7 +78,6 @@ def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
 
 
 def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
-    name = f"{case.spec.torch_name}, {case.name}, {dtype}, {tactic.name}".replace("torch.", "")
     inputs = case.build(dtype, device="cuda")
     outputs = empty_outputs(case.spec, inputs, case.attributes)
 
@@ -91,7 +98,7 @@ def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
     torch.cuda.synchronize()
     if not all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True)):
         found.append("a replayed graph gives something else")
-    return KernelCheck(name, not found, "; ".join(found))
+    return KernelCheck(_name(case, dtype, tactic), not found, "; ".join(found))
 
 
 def _poison(outputs: tuple[Tensor, ...]) -> None:

@@ -97,10 +97,15 @@ class OpBench:
     def _tactic_rows(
         self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
     ) -> Iterator[tuple[Row, Tactic]]:
+        from triton.errors import TritonError
         from triton.runtime.errors import OutOfResources
 
         spec = case.spec
+        major, minor = torch.cuda.get_device_capability()
         for tactic in op_module(spec, "kernel").TACTICS:
+            if not tactic.runs_on(10 * major + minor):
+                continue
+            name = f"triton {tactic.name}"
             outputs = empty_outputs(spec, inputs, case.attributes)
             for output in outputs:
                 output.fill_(float("nan") if output.is_floating_point() else -1)
@@ -111,9 +116,12 @@ class OpBench:
                 call()
             except OutOfResources:  # More shared memory than a thread block gets here.
                 continue
+            except (RuntimeError, TritonError) as error:
+                reason = f"does not run: {error}"
+                yield self._row(workload, spec.name, name, status="failed", error=reason), tactic
+                continue
             errors = output_errors(spec, inputs, case.attributes, outputs)
             gate = {error.name: asdict(error) for error in errors}
-            name = f"triton {tactic.name}"
             if all(error.passed for error in errors):
                 metrics = self._metrics(case, time_cold(call, **self._run))
                 yield self._row(workload, spec.name, name, gate=gate, metrics=metrics), tactic

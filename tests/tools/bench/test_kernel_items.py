@@ -24,10 +24,13 @@ class Device:
     """Runs the references in place of the kernels; tactics take the time of their names."""
 
     wrong: str | None = None
+    broken: str | None = None
     launched: str = ""
 
     def run(self, spec, inputs, attributes, outputs, tactic, num_sms):
         self.launched = tactic.name
+        if tactic.name == self.broken:
+            raise RuntimeError("the compiler gave up")
         for output, value in zip(outputs, reference_outputs(spec, inputs, attributes), strict=True):
             output.copy_(value + (tactic.name == self.wrong))
 
@@ -70,6 +73,15 @@ def test_fastest_tactics_are_kept_for_the_items_after(device, tmp_path, monkeypa
     monkeypatch.setattr(tuning, "_added", {})
     tuning.add_table(tmp_path / worker.TACTICS)
     assert len(tuning._added) == 4
+
+
+def test_tactic_that_does_not_compile_costs_its_own_row_alone(device, tmp_path):
+    device.broken = "64x32"
+    *rows, last = worker._ops(OPS, tmp_path, "abc")
+    (failed,) = [row for row in rows if row.status != "ok"]
+    assert failed.subject == "FkHeadIndexedAttention: triton 64x32"
+    assert "the compiler gave up" in failed.error
+    assert last.metrics["FkHeadIndexedAttention"][0] == "64x64"
 
 
 def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
