@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from forcing_kv.plugins.launch import Launch, Problem, Tactic
@@ -90,6 +89,7 @@ def scratch_memory(plan: Launch, device: torch.device) -> tuple[Tensor, ...]:
 
 def lend_memory(device: torch.device) -> None:
     """Let Triton's launcher take a kernel's hidden memory from PyTorch, from now on."""
+    import triton
 
     def allocate(nbytes: int, alignment: int, stream: int | None) -> Tensor:
         # PyTorch aligns to 512 bytes, Triton asks for 128. What is freed before the kernel has run

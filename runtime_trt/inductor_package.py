@@ -133,12 +133,16 @@ class InductorPackage:
 
 
 def _grouped(names: list[str], tensors: Mapping[str, Tensor]) -> list[Any]:
-    """Arguments of a graph: `hist_k.0`, `hist_k.1`, ... are one list."""
+    """Arguments of a graph: `hist_k.0`, `hist_k.1`, ... are one list.
+
+    All are dense: a compiled graph reads its inputs as row-major without a look at their strides,
+    and what another graph returned may lie otherwise (convolutions leave channels last).
+    """
     arguments: dict[str, Any] = {}
     for name in names:
         stem, _, index = name.partition(".")
         if index:
-            arguments.setdefault(stem, []).append(tensors[name])
+            arguments.setdefault(stem, []).append(tensors[name].contiguous())
         else:
-            arguments[stem] = tensors[name]
+            arguments[stem] = tensors[name].contiguous()
     return list(arguments.values())

@@ -55,10 +55,7 @@ class InductorDecodeRunner(DecodeRunner):
             inputs = {LATENTS: self._torch.from_numpy(latents), **self._state}
             made = self._package.run(graph, inputs)
             frames: Float32 = made.pop(FRAMES).numpy()
-            # Convolutions leave channels last, but a compiled graph reads its inputs as dense
-            # row-major without a look at their strides.
-            state = {next_state(name): value.contiguous() for name, value in made.items()}
-        self._state |= state
+        self._state |= {next_state(name): value for name, value in made.items()}
         return frames
 
     def read_state(self, name: str) -> NDArray[Any]:
