@@ -139,7 +139,7 @@ def check_output(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: suffix {path.suffix!r}; give one of {list(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: folder {path.parent} does not exist; make it first")
+        raise InputError(f"{path}: {path.parent} is no folder; make it first")
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise InputError(f"{path}: cannot be written; choose another path")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from pathlib import Path
@@ -47,23 +48,69 @@ TABLE_WIDTH = 160
 """Columns of a table that no terminal limits."""
 
 
-def _run(kind: str, **options: Any) -> None:
+def _measure(
+    kind: str,
+    subject: Subjects = None,
+    model: Model = "wan-1.3b",
+    size: Size = None,
+    device: Device = "cuda",
+    dtype: DTypeName = None,
+    chunks: Chunks = 20,
+    warmup_chunks: Warmup = 12,
+    gate_chunks: Gate = 7,
+    bundle: Bundle = None,
+    backend: BackendName = "auto",
+    out: Out = None,
+    folder: Folder = _FOLDER,
+    commit: Commit = None,
+    threads: Threads = 1,
+    list_them: ListThem = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure and show the rows of one kind; exit 1 where a gate or a subject failed."""
     from forcing_kv.tools.bench.rows import append_row
     from forcing_kv.tools.bench.run import BenchRequest, list_subjects, run
 
-    if options.pop("list_them"):
+    if list_them:
         for line in list_subjects():
             talk(line)
         return
-    out, as_json = options.pop("out"), options.pop("as_json")
+    request = BenchRequest(
+        subject, model, size, device, dtype, chunks, warmup_chunks, gate_chunks, bundle, backend,
+        folder, commit, threads,
+    )  # fmt: skip
     rows = []
-    for row in run(BenchRequest(**options)):
+    for row in run(request):
         if out is not None:
             append_row(out, row)
         if row.kind == kind or row.status != "ok":
             rows.append(row)
     finish(rows, as_json=as_json)
+
+
+def _command(kind: str, summary: str, *, fixed: bool = False, **defaults: int) -> Any:
+    """A typer command that measures rows of one kind.
+
+    Args:
+        kind: of the rows that it shows.
+        summary: its help text.
+        fixed: leave the options in `defaults` out.
+        defaults: values of options that are other than `_measure`'s.
+    """
+
+    def command(**options: Any) -> None:
+        _measure(kind, **(defaults | options))
+
+    parameters = [
+        parameter.replace(default=defaults.get(name, parameter.default))
+        for name, parameter in inspect.signature(_measure, eval_str=True).parameters.items()
+        if name != "kind" and not (fixed and name in defaults)
+    ]
+    # What typer reads of a function.
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__doc__ = summary
+    return command
 
 
 def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) -> None:
@@ -85,90 +132,23 @@ def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) ->
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
-def bench_step(
-    subject: Subjects = None,
-    model: Model = "wan-1.3b",
-    size: Size = None,
-    device: Device = "cuda",
-    dtype: DTypeName = None,
-    chunks: Chunks = 20,
-    warmup_chunks: Warmup = 12,
-    gate_chunks: Gate = 7,
-    bundle: Bundle = None,
-    backend: BackendName = "auto",
-    out: Out = None,
-    folder: Folder = _FOLDER,
-    commit: Commit = None,
-    threads: Threads = 1,
-    list_them: ListThem = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time of one denoise step in steady state, beside its bound."""
-    _run("step", **locals())
-
-
-def bench_chunk(
-    subject: Subjects = None,
-    model: Model = "wan-1.3b",
-    size: Size = None,
-    device: Device = "cuda",
-    dtype: DTypeName = None,
-    chunks: Chunks = 20,
-    warmup_chunks: Warmup = 12,
-    gate_chunks: Gate = 7,
-    bundle: Bundle = None,
-    backend: BackendName = "auto",
-    out: Out = None,
-    folder: Folder = _FOLDER,
-    commit: Commit = None,
-    threads: Threads = 1,
-    list_them: ListThem = False,
-    as_json: AsJson = False,
-) -> None:
-    """Denoiser time and FPS of a chunk: steps, clean pass, eviction and commit; and its parts."""
-    _run("chunk", **locals())
-
-
-def bench_rollout(
-    subject: Subjects = None,
-    model: Model = "wan-1.3b",
-    size: Size = None,
-    device: Device = "cuda",
-    dtype: DTypeName = None,
-    chunks: Chunks = 50,
-    warmup_chunks: Warmup = 12,
-    gate_chunks: Gate = 7,
-    bundle: Bundle = None,
-    backend: BackendName = "auto",
-    out: Out = None,
-    folder: Folder = _FOLDER,
-    commit: Commit = None,
-    threads: Threads = 1,
-    list_them: ListThem = False,
-    as_json: AsJson = False,
-) -> None:
-    """Latency over many chunks: p50, p99, jitter, growth of time and memory; end to end."""
-    _run("rollout", **locals())
-
-
-def bench_load(
-    subject: Subjects = None,
-    model: Model = "wan-1.3b",
-    size: Size = None,
-    device: Device = "cuda",
-    dtype: DTypeName = None,
-    gate_chunks: Gate = 7,
-    bundle: Bundle = None,
-    backend: BackendName = "auto",
-    out: Out = None,
-    folder: Folder = _FOLDER,
-    commit: Commit = None,
-    threads: Threads = 1,
-    list_them: ListThem = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time to build, to open, and from a prompt to the first latents and frame."""
-    _run("load", chunks=5, warmup_chunks=1, **locals())
+bench_step = _command("step", "Time of one denoise step in steady state, beside its bound.")
+bench_chunk = _command(
+    "chunk",
+    "Denoiser time and FPS of a chunk: steps, clean pass, eviction and commit; and its parts.",
+)
+bench_rollout = _command(
+    "rollout",
+    "Latency over many chunks: p50, p99, jitter, growth of time and memory; end to end.",
+    chunks=50,
+)
+bench_load = _command(
+    "load",
+    "Time to build, to open, and from a prompt to the first latents and frame.",
+    fixed=True,
+    chunks=5,
+    warmup_chunks=1,
+)
 
 
 def bench_suite(
