@@ -55,7 +55,7 @@ def test_json_reports_a_time_for_every_chunk(run_fkv, digits_bundle, tmp_path):
         ((), "a cat .", "v.mp4", "knows"),
         (("--fps", 0), PROMPT, "v.mp4", "--fps is 0"),
         ((), PROMPT, "v.avi", ".mp4"),
-        ((), PROMPT, "missing/v.mp4", "does not exist"),
+        ((), PROMPT, "missing/v.mp4", "missing is no folder; make it first"),
         (("--decode", "none"), PROMPT, "v.mp4", ".npz"),
         (("--decode", "magic"), PROMPT, "v.mp4", "magic"),
         (("--backend", "magic"), PROMPT, "v.mp4", "onnxruntime"),
