@@ -124,7 +124,7 @@ def calibrate_heads(
     """
     from forcing_kv.calibration.head_profile import HeadRule
     from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
-    from forcing_kv.calibration.model_source import load_checkpoint, load_shipped
+    from forcing_kv.calibration.model_source import load_source
     from forcing_kv.calibration.rollouts import ProfilePlan
     from forcing_kv.export.request import ExportRequest
     from forcing_kv.runtime_trt.schedule import Schedule
@@ -135,32 +135,20 @@ def calibrate_heads(
         raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
     check_folder(out)
     require("matplotlib")
-    if checkpoint is None:
-        if config or prompt_embeds or lora:
-            raise InputError(
-                "--config, --lora and --prompt-embeds belong to --checkpoint; give it too"
-            )
-        source = load_shipped(model, prompt or [])
-    else:
-        if prompt_embeds is None or prompt:
-            raise InputError(
-                "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
-                "with `fkv encode-prompt`"
-            )
-        steps = parse_numbers("--denoise-steps", denoise_steps) if denoise_steps else None
-        request = ExportRequest(
-            model=model,
-            checkpoint=checkpoint,
-            config=config,
-            weights=cast(Any, weights),
-            lora=lora,
-            lora_alpha=lora_alpha,
-            latent_size=parse_latent_size("--latent-size", latent_size) if latent_size else None,
-            chunk_frames=chunk_frames,
-            schedule=Schedule(steps, warped) if steps else None,
-            dtype=cast(Any, dtype),
-        )
-        source = load_checkpoint(request, prompt_embeds)
+    steps = parse_numbers("--denoise-steps", denoise_steps) if denoise_steps else None
+    request = ExportRequest(
+        model=model,
+        checkpoint=checkpoint,
+        config=config,
+        weights=cast(Any, weights),
+        lora=lora,
+        lora_alpha=lora_alpha,
+        latent_size=parse_latent_size("--latent-size", latent_size) if latent_size else None,
+        chunk_frames=chunk_frames,
+        schedule=Schedule(steps, warped) if steps else None,
+        dtype=cast(Any, dtype),
+    )
+    source = load_source(request, prompt or [], prompt_embeds)
     calibration = HeadCalibration(
         source,
         ProfilePlan(

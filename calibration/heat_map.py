@@ -1,7 +1,8 @@
-"""Picture of a head partition: one cell per layer and head, coloured by score."""
+"""Pictures of calibrations: one cell per layer and head, or per layer and linear layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,42 @@ def draw_heads(path: Path, scores_LH: NDArray[np.float64], threshold: float, tit
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("share of the mass on the last key frames")
     bar.ax.axhline(min(threshold, 1), color="red", linewidth=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def draw_linears(
+    path: Path, errors_LC: NDArray[np.float64], columns: Sequence[str], title: str
+) -> None:
+    """Draw what rounding costs each linear layer to a PNG.
+
+    Args:
+        path: file to write.
+        errors_LC: relative error [layers, linear layers of a block]; NaN where nothing is rounded.
+        columns: names of a block's linear layers.
+        title: of the picture.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    num_layers = len(errors_LC)
+    height = max(num_layers, _MIN_CELLS // 2) * _CELL_INCHES + 1.8
+    figure = Figure(figsize=(7, height), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * errors_LC, cmap="cividis", aspect="auto")
+    for (layer, column), error in np.ndenumerate(errors_LC):
+        text = "kept" if np.isnan(error) else f"{100 * error:.1f}"
+        axes.text(
+            column, layer, text, fontsize=8, ha="center", va="center",
+            color="black" if error > np.nanmean(errors_LC) else "white" if error > 0 else "gray",
+        )  # fmt: skip
+    axes.set(ylabel="layer", title=title)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(0, num_layers, _tick_step(num_layers)))
+    figure.colorbar(image, ax=axes).set_label("error of the output, % (root mean square)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

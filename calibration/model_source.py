@@ -40,6 +40,33 @@ class ModelSource:
     """Lowest score of a static head; the published one unless the model comes with its own."""
 
 
+def load_source(
+    request: ExportRequest, texts: Sequence[str], prompt_embeds: Path | None
+) -> ModelSource:
+    """Load the model that a calibration asks for.
+
+    Args:
+        request: see `load_checkpoint`.
+        texts: prompts of a shipped model, or none.
+        prompt_embeds: encoded prompts, for a checkpoint.
+
+    Raises:
+        InputError: the options do not fit each other, or a file is missing or not as needed.
+    """
+    if request.checkpoint is None:
+        if request.config or prompt_embeds or request.lora:
+            raise InputError(
+                "--config, --lora and --prompt-embeds belong to --checkpoint; give it too"
+            )
+        return load_shipped(request.model, texts)
+    if prompt_embeds is None or texts:
+        raise InputError(
+            "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
+            "with `fkv encode-prompt`"
+        )
+    return load_checkpoint(request, prompt_embeds)
+
+
 def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
     """Load a shipped model; its own calibration prompts are taken if none is given."""
     shipped = shipped_model(name)

@@ -17,11 +17,13 @@ import onnx_ir as ir
 
 from forcing_kv.export.capture import graph_sources
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8_model import quantize_
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.folders import check_folder
+from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.manifest import (
     GRAPH_FOLDER,
     MANIFEST_FILE,
@@ -96,6 +98,7 @@ def export_bundle(
     target: Path,
     labels: BundleLabels,
     *,
+    fp8: Fp8Scales | None = None,
     force: bool = False,
     consume: bool = False,
     report: Report = lambda _: None,
@@ -107,6 +110,7 @@ def export_bundle(
         config: rollout configuration.
         target: directory to write.
         labels: what the bundle says about itself.
+        fp8: layers to round to FP8 (`export.fp8.scales_for`); None for none.
         force: replace a bundle that is there.
         consume: rewrite `model` in place instead of copying it (saves its size in memory).
         report: told the name of each part when it begins.
@@ -122,6 +126,8 @@ def export_bundle(
     with replaced_directory(target, force=force) as folder:
         model = model if consume else copy.deepcopy(model)
         model = sort_heads_(model, config.partition).cast_(getattr(torch, config.dtype)).eval()
+        if fp8 is not None:
+            quantize_(model, fp8)
         (folder / GRAPH_FOLDER).mkdir()
         graphs = {}
         weights_path = folder / WEIGHT_FILE
@@ -140,6 +146,7 @@ def export_bundle(
             graphs=graphs,
             weights_sha256=sha256_of(weights_path),
             weights_nbytes=weights_path.stat().st_size,
+            fp8=fp8,
             provenance={**labels.provenance, "tools": tool_versions()},
             text_encoder=labels.text_encoder,
             decoder=labels.decoder,

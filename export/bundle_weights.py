@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8_model import quantize_
 from forcing_kv.export.stripped_weights import dtype_name, weight_entry
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, read_constants
 from forcing_kv.runtime_trt.errors import BundleError
@@ -39,6 +40,8 @@ def read_bundle_weights(bundle: Path, manifest: Manifest) -> BundleWeights:
     """
     with torch.device("meta"):
         model = CausalWanModel(manifest.config.model)
+    if manifest.fp8 is not None:
+        quantize_(model, manifest.fp8)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = _initializers(bundle, manifest, wanted)
     missing = sorted(set(wanted) - set(found))

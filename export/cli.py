@@ -40,6 +40,13 @@ def export(
     latent_size: LatentSize = None,
     chunk_frames: ChunkFrames = None,
     dtype: ComputeDType = "float32",
+    fp8: Annotated[
+        Path | None,
+        typer.Option(
+            help="fp8.json of `fkv calibrate fp8`: run these linear layers in FP8.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="Head partition file.", rich_help_panel=_POLICY)
     ] = None,
@@ -129,6 +136,7 @@ def export(
         dense_window=dense_window,
         policy_changes=tuple((key, value) for key, value in changes.items() if value is not None),
         dtype=cast(Any, dtype),
+        fp8=fp8,
     )
     resolved = resolve(request)
     check_target(out, force=force)
@@ -145,8 +153,9 @@ def export(
             bar.describe(f"exporting {part}")
 
         manifest = export_bundle(
-            loaded, resolved.config, out, resolved.labels, force=force, consume=True, report=report
-        )
+            loaded, resolved.config, out, resolved.labels, fp8=resolved.fp8_scales(loaded),
+            force=force, consume=True, report=report,
+        )  # fmt: skip
     talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
     if as_json:
         print_json(manifest.to_json())

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forcing_kv.export.fp8 import FP8, Fp8Linear
 from forcing_kv.runtime_trt.layout import ModelShape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -100,7 +101,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(shape.dim, shape.dim)
         self.norm_q = RMSNorm(shape.dim, shape.eps)
         self.norm_k = RMSNorm(shape.dim, shape.eps)
-        self.qkv: nn.Linear | None = None
+        self.qkv: nn.Linear | Fp8Linear | None = None
         """q, k and v in one matrix, in place of the three (`export.fusion.fuse_qkv_`)."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +116,11 @@ class Attention(nn.Module):
         if self.qkv is None:
             return self.k(x), self.v(x)
         rows = slice(x.shape[-1], None)
-        k, v = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows]).chunk(2, dim=-1)
+        if isinstance(self.qkv, Fp8Linear):
+            kv = self.qkv.rows(x, rows)
+        else:
+            kv = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        k, v = kv.chunk(2, dim=-1)
         return k, v
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -243,9 +248,9 @@ class CausalWanModel(nn.Module):
         return norm or name.startswith(self.FLOAT32_PREFIXES)
 
     def cast_(self, dtype: torch.dtype) -> CausalWanModel:
-        """Cast the linear weights to `dtype`, keeping Wan's float32 islands; returns self."""
+        """Cast linear weights to `dtype`, but not Wan's float32 islands and FP8; returns self."""
         for name, parameter in self.named_parameters():
-            if not self.is_island(name):
+            if not self.is_island(name) and parameter.dtype != FP8:
                 parameter.data = parameter.data.to(dtype)
         return self
 

@@ -76,6 +76,8 @@ class EagerBackend(Backend):
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         sorted_model = sort_heads_(share_weights(model), config.partition)
         sorted_model = sorted_model.cast_(self.dtype).to(self.device).eval()
+        self.model = sorted_model
+        """What runs: heads in exported order, weights in the compute dtype."""
         self._prompt = PromptGraph(sorted_model)
         self._step = StepGraph(
             sorted_model, config, None if observer is None else self._observe

@@ -6,7 +6,7 @@ here and records which one it used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8 import Fp8Linear
+from forcing_kv.export.rewrite import linear_of
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import from_mapping
 from forcing_kv.runtime_trt.schedule import Schedule, time_sinusoid
@@ -78,14 +80,18 @@ def fuse_qkv_(model: CausalWanModel) -> CausalWanModel:
             continue
         parts = (attn.q, attn.k, attn.v)
         weight = torch.cat([part.weight.detach() for part in parts])
-        fused = nn.Linear(1, 1, device="meta")
-        fused.in_features, fused.out_features = weight.shape[1], weight.shape[0]
-        fused.weight = nn.Parameter(weight, requires_grad=False)
         bias = torch.cat([part.bias.detach() for part in parts])
-        fused.bias = nn.Parameter(bias, requires_grad=False)
-        attn.qkv = fused
+        attn.qkv = _stacked(parts, weight, bias)
         del attn.q, attn.k, attn.v
     return model
+
+
+def _stacked(parts: Sequence[nn.Module], weight: Tensor, bias: Tensor) -> nn.Linear | Fp8Linear:
+    """A layer with the given weight and bias, of the kind that its parts are."""
+    if isinstance(parts[0], Fp8Linear):
+        assert all(part.scales == parts[0].scales for part in parts), "q, k and v share scales"
+        return Fp8Linear(weight, bias, parts[0].scales)
+    return linear_of(weight, bias)
 
 
 class GeluLinear(nn.Linear):
@@ -103,10 +109,13 @@ class GeluLinear(nn.Linear):
 
 
 def fuse_gelu_(model: CausalWanModel) -> CausalWanModel:
-    """Join every feed-forward's first product with its GELU; changes and returns `model`."""
+    """Join every feed-forward's first product with its GELU; changes and returns `model`.
+
+    Not a product in FP8, which has no such epilogue: there GELU joins the next rounding.
+    """
     for block in model.layers:
         first = cast(nn.Linear, block.ffn[0])
-        if isinstance(first, GeluLinear):
+        if isinstance(first, GeluLinear | Fp8Linear):
             continue
         fused = GeluLinear(1, 1, device="meta")
         fused.in_features, fused.out_features = first.in_features, first.out_features

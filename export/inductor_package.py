@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from forcing_kv.export.capture import GraphSource, graph_sources
 from forcing_kv.export.cuda_toolchain import cuda_toolchain
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8 import compiler_body as fp8_body
 from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.config import RolloutConfig
@@ -57,7 +58,8 @@ class InductorOptions:
 
     def bodies(self) -> Bodies:
         """What replaces the operators."""
-        return aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
+        own = aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
+        return own | fp8_body(self.device)
 
     def inductor_settings(self) -> dict[str, Any]:
         """Settings of PyTorch's compiler."""

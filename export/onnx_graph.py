@@ -19,6 +19,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
 
 from forcing_kv.export.capture import GraphSource
+from forcing_kv.export.fp8 import onnx_decomposition as fp8_decomposition
 from forcing_kv.plugins.op_spec import DOMAIN
 from forcing_kv.plugins.registry import OPSET, onnx_decompositions, onnx_functions
 
@@ -30,7 +31,7 @@ ALIGNMENT = 4096
 _OPTIMIZER_ROUNDS = 2
 """Folding makes rewrites possible and the other way round; as often as the exporter's default."""
 
-_NOT_FOLDED = ("Cast", "Transpose")
+_NOT_FOLDED = ("Cast", "Transpose", "DequantizeLinear")
 """Folding these would copy weights under new names: unshared, and lost to who reads them back."""
 
 
@@ -82,7 +83,8 @@ def _quiet_exporter() -> Iterator[None]:
 def onnx_model(source: GraphSource) -> ir.Model:
     """Translate one graph: custom nodes with function bodies attached, constants folded."""
     with _quiet_exporter():
-        program = source.capture().run_decompositions(onnx_decompositions())
+        decompositions = onnx_decompositions() | fp8_decomposition()
+        program = source.capture().run_decompositions(decompositions)
         exported = torch.onnx.export(
             program,
             (),

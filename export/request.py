@@ -12,11 +12,14 @@ from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.checkpoint_files import Weights, checkpoint_sha256, weight_files
 from forcing_kv.export.checkpoints import CheckpointSource, load_model
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8_file import read_fp8
+from forcing_kv.export.fp8_model import scales_for
 from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.manifest import sha256_of
@@ -51,6 +54,8 @@ class ExportRequest:
     """(field, value) of `CachePolicy` that differ from the model's own."""
     schedule: Schedule | None = None
     dtype: DType = "float32"
+    fp8: Path | None = None
+    """Calibration of linear layers that run in FP8; None runs none."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class ResolvedExport:
     source: CheckpointSource
     heads: Path | None
     """Head partition file; None for a dense export."""
+    fp8: Path | None = None
+    """Calibration of the layers in FP8; None for none."""
 
     @property
     def name(self) -> str:
@@ -76,8 +83,16 @@ class ResolvedExport:
             provenance["lora_sha256"] = sha256_of(self.source.lora)
         if self.heads is not None:
             provenance["heads_sha256"] = sha256_of(self.heads)
+        if self.fp8 is not None:
+            provenance["fp8_sha256"] = sha256_of(self.fp8)
         preset = self.preset
         return BundleLabels(preset.name, preset.text_encoder, preset.decoder, provenance)
+
+    def fp8_scales(self, model: CausalWanModel) -> Fp8Scales | None:
+        """Scales of the layers in FP8 of the loaded model; None for none."""
+        if self.fp8 is None:
+            return None
+        return scales_for(model, read_fp8(self.fp8, self.config.model).amax)
 
     @property
     def load(self) -> Callable[[], CausalWanModel]:
@@ -110,7 +125,9 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     config = RolloutConfig(
         preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
-    return ResolvedExport(preset, config, source, heads)
+    if request.fp8 is not None:
+        read_fp8(request.fp8, preset.model)
+    return ResolvedExport(preset, config, source, heads, request.fp8)
 
 
 def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.layout import HeadPartition
@@ -21,6 +21,15 @@ def share_weights(model: CausalWanModel) -> CausalWanModel:
         for weight in model.parameters()
     }
     return copy.deepcopy(model, shared)
+
+
+def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with the given weight [out, in] and bias [out], which are not copied."""
+    made = nn.Linear(1, 1, device="meta")
+    made.in_features, made.out_features = weight.shape[1], weight.shape[0]
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
 
 
 def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanModel:

@@ -45,7 +45,11 @@ def weight_entry(tensor: ir.ExternalTensor, file: str, shape: tuple[int, ...]) -
 def dtype_name(tensor: ir.TensorProtocol) -> str:
     """Element type as torch and the manifest name it."""
     name = tensor.dtype.name.lower()
-    return "float32" if name == "float" else name
+    return _TORCH_NAMES.get(name, name)
+
+
+_TORCH_NAMES = {"float": "float32", "float8e4m3fn": "float8_e4m3fn"}
+"""Element types that ONNX calls otherwise."""
 
 
 def mark_stripped(network: Any, path: Path) -> dict[str, ConstantEntry]:

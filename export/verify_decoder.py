@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forcing_kv.export.inductor_package import torch_dtype
 from forcing_kv.export.onnx_module import OnnxModule
-from forcing_kv.export.verify_bundle import TensorCheck, allowed_error, largest_error
+from forcing_kv.export.verify_bundle import TensorCheck, allowed_error, error_of
 from forcing_kv.runtime_trt.decoder import (
     DECODE,
     FRAMES,
@@ -136,7 +136,7 @@ def verify_decoder(
             _, _, index = name.partition(".")
             check = TensorCheck(
                 kind, name, int(index) if index else None, frame, None,
-                largest_error(found, wanted), allowed_error(wanted, yardstick, dtype),
+                error_of(found, wanted), allowed_error(wanted, yardstick, dtype),
             )  # fmt: skip
             if name not in worst or check.ratio > worst[name].ratio:
                 worst[name] = check

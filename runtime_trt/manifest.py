@@ -11,6 +11,7 @@ from typing import Any
 
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import BundleError, InputError
+from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.layout import from_mapping
 
 MANIFEST_FILE = "manifest.json"
@@ -72,6 +73,8 @@ class Manifest:
     """prompt, step and, with segments, evict."""
     weights_sha256: str
     weights_nbytes: int
+    fp8: Fp8Scales | None = None
+    """Layers whose products run in FP8; None for none."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Hashes of checkpoint and head file, and the versions of the tools that exported."""
     text_encoder: str | None = None
@@ -134,6 +137,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
     _check_graphs(config, graphs)
     parts = {"config": config, "graphs": graphs, "engines": tuple(data.get("engines", ()))}
+    fp8 = data.get("fp8")
+    parts["fp8"] = None if fp8 is None else Fp8Scales.from_json(fp8, "fp8")
     parts["decoders"] = {
         kind: _decoder_info(decoder, f"decoders.{kind}")
         for kind, decoder in data.get("decoders", {}).items()

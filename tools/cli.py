@@ -60,6 +60,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
     Command("plan", "forcing_kv.tools.plan", "plan"),
     Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
+    Command("calibrate fp8", "forcing_kv.calibration.fp8_cli", "calibrate_fp8"),
     Command("calibrate policy", "forcing_kv.calibration.policy_cli", "calibrate_policy"),
     Command("bench step", "forcing_kv.tools.bench.cli", "bench_step"),
     Command("bench chunk", "forcing_kv.tools.bench.cli", "bench_chunk"),

@@ -66,7 +66,8 @@ def _summary(manifest: Manifest) -> Any:
     )
     steps = ", ".join(f"{t:.4g}" for t in config.schedule.timesteps.tolist())
     table.add_row("timesteps", f"{steps}, then a clean pass")
-    table.add_row("dtype", config.dtype)
+    fp8 = "" if manifest.fp8 is None else f", {len(manifest.fp8.linears)} linear layers in FP8"
+    table.add_row("dtype", config.dtype + fp8)
     table.add_row(
         "policy",
         f"sink {policy.num_sink_frames}, static {policy.num_static_frames}, temporal "
