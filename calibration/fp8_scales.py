@@ -22,10 +22,10 @@ from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.engine import EagerBackend
 from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
-from forcing_kv.export.fp8_model import LINEARS, block_linears, scale_of, scales_for
+from forcing_kv.export.fp8_model import block_linears, scale_of, scales_for
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.fp8 import FP8_MAX
+from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.runtime_trt.version import project_version
 

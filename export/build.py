@@ -27,7 +27,8 @@ from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
 from forcing_kv.runtime_trt.engine_record import weight_table
-from forcing_kv.runtime_trt.errors import ForcingKvError, require
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
+from forcing_kv.runtime_trt.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
     GraphInfo,
@@ -124,6 +125,8 @@ def plan_build(
         environment["sm"] = options.target.removeprefix("sm")
     elif device is not None:
         environment |= {"sm": str(device.sm), "gpu": device.name, "driver": device.driver}
+    if manifest.fp8 is not None:
+        _check_fp8(manifest.fp8, options, environment.get("sm"))
     plan = BuildPlan(bundle, manifest, options, environment, ())
     record = None if force else _record_of(manifest, plan.folder)
     graphs = _part(plan, record, None, manifest.graphs, manifest.weights_sha256)
@@ -131,6 +134,20 @@ def plan_build(
         part = recorded_part(record or {}, kind)
         graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
     return replace(plan, graphs=tuple(graphs))
+
+
+def _check_fp8(fp8: Fp8Scales, options: EngineOptions, sm: str | None) -> None:
+    """Refuse what cannot run layers in FP8."""
+    if options.frontend == "torch-tensorrt":
+        raise InputError(
+            "--frontend torch-tensorrt does not know layers in FP8; take --frontend onnx"
+        )
+    if options.hardware_compatible:
+        raise InputError(
+            f"--hardware-compatible includes GPUs without FP8 (before sm{FP8_MIN_SM}); leave it out"
+        )
+    if sm is not None:
+        check_sm(fp8, int(sm))
 
 
 def _part(
@@ -319,6 +336,7 @@ def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, An
         "scratch_nbytes": log.nbytes.get("activation"),
         "num_layers": len(log.layers),
         "num_fused_attention": log.num_fused_attention,
+        "num_fp8_products": log.num_fp8_products,
         "build_seconds": round(seconds, 1),
     }
 

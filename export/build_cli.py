@@ -242,10 +242,11 @@ def _summary(plan: BuildPlan, record: Mapping[str, Any]) -> None:
         assert part is not None, f"{graph.label} was built and is not recorded"
         detail = part["details"][graph.name]
         scratch = (detail["scratch_nbytes"] or 0) / 1e6
+        fp8 = detail.get("num_fp8_products")
         talk(
             f"{graph.label}: {detail['nbytes'] / 1e6:.1f} MB in {detail['build_seconds']:.1f} s, "
             f"{detail['num_layers']} layers, {detail['num_fused_attention']} of them fused "
-            f"attention, {scratch:.0f} MB of scratch"
+            f"attention, {f'{fp8} products in FP8, ' if fp8 else ''}{scratch:.0f} MB of scratch"
         )
     talk(f"recorded {plan.folder} in {plan.bundle}/manifest.json")
 

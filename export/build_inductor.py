@@ -24,6 +24,7 @@ from forcing_kv.export.inductor_package import (
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
+from forcing_kv.runtime_trt.fp8 import check_sm
 from forcing_kv.runtime_trt.inductor_package import environment
 from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest, sha256_of
 
@@ -55,6 +56,9 @@ def build_inductor(
             "finds no CUDA device here; build there, or give --device cpu"
         )
     manifest = read_manifest(bundle)
+    if manifest.fp8 is not None and options.device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        check_sm(manifest.fp8, 10 * major + minor)
     start = perf_counter()
     report("weights")
     weights = read_bundle_weights(bundle, manifest)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from forcing_kv.export.devices import Device
-from forcing_kv.export.memory_model import weight_counts
+from forcing_kv.export.memory_model import NO_FP8, weight_counts
 from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
+from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.timeline import Timeline
 
@@ -67,22 +68,32 @@ class PartCost:
     flops: float
     nbytes: float
     """Bytes that must cross the memory bus: weights, K and V, inputs and outputs."""
+    fp8_flops: float = 0
+    """Those of `flops` that are products in FP8."""
 
     def ideal_ms(self, device: Device, dtype: DType) -> float:
         """Lower bound of its time: arithmetic or bandwidth, whichever is slower."""
-        arithmetic = self.flops / (device.sustained_tflops(dtype) * 1e9)
+        wide = self.flops - self.fp8_flops
+        arithmetic = wide / (device.sustained_tflops(dtype) * 1e9)
+        if self.fp8_flops:
+            arithmetic += self.fp8_flops / (device.sustained_fp8_tflops * 1e9)
         return max(arithmetic, self.nbytes / (device.bandwidth_gbps * 1e6))
 
 
-def step_cost(config: RolloutConfig, history: Sequence[History]) -> tuple[PartCost, ...]:
+def step_cost(
+    config: RolloutConfig, history: Sequence[History], fp8: Fp8Counts = NO_FP8
+) -> tuple[PartCost, ...]:
     """FLOPs and bytes of one step by part, the mean over chunks with these histories.
 
-    A multiply-add is two FLOPs. Norms, gates and rotations count as fused into their neighbours.
+    A multiply-add is two FLOPs. Norms, gates and rotations count as fused into their neighbours;
+    so does rounding to FP8, whose smaller activations are counted as if they were not smaller.
     """
     model, chunk, dtype = config.model, config.chunk, config.dtype
     num_tokens, dim, ffn = chunk.num_tokens, model.dim, model.ffn_dim
     layers, size = model.num_layers, ITEMSIZES[dtype]
-    weights = {part: count.nbytes(dtype) for part, count in weight_counts(model).items()}
+    counts = weight_counts(model, fp8)
+    weights = {part: count.nbytes(dtype) for part, count in counts.items()}
+    rounded = {part: 2 * num_tokens * count.fp8 for part, count in counts.items()}
     stream = layers * num_tokens * dim * size
     frames = fmean(head_frames(config, each) for each in history)
     keys = frames * chunk.tokens_per_frame
@@ -97,13 +108,22 @@ def step_cost(config: RolloutConfig, history: Sequence[History]) -> tuple[PartCo
             2 * keys * model.head_dim * size + 2 * stream,
         ),
         PartCost(
-            "projections", 8 * layers * num_tokens * dim**2, weights["projections"] + 8 * stream
+            "projections",
+            8 * layers * num_tokens * dim**2,
+            weights["projections"] + 8 * stream,
+            rounded["projections"],
         ),
-        PartCost("cross-attention", cross, weights["cross-attention"] + text + 6 * stream),
+        PartCost(
+            "cross-attention",
+            cross,
+            weights["cross-attention"] + text + 6 * stream,
+            rounded["cross-attention"],
+        ),
         PartCost(
             "feed-forward",
             4 * layers * num_tokens * dim * ffn,
             weights["feed-forward"] + stream * (2 + 2 * ffn / dim),
+            rounded["feed-forward"],
         ),
         PartCost(
             "embeddings and head",

@@ -28,10 +28,24 @@ class Device:
     """Peak of float32 arithmetic without tensor cores, TFLOP/s."""
     bandwidth_gbps: float
     """Peak memory bandwidth, GB/s."""
+    has_fp8: bool = True
+    """Whether it has FP8 matrix products, at twice the 16-bit rate: Ada and later."""
 
     def sustained_tflops(self, dtype: DType) -> float:
         """Arithmetic rate to plan with, TFLOP/s."""
         return SUSTAINED * (self.tflops_float32 if dtype == "float32" else self.tflops_16bit)
+
+    @property
+    def sustained_fp8_tflops(self) -> float:
+        """Rate of FP8 products with float32 sums, TFLOP/s.
+
+        Raises:
+            InputError: the device has none.
+        """
+        if not self.has_fp8:
+            having = [device.name for device in _DEVICES if device.has_fp8]
+            raise InputError(f"{self.name} has no FP8 products; choose one of {having}")
+        return SUSTAINED * 2 * self.tflops_16bit
 
 
 _DEVICES = (
@@ -39,7 +53,7 @@ _DEVICES = (
     Device("rtx4090", "GeForce RTX 4090", 24, 165.2, 82.6, 1008),
     Device("rtx5090", "GeForce RTX 5090", 32, 209.5, 104.8, 1792),
     Device("l40s", "L40S", 48, 362, 91.6, 864),
-    Device("a100", "A100 80GB SXM", 80, 312, 19.5, 2039),
+    Device("a100", "A100 80GB SXM", 80, 312, 19.5, 2039, has_fp8=False),
     Device("h100", "H100 80GB SXM", 80, 989, 67, 3350),
     Device("h200", "H200 SXM", 141, 989, 67, 4800),
     Device("b200", "B200", 180, 2250, 75, 7700),

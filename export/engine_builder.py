@@ -35,6 +35,8 @@ class LayerInfo:
     tactic: str
     source: str
     """ONNX nodes that it comes from, where the verbosity tells."""
+    fp8: bool = False
+    """Whether it is a matrix product of FP8 tensors."""
 
 
 @dataclass
@@ -53,9 +55,16 @@ class BuildLog:
             self.problems.append(message)
         for line in message.splitlines() if "LayerType: " in message else ():
             if found := _LAYER.match(line):
-                self.layers.append(LayerInfo(*(found[key] or "" for key in _LAYER_KEYS)))
+                fp8 = found["kind"] == "gemm" and "Datatype: FP8" in line
+                texts = {key: found[key] or "" for key in _LAYER_KEYS}
+                self.layers.append(LayerInfo(**texts, fp8=fp8))
         if found := _MEMORY.match(message):
             self.nbytes[found[1].lower()] = int(found[2])
+
+    @property
+    def num_fp8_products(self) -> int:
+        """Layers that are a matrix product in FP8; q, k and v are one."""
+        return sum(layer.fp8 for layer in self.layers)
 
     @property
     def num_fused_attention(self) -> int:

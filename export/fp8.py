@@ -45,14 +45,14 @@ def _scaled_product(
     x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float
 ) -> Tensor:
     """The same by PyTorch's scaled product of FP8 tensors, for CUDA and 16-bit x."""
-    scales = (
+    a, b = (
         torch.full((), scale, dtype=torch.float32, device=x.device)
         for scale in (input_scale, weight_scale)
     )
     rows = round_to_fp8(x, input_scale).reshape(-1, x.shape[-1])
     # Sums stay in the tensor cores for the whole row: the form that inference engines use.
     out = torch._scaled_mm(
-        rows, weight.t(), *scales, bias=bias, out_dtype=x.dtype, use_fast_accum=True
+        rows, weight.t(), a, b, bias=bias, out_dtype=x.dtype, use_fast_accum=True
     )
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -138,7 +138,7 @@ class Fp8Linear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move the layer; a cast reaches the bias alone."""
         weight = self.weight.data
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.dtype != FP8:
             self.weight.data = weight.to(self.weight.device)
         return self

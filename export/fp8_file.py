@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from forcing_kv.export.fp8_model import LINEARS
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.fp8 import LINEARS
 from forcing_kv.runtime_trt.layout import ModelShape
 
 FP8_FORMAT = "forcing_kv.fp8"

@@ -12,14 +12,7 @@ from torch import nn
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.rewrite import linear_of, share_weights
-from forcing_kv.runtime_trt.fp8 import FP8_MAX, MIN_SCALE, Fp8Scales, LinearScales
-
-LINEARS = (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-    "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2",
-)  # fmt: skip
-"""Layers of a block that FP8 serves: all products of a step but the embeddings and the head. Text
-keys and values run once a prompt and stay as they are."""
+from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS, MIN_SCALE, Fp8Scales, LinearScales
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 from forcing_kv.runtime_trt.buffers import ALIGNMENT
 from forcing_kv.runtime_trt.chunk_program import SLOTS
 from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
+from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Counts
 from forcing_kv.runtime_trt.layout import ModelShape
 
 FLOAT32_NBYTES = 4
@@ -28,6 +30,8 @@ class WeightCount:
     """In the compute dtype."""
     float32: int = 0
     """In float32 whatever the compute dtype: norms, modulation, time embedding."""
+    fp8: int = 0
+    """Those of `compute` that are in FP8 instead."""
 
     @property
     def total(self) -> int:
@@ -36,23 +40,39 @@ class WeightCount:
 
     def nbytes(self, dtype: DType) -> int:
         """Bytes of the part."""
-        return self.compute * ITEMSIZES[dtype] + self.float32 * FLOAT32_NBYTES
+        wide = self.compute - self.fp8
+        return wide * ITEMSIZES[dtype] + self.fp8 + self.float32 * FLOAT32_NBYTES
 
 
 def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def weight_counts(model: ModelShape) -> dict[str, WeightCount]:
+NO_FP8: Fp8Counts = MappingProxyType({})
+
+
+def all_fp8(model: ModelShape) -> Fp8Counts:
+    """Every layer that FP8 serves, in every block."""
+    return dict.fromkeys(LINEARS, model.num_layers)
+
+
+def weight_counts(model: ModelShape, fp8: Fp8Counts = NO_FP8) -> dict[str, WeightCount]:
     """Parameters by part; `text ...` is what the prompt graph holds, the step graph the rest."""
     dim, ffn, layers = model.dim, model.ffn_dim, model.num_layers
     patch = model.patch_size**2 * model.in_channels
     square = _linear(dim, dim)
     time = _linear(model.freq_dim, dim) + square + _linear(dim, 6 * dim)
+
+    def rounded(part: str) -> int:
+        width = ffn if part == "ffn" else dim
+        return sum(dim * width * n for name, n in fp8.items() if name.startswith(f"{part}."))
+
     return {
-        "projections": WeightCount(layers * 4 * square, layers * 2 * dim),
-        "cross-attention": WeightCount(layers * 2 * square, layers * dim),
-        "feed-forward": WeightCount(layers * (_linear(dim, ffn) + _linear(ffn, dim))),
+        "projections": WeightCount(layers * 4 * square, layers * 2 * dim, rounded("self_attn")),
+        "cross-attention": WeightCount(layers * 2 * square, layers * dim, rounded("cross_attn")),
+        "feed-forward": WeightCount(
+            layers * (_linear(dim, ffn) + _linear(ffn, dim)), 0, rounded("ffn")
+        ),
         "norms and modulation": WeightCount(0, layers * (2 * dim + 6 * dim) + 2 * dim),
         "embeddings and head": WeightCount(_linear(patch, dim) + _linear(dim, patch), time),
         "text embedding": WeightCount(_linear(model.text_dim, dim) + square),
@@ -65,10 +85,10 @@ def num_parameters(model: ModelShape) -> int:
     return sum(count.total for count in weight_counts(model).values())
 
 
-def engine_nbytes(model: ModelShape, dtype: DType) -> dict[str, int]:
+def engine_nbytes(model: ModelShape, dtype: DType, fp8: Fp8Counts = NO_FP8) -> dict[str, int]:
     """Weights that each engine holds."""
     sizes = {"prompt": 0, "step": 0}
-    for part, count in weight_counts(model).items():
+    for part, count in weight_counts(model, fp8).items():
         sizes["prompt" if part.startswith("text") else "step"] += count.nbytes(dtype)
     return sizes
 
@@ -146,9 +166,9 @@ class MemoryCost:
     """What the CUDA-graph runtime holds beside the buffers."""
 
     @classmethod
-    def of(cls, config: RolloutConfig) -> MemoryCost:
+    def of(cls, config: RolloutConfig, fp8: Fp8Counts = NO_FP8) -> MemoryCost:
         """Memory of a configuration."""
-        weights = sum(engine_nbytes(config.model, config.dtype).values())
+        weights = sum(engine_nbytes(config.model, config.dtype, fp8).values())
         return cls(weights, buffer_nbytes(config), activation_nbytes(config), replay_nbytes(config))
 
     @property

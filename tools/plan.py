@@ -46,6 +46,9 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 (the default), float16 or float32.")
     ] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Linear layers in FP8, as `fkv export --fp8`.")
+    ] = False,
     device: Annotated[
         str, typer.Option(help="rtx4080, rtx4090, rtx5090, l40s, a100, h100, h200 or b200.")
     ] = "h200",
@@ -62,10 +65,10 @@ def plan(
     if plot is not None and plot.suffix != ".png":
         raise InputError(f"--plot is {plot}; give a .png file")
     target = find_device(device)
-    request = PlanRequest(model, bundle, resolution, heads, static_heads, dtype)
+    request = PlanRequest(model, bundle, resolution, heads, static_heads, dtype, fp8 or None)
     subject = resolve(request)
     plans = [
-        Plan(text, subject.config(text), target, subject.heads_source, num_chunks)
+        Plan(text, subject.config(text), target, subject.heads_source, num_chunks, subject.fp8)
         for text in (policy, *([] if compare is None else [compare]))
     ]
     if as_json:
@@ -84,6 +87,7 @@ def _headline(name: str, plan: Plan) -> str:
     total = config.model.num_layers * config.model.num_heads
     return (
         f"{name} at {config.chunk.latent_height}x{config.chunk.latent_width} latents, "
-        f"{config.dtype}, {config.schedule.num_steps} steps and a clean pass a chunk; "
+        f"{config.dtype}{', linear layers in FP8' if plan.fp8 else ''}, "
+        f"{config.schedule.num_steps} steps and a clean pass a chunk; "
         f"{plan.num_static_heads} static heads of {total} ({plan.heads_source})"
     )

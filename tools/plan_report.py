@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from forcing_kv.export.memory_model import (
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.fp8 import Fp8Counts
 
 GB = 1e9
 FPS_DEFINITION = "pixel frames per second of the denoiser alone: no VAE, no text encoder"
@@ -43,21 +44,23 @@ class Plan:
     """Where the head partition comes from."""
     num_chunks: int
     """Chunks that the mean is taken over."""
+    fp8: Fp8Counts = field(default_factory=dict)
+    """Linear layers in FP8."""
 
     @property
     def memory(self) -> MemoryCost:
         """Device memory of one session."""
-        return MemoryCost.of(self.config)
+        return MemoryCost.of(self.config, self.fp8)
 
     @property
     def steady(self) -> tuple[PartCost, ...]:
         """A step once nothing changes any more."""
-        return step_cost(self.config, [steady_history(self.config)])
+        return step_cost(self.config, [steady_history(self.config)], self.fp8)
 
     @property
     def mean(self) -> tuple[PartCost, ...]:
         """The mean step of the first chunks."""
-        return step_cost(self.config, histories(self.config, self.num_chunks))
+        return step_cost(self.config, histories(self.config, self.num_chunks), self.fp8)
 
     @property
     def num_static_heads(self) -> int:
@@ -85,6 +88,7 @@ class Plan:
             "name": self.name,
             "latent_size": [config.chunk.latent_height, config.chunk.latent_width],
             "dtype": config.dtype,
+            "fp8_linears": sum(self.fp8.values()),
             "device": {**asdict(device), "sustained_tflops": device.sustained_tflops(config.dtype)},
             "policy": asdict(config.policy),
             "heads": {
@@ -94,7 +98,7 @@ class Plan:
             },
             "num_parameters": num_parameters(config.model),
             "memory_nbytes": {
-                "engines": engine_nbytes(config.model, config.dtype),
+                "engines": engine_nbytes(config.model, config.dtype, self.fp8),
                 "buffers": dict(memory.buffers),
                 "replay_copies": memory.copies,
                 "activations_estimate": memory.activations,
@@ -137,7 +141,7 @@ class Plan:
         """Rows of the printed tables, by table."""
         config, memory = self.config, self.memory
         history = steady_history(config)
-        engines = engine_nbytes(config.model, config.dtype)
+        engines = engine_nbytes(config.model, config.dtype, self.fp8)
         kv = {key: size for key, size in memory.buffers.items() if size}
         rows = {f"weights, {name} engine": _gb(size) for name, size in engines.items()}
         rows |= {name: _gb(memory.buffers.get(name, 0)) for name in kv}
@@ -192,8 +196,9 @@ def print_tables(plans: Sequence[Plan]) -> None:
             table.add_row(name, *(column.get(name, "-") for column in columns))
         out.print(table)
     device = plans[0].device
+    fp8 = f" ({device.sustained_fp8_tflops:.0f} in FP8)" if plans[0].fp8 else ""
     out.print(
-        f"ideal times: {device.title}, {device.sustained_tflops(plans[0].config.dtype):.0f} "
+        f"ideal times: {device.title}, {device.sustained_tflops(plans[0].config.dtype):.0f}{fp8} "
         f"TFLOP/s sustained, {device.bandwidth_gbps:.0f} GB/s\nFPS: {FPS_DEFINITION}"
     )
 

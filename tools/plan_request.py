@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from forcing_kv.export.memory_model import NO_FP8, all_fp8
 from forcing_kv.export.model_config import read_json
 from forcing_kv.export.presets import Preset, load_preset
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape, from_mapping
 from forcing_kv.runtime_trt.manifest import read_manifest
@@ -37,6 +39,8 @@ class PlanRequest:
     heads: Path | None = None
     static_heads: int | None = None
     dtype: str | None = None
+    fp8: bool | None = None
+    """Linear layers in FP8."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Subject:
     own_policy: CachePolicy
     heads_source: str
     """Where the head partition comes from, for people."""
+    fp8: Fp8Counts = field(default_factory=dict)
 
     def config(self, policy: str) -> RolloutConfig:
         """The configuration under a policy.
@@ -115,7 +120,8 @@ def resolve(request: PlanRequest) -> Subject:
     dense = CachePolicy.dense(preset.dense_window, preset.chunk_frames, preset.dense_sink)
     dtype = cast(Any, request.dtype or "bfloat16")
     base = RolloutConfig(preset.model, preset.chunk, dense, partition, preset.schedule, dtype)
-    return Subject(preset.name, base, preset.policy, source)
+    fp8 = all_fp8(preset.model) if request.fp8 else NO_FP8
+    return Subject(preset.name, base, preset.policy, source, fp8)
 
 
 def _of_bundle(bundle: Path) -> Subject:
@@ -124,7 +130,8 @@ def _of_bundle(bundle: Path) -> Subject:
     frames = config.chunk.num_frames
     dense = CachePolicy.dense(max(DENSE_WINDOW, frames), frames)
     base = replace(config, policy=dense)
-    return Subject(manifest.name, base, config.policy, "the bundle's")
+    fp8 = NO_FP8 if manifest.fp8 is None else manifest.fp8.counts
+    return Subject(manifest.name, base, config.policy, "the bundle's", fp8)
 
 
 def _partition(preset: Preset, request: PlanRequest) -> tuple[HeadPartition, str]:
