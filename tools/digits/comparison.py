@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
+from forcing_kv.export.fp8_file import read_fp8
+from forcing_kv.export.fp8_model import quantize_, scales_for
+from forcing_kv.export.rewrite import share_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.tools.digits import codec, metrics, text
 from forcing_kv.tools.digits.sequences import HELDOUT_CAPTIONS
-from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE, encode_prompt
+from forcing_kv.tools.digits.shipped import (
+    CHUNK,
+    FP8,
+    MODEL,
+    POLICY,
+    SCHEDULE,
+    encode_prompt,
+)
 
 DENSE_WINDOW = 21
 """Frames that the dense row sees, as in Self Forcing."""
@@ -37,6 +47,8 @@ class Row:
     partition: HeadPartition
     random_segments: bool = False
     """Whether segments are drawn at random instead of by similarity."""
+    fp8: bool = False
+    """Whether linear layers run in FP8."""
 
     @property
     def config(self) -> RolloutConfig:
@@ -49,8 +61,8 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
 
     `recency-only` spends the segments' memory on recent frames, in the same heads: T_d + B local
     frames and no segments. Its layer 0 is all static and its warm-up is clipped, so that nothing
-    but the segments changes and the bytes are equal. The last row keeps one local frame, as the
-    published policies of large models do.
+    but the segments changes and the bytes are equal. One row keeps one local frame, as the
+    published policies of large models do; the last has its linear layers in FP8.
     """
     dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
     static = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=True)
@@ -70,6 +82,7 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
         Row("all-static", no_segments, static),
         Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
         Row("forcing-kv, one frame", one_frame, partition),
+        Row("forcing-kv, FP8", POLICY, partition, fp8=True),
     )
 
 
@@ -105,6 +118,9 @@ class _RandomChoice:
 
 def generate(model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int) -> Float32:
     """Latents [clips, F, C, h, w] of clips under a row's policy, in the eager backend."""
+    if row.fp8:
+        scales = scales_for(model, read_fp8(FP8, MODEL).amax)
+        model = quantize_(share_weights(model), scales)
     choice = _RandomChoice(row.policy.num_kept_segments)
     latents = []
     with eager_session(

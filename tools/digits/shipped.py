@@ -12,6 +12,7 @@ __all__ = [
     "CALIBRATION_PROMPTS",
     "CHECKPOINT",
     "CHUNK",
+    "FP8",
     "HEADS",
     "HEAD_THRESHOLD",
     "MODEL",
@@ -24,6 +25,8 @@ CHECKPOINT = Path(__file__).with_name("model.safetensors")
 """Weights under the official names, float32."""
 HEADS = Path(__file__).with_name("heads.json")
 """Its calibrated head partition."""
+FP8 = Path(__file__).with_name("fp8.json")
+"""Its FP8 calibration: `fkv calibrate fp8 --out DIR`."""
 MODEL = ModelShape(
     num_layers=4,
     dim=160,
