@@ -16,6 +16,7 @@ Legend: N tokens, K input width, M output width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,49 +34,81 @@ def round_to_fp8(x: Tensor, scale: float) -> Tensor:
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float
-) -> Tensor:
-    """The meaning: x [..., K] times weight [M, K], both dequantised, in x's dtype."""
-    rounded = round_to_fp8(x, input_scale).to(x.dtype) * input_scale
-    return F.linear(rounded, weight.to(x.dtype) * weight_scale, bias)
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of the operator, in its order."""
+
+    x: Tensor
+    """[..., K], compute dtype."""
+    weight: Tensor
+    """[M, K] E4M3."""
+    bias: Tensor | None
+    """[M], compute dtype."""
+    input_scale: Tensor
+    """[1, 1] float32 on x's device: what a kernel reads."""
+    weight_scale: Tensor
+    input_value: float
+    """The same number, for graphs that hold it."""
+    weight_value: float
 
 
-def _scaled_product(
-    x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float
-) -> Tensor:
+def _reference(*arguments: Any) -> Tensor:
+    """The meaning: both factors rounded and dequantised, a product in x's dtype."""
+    call = _Call(*arguments)
+    dtype = call.x.dtype
+    rounded = round_to_fp8(call.x, call.input_value).to(dtype) * call.input_value
+    return F.linear(rounded, call.weight.to(dtype) * call.weight_value, call.bias)
+
+
+def _scaled_product(*arguments: Any) -> Tensor:
     """The same by PyTorch's scaled product of FP8 tensors, for CUDA and 16-bit x."""
-    a, b = (
-        torch.full((), scale, dtype=torch.float32, device=x.device)
-        for scale in (input_scale, weight_scale)
-    )
-    rows = round_to_fp8(x, input_scale).reshape(-1, x.shape[-1])
+    call = _Call(*arguments)
+    rows = round_to_fp8(call.x, call.input_value).reshape(-1, call.x.shape[-1])
     # Sums stay in the tensor cores for the whole row: the form that inference engines use.
     out = torch._scaled_mm(
-        rows, weight.t(), a, b, bias=bias, out_dtype=x.dtype, use_fast_accum=True
-    )
-    return out.view(*x.shape[:-1], weight.shape[0])
+        rows, call.weight.t(), call.input_scale, call.weight_scale, bias=call.bias,
+        out_dtype=call.x.dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return out.view(*call.x.shape[:-1], -1)
+
+
+def _onnx_nodes(*arguments: Any) -> Tensor:
+    """Standard nodes, scales of the compute dtype."""
+    from forcing_kv.plugins.registry import OPSET
+
+    call = _Call(*arguments)
+    dtype, zero = call.x.dtype, torch.zeros((), dtype=FP8)
+
+    def node(name: str, tensor: Tensor, scale: float, made: torch.dtype) -> Tensor:
+        inputs = (tensor, torch.full((), scale, dtype=dtype), zero)
+        return torch.onnx.ops.symbolic(name, inputs, dtype=made, shape=tensor.shape, version=OPSET)
+
+    quantized = node("QuantizeLinear", call.x, call.input_value, FP8)
+    rounded = node("DequantizeLinear", quantized, call.input_value, dtype)
+    weight = node("DequantizeLinear", call.weight, call.weight_value, dtype)
+    return F.linear(rounded, weight, call.bias)
 
 
 fp8_linear = torch.library.custom_op(
     f"{DOMAIN}::fp8_linear",
     _reference,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float input_scale, float weight_scale)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor input_scale, Tensor weight_scale,"
+    " float input_value, float weight_value) -> Tensor",
 )
-"""(x [..., K], weight [M, K] E4M3, bias [M], input_scale, weight_scale) -> [..., M], x's dtype."""
+"""x [..., K] times weight [M, K] in FP8, plus bias: [..., M] in x's dtype; arguments: `_Call`."""
 
 
 @fp8_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(*arguments: Any) -> Tensor:
+    call = _Call(*arguments)
+    return call.x.new_empty((*call.x.shape[:-1], call.weight.shape[0]))
 
 
 @fp8_linear.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float) -> Tensor:
-    body = _reference if x.dtype == torch.float32 else _scaled_product
-    return body(x, weight, bias, input_scale, weight_scale)
+def _(*arguments: Any) -> Tensor:
+    body = _reference if arguments[0].dtype == torch.float32 else _scaled_product
+    return body(*arguments)
 
 
 _OPERATOR = torch.ops.forcing_kv.fp8_linear.default
@@ -87,24 +120,8 @@ def compiler_body(device: str) -> dict[Any, Callable[..., Tensor]]:
 
 
 def onnx_decomposition() -> dict[Any, Callable[..., Tensor]]:
-    """What replaces the operator for ONNX: standard nodes, scales of the compute dtype."""
+    """What replaces the operator for ONNX."""
     return {_OPERATOR: _onnx_nodes}
-
-
-def _onnx_nodes(
-    x: Tensor, weight: Tensor, bias: Tensor, input_scale: float, weight_scale: float
-) -> Tensor:
-    from forcing_kv.plugins.registry import OPSET
-
-    zero = torch.zeros((), dtype=FP8)
-
-    def node(name: str, tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        inputs = (tensor, torch.full((), scale, dtype=x.dtype), zero)
-        return torch.onnx.ops.symbolic(name, inputs, dtype=dtype, shape=tensor.shape, version=OPSET)
-
-    quantized = node("QuantizeLinear", x, input_scale, FP8)
-    rounded = node("DequantizeLinear", quantized, input_scale, x.dtype)
-    return F.linear(rounded, node("DequantizeLinear", weight, weight_scale, x.dtype), bias)
 
 
 class Fp8Linear(nn.Module):
@@ -115,6 +132,13 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.scales = scales
+        # Weights come later to a layer on the meta device, but these are known.
+        device = "cpu" if weight.is_meta else weight.device
+        for name, value in (("input_scale", scales.input), ("weight_scale", scales.weight)):
+            # PyTorch's compiler would inline a scalar or a vector of one element, and fill a new
+            # tensor with it before every product; two axes it leaves alone.
+            scale = torch.full((1, 1), value, dtype=torch.float32, device=device)
+            self.register_buffer(name, scale, persistent=False)
 
     @classmethod
     def of(cls, linear: nn.Linear, scales: LinearScales) -> Fp8Linear:
@@ -129,16 +153,20 @@ class Fp8Linear(nn.Module):
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:
         """The given rows of the output alone, [..., N, rows]."""
-        return self._run(x, self.weight[rows], self.bias[rows])
+        # PyTorch's compiler (2.11) cannot lower a scaled product whose bias is a slice.
+        return self._run(x, self.weight[rows], None) + self.bias[rows]
 
-    def _run(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = fp8_linear(x, weight, bias, self.scales.input, self.scales.weight)
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scales = self.get_buffer("input_scale"), self.get_buffer("weight_scale")
+        out = fp8_linear(x, weight, bias, *scales, self.scales.input, self.scales.weight)
         return cast(Tensor, out)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move the layer; a cast reaches the bias alone."""
-        weight = self.weight.data
+        kept = {"weight": self.weight.data, **dict(self.named_buffers())}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != FP8:
-            self.weight.data = weight.to(self.weight.device)
+        for name, before in kept.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != before.dtype:
+                tensor.data = before.to(tensor.device)
         return self

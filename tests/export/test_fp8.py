@@ -127,8 +127,10 @@ def test_the_scaled_product_is_the_reference(dtype):
     torch.manual_seed(0)
     x, bias = torch.randn(2, 12, 64).to(dtype), torch.randn(96).to(dtype)
     weight = round_to_fp8(torch.randn(96, 64), 2**-6)
+    scales = torch.tensor([[2.0**-5]]), torch.tensor([[2.0**-6]])
     wanted, found = (
-        body(x, weight, bias, 2**-5, 2**-6) for body in (fp8._reference, fp8._scaled_product)
+        body(x, weight, bias, *scales, 2**-5, 2**-6)
+        for body in (fp8._reference, fp8._scaled_product)
     )
     assert found.dtype == dtype
     # Both round one float32 sum; its order may differ.
@@ -143,6 +145,7 @@ def test_a_layer_keeps_its_8_bits_when_the_model_is_cast():
         assert cast.weight.dtype == FP8
         assert cast.weight.view(torch.uint8).equal(before)
     assert layer.bias.dtype == torch.bfloat16
+    assert layer.input_scale.dtype == torch.float32
     model = quantize_(model_of(), scales_for(model_of(), amax_of(model_of())))
     model.cast_(torch.bfloat16)
     kinds = {linear.module.weight.dtype for linear in block_linears(model)}
