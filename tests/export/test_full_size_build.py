@@ -30,6 +30,7 @@ EXPORT = """
 import torch
 from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fp8_model import block_linears, scales_for
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
@@ -42,7 +43,11 @@ with torch.device("meta"):
 model.to_empty(device="cpu").requires_grad_(False)
 for parameter in model.parameters():
     parameter.normal_(0, 0.02)
-export_bundle(model, config, Path({bundle!r}), BundleLabels("random-1.3b"), consume=True)
+amax = {{linear.name: 8.0 for linear in block_linears(model)}}
+export_bundle(
+    model, config, Path({bundle!r}), BundleLabels("random-1.3b"), consume=True,
+    fp8=scales_for(model, amax) if {fp8} else None,
+)
 result = {{}}
 """
 
@@ -70,9 +75,9 @@ result = {{"details": record["details"], "decoder": decoder.get("details")}}
 """
 
 
-def measured(body: str, bundle: Path) -> dict:
+def measured(body: str, bundle: Path, *, fp8: bool = False) -> dict:
     """Runs a piece of code in a process of its own."""
-    code = MEASURE.format(body=body.format(bundle=str(bundle)))
+    code = MEASURE.format(body=body.format(bundle=str(bundle), fp8=fp8))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -91,3 +96,15 @@ def test_full_size_model_builds_without_a_gpu(tmp_path):
     built = figures["build decoder"]
     assert built["details"] == figures["build"]["details"]
     assert set(built["decoder"]) == {"decode", "decode_first"}
+
+
+def test_full_size_model_builds_with_fp8_layers(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
+    bundle = tmp_path / "bundle"
+    figures = {"export": measured(EXPORT, bundle, fp8=True), "build": measured(BUILD, bundle)}
+    print(json.dumps(figures, indent=1))
+    step = figures["build"]["details"]["step"]
+    assert step["num_fp8_products"] == 6 * 30
+    assert step["num_fused_attention"] == 2 * 30
+    # 1.23 G weights in 8 bits, not 16.
+    assert step["weight_nbytes"] < 1.5e9
