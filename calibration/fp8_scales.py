@@ -6,7 +6,7 @@ Legend: L layers, C linear layers of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,34 @@ class ErrorRecorder:
         }
 
 
+def measure_amax(
+    backend: EagerBackend,
+    rollouts: Sequence[Rollout],
+    num_chunks: int,
+    skip_layers: Sequence[int] = (),
+    on_chunk: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Generate videos and return the largest input of every layer, by official name.
+
+    Raises:
+        InputError: an input was not finite.
+    """
+    recorder = AmaxRecorder()
+    with watched(backend, skip_layers, recorder):
+        for rollout in rollouts:
+            _generate(Session(backend), rollout, num_chunks, on_chunk)
+    return recorder.amax()
+
+
+def _generate(
+    session: Session, rollout: Rollout, num_chunks: int, on_chunk: Callable[[], object]
+) -> None:
+    session.reset()
+    session.set_prompt(rollout.prompt_embeds)
+    for _ in session.stream(num_chunks, seed=rollout.seed):
+        on_chunk()
+
+
 @dataclass(frozen=True)
 class Fp8Calibration:
     """Every prompt of a model with every seed, generated under dense attention."""
@@ -172,25 +200,12 @@ class Fp8Calibration:
             The content of `fp8.json`.
         """
         backend = EagerBackend(self.source.model, self.config, self.device)
-        recorder = AmaxRecorder()
-        with Session(backend) as session:
-            with watched(backend, self.skip_layers, recorder):
-                for rollout in self.rollouts:
-                    self._generate(session, rollout, self.num_chunks, on_chunk)
-            amax = recorder.amax()
+        with closing(backend):
+            amax = measure_amax(backend, self.rollouts, self.num_chunks, self.skip_layers, on_chunk)
             errors = ErrorRecorder(backend, amax)
             with watched(backend, self.skip_layers, errors):
-                self._generate(session, self.rollouts[0], 1, on_chunk)
+                _generate(Session(backend), self.rollouts[0], 1, on_chunk)
         return self._record(amax, errors.errors())
-
-    @staticmethod
-    def _generate(
-        session: Session, rollout: Rollout, num_chunks: int, on_chunk: Callable[[], object]
-    ) -> None:
-        session.reset()
-        session.set_prompt(rollout.prompt_embeds)
-        for _ in session.stream(num_chunks, seed=rollout.seed):
-            on_chunk()
 
     def _record(self, amax: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, Any]:
         config = self.config

@@ -6,7 +6,7 @@ import platform
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,10 @@ from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.version import project_version
 
 if TYPE_CHECKING:
+    from forcing_kv.export.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.backends.base import Backend
+    from forcing_kv.runtime_trt.config import RolloutConfig
+    from forcing_kv.runtime_trt.fp8 import Fp8Scales
 
 PACKAGES = (
     "tensorrt", "tensorrt-lean", "tensorrt-rtx", "cuda-bindings", "polygraphy", "triton", "torch",
@@ -47,6 +50,7 @@ def selftest(
         str, typer.Option(help="tensorrt, tensorrt-rtx, inductor or onnxruntime.")
     ] = "tensorrt",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in FP8.")] = False,
     device: Annotated[
         str, typer.Option(help="inductor: cuda or cpu, the one of this machine.")
     ] = "cuda",
@@ -56,10 +60,10 @@ def selftest(
     """Export, build, run and verify a small random model; prints a report to paste in an issue."""
     check_choices(backend, dtype, device)
     with tempfile.TemporaryDirectory(prefix="fkv-selftest-") as folder:
-        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype, device)
+        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype, device, fp8=fp8)
     passed = all(stage.passed for stage in stages)
     report = {
-        "backend": backend, "dtype": dtype, "device": used_device(backend, device),
+        "backend": backend, "dtype": dtype, "fp8": fp8, "device": used_device(backend, device),
         "passed": passed,
         "stages": [asdict(stage) for stage in stages],
     }  # fmt: skip
@@ -93,7 +97,9 @@ def used_device(backend: str, device: str) -> str:
     return "cpu" if backend == "onnxruntime" else device
 
 
-def run_stages(bundle: Path, backend: str, dtype: str, device: str) -> list[Stage]:
+def run_stages(
+    bundle: Path, backend: str, dtype: str, device: str, *, fp8: bool = False
+) -> list[Stage]:
     """Run every stage up to the first that fails."""
     stages: list[Stage] = []
     opened: dict[bool, Any] = {}
@@ -102,7 +108,7 @@ def run_stages(bundle: Path, backend: str, dtype: str, device: str) -> list[Stag
     first, second = ("captured", "enqueued") if graphs else ("first", "second")
     plan: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
         ("environment", environment),
-        ("export", lambda: export_random_model(bundle, dtype)),
+        ("export", lambda: export_random_model(bundle, dtype, fp8=fp8)),
         ("build", lambda: build_engine(bundle, backend, device)),
         (f"open, {first}", lambda: open_bundle(bundle, backend, True, opened)),
         (f"verify, {first}", lambda: verify(bundle, opened[True])),
@@ -150,7 +156,7 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def export_random_model(bundle: Path, dtype: str) -> dict[str, Any]:
+def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any]:
     """A small model with all kinds of layers: mixed, all static, all dynamic."""
     import torch
 
@@ -169,10 +175,23 @@ def export_random_model(bundle: Path, dtype: str) -> dict[str, Any]:
     for parameter in model.parameters():
         # Biases of zeros and norms of ones would hide a backend that leaves them out.
         parameter.add_(0.02 * torch.randn_like(parameter))
+    scales = _fp8_scales(model, config) if fp8 else None
     manifest = export_bundle(
-        model, config, bundle, BundleLabels("selftest"), consume=True, force=True
+        model, config, bundle, BundleLabels("selftest"), fp8=scales, consume=True, force=True
     )
     return {"weights_mb": round(manifest.weights_nbytes / 1e6, 1), "graphs": len(manifest.graphs)}
+
+
+def _fp8_scales(model: CausalWanModel, config: RolloutConfig) -> Fp8Scales:
+    """From one chunk of the model itself, in float32."""
+    from forcing_kv.calibration.fp8_scales import measure_amax
+    from forcing_kv.calibration.rollouts import Rollout
+    from forcing_kv.export.engine import EagerBackend
+    from forcing_kv.export.fp8_model import scales_for
+
+    backend = EagerBackend(model, replace(config, dtype="float32"))
+    amax = measure_amax(backend, [Rollout("random", _prompt(backend), 0)], 1)
+    return scales_for(model, amax)
 
 
 def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
@@ -264,7 +283,8 @@ def compare(captured: Backend, enqueued: Backend) -> dict[str, Any]:
 def render(report: dict[str, Any], stages: list[Stage]) -> str:
     """The report as text to paste."""
     verdict = "PASS" if report["passed"] else "FAIL"
-    what = f"--backend {report['backend']} ({report['dtype']}, {report['device']})"
+    precision = report["dtype"] + (" with FP8" if report["fp8"] else "")
+    what = f"--backend {report['backend']} ({precision}, {report['device']})"
     lines = [f"### fkv selftest {what}: {verdict}", ""]
     for stage in stages:
         mark = "ok" if stage.passed else "FAILED"

@@ -13,6 +13,7 @@ from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import block_linears
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.manifest import read_manifest, sha256_of
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 
@@ -47,6 +48,17 @@ def test_writes_a_file_that_an_export_reads_and_a_picture(written):
         assert 0.005 < entry["error"] < 0.1
     with pytest.raises(InputError, match="--force"):
         run("--out", out)
+
+
+def test_an_export_takes_the_file(written, tmp_path):
+    app, bundle = build_app(COMMANDS), tmp_path / "bundle"
+    options = ["export", "--fp8", str(written[0] / "fp8.json"), "--out", str(bundle)]
+    assert CliRunner().invoke(app, [*options, "--json"]).exit_code == 0
+    manifest = read_manifest(bundle)
+    assert len(manifest.fp8.linears) == 3 * 8
+    assert manifest.provenance["fp8_sha256"] == sha256_of(written[0] / "fp8.json")
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)]).stdout
+    assert "24 linear layers in FP8" in shown
 
 
 def test_the_largest_input_is_that_of_all_passes(written):

@@ -14,9 +14,9 @@ from forcing_kv.tools import selftest
 def exported(monkeypatch, digits_bundle):
     """Takes a bundle that is there in place of exporting one."""
 
-    def export(bundle, dtype):
+    def export(bundle, dtype, *, fp8):
         shutil.copytree(digits_bundle, bundle)
-        return {"dtype": dtype}
+        return {"dtype": dtype, "fp8": fp8}
 
     monkeypatch.setattr(selftest, "export_random_model", export)
 
@@ -39,12 +39,19 @@ def test_onnxruntime_passes(run_fkv, exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_onnxruntime_passes_on_its_own_model(run_fkv, dtype, tmp_path):
-    options = ("--backend", "onnxruntime", "--dtype", dtype, "--keep", tmp_path / "kept")
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "said"),
+    [
+        ("float32", (), "float32"),
+        ("float16", (), "float16"),
+        ("float16", ("--fp8",), "float16 with FP8"),
+    ],
+)
+def test_onnxruntime_passes_on_its_own_model(run_fkv, dtype, fp8, said, tmp_path):
+    options = ("--backend", "onnxruntime", "--dtype", dtype, "--keep", tmp_path / "kept", *fp8)
     done = run_fkv("selftest", *options)
     assert done.code == 0, done.out
-    assert f"selftest --backend onnxruntime ({dtype}, cpu): PASS" in done.out
+    assert f"selftest --backend onnxruntime ({said}, cpu): PASS" in done.out
     assert (tmp_path / "kept" / "manifest.json").is_file()
 
 

@@ -45,7 +45,8 @@ def evaluate_command(
     """Compare cache policies on the shipped digits model: digits, motion, shape, memory.
 
     Every row generates the same captions from the same noise: dense attention, Forcing-KV with the
-    calibrated heads, recency alone at equal memory, random segments, all heads static, no context.
+    calibrated heads, recency alone at equal memory, random segments, all heads static, no context,
+    one local frame, and linear layers in FP8.
     """
     for file in (checkpoint, heads):
         if not file.is_file():
