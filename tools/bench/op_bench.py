@@ -114,6 +114,7 @@ class OpBench:
             )
             try:
                 call()
+                torch.cuda.synchronize()
             except OutOfResources:  # More shared memory than a thread block gets here.
                 continue
             except (RuntimeError, TritonError) as error:
@@ -157,8 +158,9 @@ class OpBench:
         """One similarity and an eviction for each compressed layer, as one graph."""
         calls = []
         for case, count in zip(cases, (1, workload.num_compressed_layers), strict=True):
-            for layer in range(count):
-                inputs = case.build(self._torch_dtype, seed=layer, device="cuda")
+            built = case.build(self._torch_dtype, device="cuda")
+            for _ in range(count):
+                inputs = [tensor.clone() for tensor in built]
                 outputs = empty_outputs(case.spec, inputs, case.attributes)
                 tactic = best[case.spec.name]
                 calls.append((case.spec, inputs, case.attributes, outputs, tactic))

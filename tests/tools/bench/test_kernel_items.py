@@ -25,6 +25,7 @@ class Device:
 
     wrong: str | None = None
     broken: str | None = None
+    crashing: str | None = None
     launched: str = ""
 
     def run(self, spec, inputs, attributes, outputs, tactic, num_sms):
@@ -33,6 +34,10 @@ class Device:
             raise RuntimeError("the compiler gave up")
         for output, value in zip(outputs, reference_outputs(spec, inputs, attributes), strict=True):
             output.copy_(value + (tactic.name == self.wrong))
+
+    def synchronize(self):
+        if self.launched == self.crashing:
+            raise RuntimeError("an illegal memory access was encountered")
 
     def time(self, call, warmup, iterations):
         call()
@@ -45,7 +50,7 @@ def device(monkeypatch):
     monkeypatch.setattr(OpCase, "build", lambda case, dtype, seed=0, device="": build(case, dtype))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda _: None}))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
     for module in (kernel_checks, op_bench):
@@ -82,6 +87,13 @@ def test_tactic_that_does_not_compile_costs_its_own_row_alone(device, tmp_path):
     assert failed.subject == "FkHeadIndexedAttention: triton 64x32"
     assert "the compiler gave up" in failed.error
     assert last.metrics["FkHeadIndexedAttention"][0] == "64x64"
+
+
+def test_crash_on_the_device_is_told_of_the_tactic_that_crashed(device, tmp_path):
+    device.crashing = "64x32"
+    failed = [row for row in worker._ops(OPS, tmp_path, "abc") if row.status != "ok"]
+    assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
+    assert "illegal memory access" in failed[0].error
 
 
 def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
