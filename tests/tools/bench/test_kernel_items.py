@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
@@ -15,6 +16,7 @@ from forcing_kv.tools.bench import kernel_checks, op_bench, worker
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds
 from forcing_kv.tools.bench.rows import describe_environment
 from forcing_kv.tools.bench.suite_items import SuiteItem
+from forcing_kv.tools.cli import COMMANDS, build_app
 
 OPS = SuiteItem("wan-1.3b", "480p", "ops", "cpu", kind="ops")
 CHECKS = SuiteItem("wan-1.3b", "480p", "checks", "cpu", kind="checks", budget_s=0.5)
@@ -103,6 +105,14 @@ def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
     assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
     assert not failed[0].metrics
     assert last.metrics["FkHeadIndexedAttention"] == ["64x64", 5.0]
+
+
+@pytest.mark.parametrize(("broken", "code"), [(None, 0), ("64x32", 1)])
+def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeypatch):
+    device.broken = broken
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
+    assert result.exit_code == code, result.output
 
 
 def test_checks_count_kernels_and_name_the_wrong_one(device):
