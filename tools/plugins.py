@@ -60,7 +60,7 @@ def list_plugins(
         ),
     ] = None,
     multiprocessors: Annotated[
-        int, typer.Option(help="Streaming multiprocessors to schedule for.")
+        int, typer.Option(min=1, help="Streaming multiprocessors to schedule for.")
     ] = 132,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins.cases import attention_case, norm_rope_case  # noqa: E402
+from forcing_kv.plugins.cases import attention_case, cases_of, norm_rope_case  # noqa: E402
 from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
     predicted_share,
     tile_counts,
@@ -80,6 +81,12 @@ def test_attention_with_the_keys_of_a_tile_split_over_three_programs(dtype, inte
 def test_norm_and_rope_of_rows_that_lie_apart(dtype, interpreted, check):
     case = norm_rope_case("rows apart", 21, 3, 32)
     check_outputs(case, dtype, interpreted, check)
+
+
+@pytest.mark.parametrize("spec", OPS[1:], ids=lambda spec: spec.torch_name)
+def test_pool_with_more_than_two_to_the_31_elements(spec, interpreted, check):
+    case = replace(cases_of(spec)[-1], name="far rows")
+    check_outputs(case, torch.float16, interpreted, check)
 
 
 def test_only_what_a_kernel_cannot_read_is_copied():

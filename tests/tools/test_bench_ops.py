@@ -5,9 +5,10 @@ import torch
 from typer.testing import CliRunner
 
 from forcing_kv.export.presets import load_preset
+from forcing_kv.plugins import tuning
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import attention_case
-from forcing_kv.runtime_trt.errors import BackendUnavailableError
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.op_baselines import (
     Baseline,
@@ -24,6 +25,7 @@ from forcing_kv.tools.cli import COMMANDS, build_app
 from forcing_kv.tools.op_workload import workload_of
 
 CASE = attention_case("two groups", 20, 32, [(12, 12)] * 3 + [(18, 18)] * 2)
+APART = attention_case("room behind the history", 20, 32, [(16, 4)] * 3 + [(24, 24)] * 2)
 UNEVEN = attention_case(
     "uneven", 150, 32, [(12, 0), (130, 128), (300, 129), (300, 300)], new_len=130
 )
@@ -34,9 +36,10 @@ def assert_correct(case, inputs, output):
         assert error.passed, error
 
 
-def test_the_reference_way_gives_the_same_output():
-    inputs = CASE.build(torch.float32)
-    assert_correct(CASE, inputs, extract_join_scatter(CASE, inputs))
+@pytest.mark.parametrize("case", [CASE, APART], ids=lambda case: case.name)
+def test_the_reference_way_gives_the_same_output(case):
+    inputs = case.build(torch.float32)
+    assert_correct(case, inputs, extract_join_scatter(case, inputs))
 
 
 def test_dense_baseline_has_as_many_keys_and_is_attention():
@@ -95,6 +98,14 @@ def test_without_a_gpu_it_says_what_to_do():
     result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops"])
     assert isinstance(result.exception, BackendUnavailableError)
     assert "fkv plugins list" in str(result.exception)
+
+
+def test_table_that_cannot_be_written_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "TABLE", tmp_path / "absent" / "table.json")
+    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--update-table"])
+    assert isinstance(result.exception, InputError)
+    assert "--update-table" in str(result.exception)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 _FLUSH_MIN_BYTES = 256 * 2**20
+_MAX_FLUSHES = 64
 _COPY_BYTES = 2**30
 _GEMM_SIZE = 8192
 
@@ -26,8 +27,9 @@ class DeviceBounds:
 def time_cold(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:
     """Time a call with a cold L2 cache.
 
-    A buffer larger than the cache is overwritten before every call; while the device does that, the
-    host runs ahead, so that launch overhead stays out of the time between the events.
+    A buffer larger than the cache is overwritten before every call, as often as keeps the device
+    busy until the host has enqueued the call: launch overhead stays out of the time between the
+    events.
 
     Args:
         call: enqueues work on the current stream.
@@ -41,17 +43,40 @@ def time_cold(call: Callable[[], object], warmup: int, iterations: int) -> list[
     flush = torch.empty(max(_FLUSH_MIN_BYTES, 4 * cache), dtype=torch.int8, device="cuda")
     for _ in range(warmup):
         call()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(iterations)
-    ]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
+    # Twice what was enough once, for the host is not always as quick.
+    num_flushes = 2 * _covering_flushes(call, flush)
+    events = [_enqueue(call, flush, num_flushes) for _ in range(iterations)]
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _enqueue(
+    call: Callable[[], object], flush: torch.Tensor, num_flushes: int
+) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Overwrite the buffer, then call; returns the events around the call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(num_flushes):
+        flush.zero_()
+    start.record()
+    call()
+    end.record()
+    return start, end
+
+
+def _covering_flushes(call: Callable[[], object], flush: torch.Tensor) -> int:
+    """How often to overwrite the buffer so that the device begins after the host has enqueued.
+
+    Asked of an idle device, doubling up to _MAX_FLUSHES; a call that waits for the device is never
+    covered.
+    """
+    num_flushes = 1
+    while num_flushes < _MAX_FLUSHES:
+        torch.cuda.synchronize()
+        start, _ = _enqueue(call, flush, num_flushes)
+        if not start.query():
+            break
+        num_flushes *= 2
+    return num_flushes
 
 
 def time_graph(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:

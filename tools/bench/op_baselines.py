@@ -46,23 +46,28 @@ class Baseline:
     """Makes the call; raises a RuntimeError where this device or build lacks the kernel."""
 
 
-def head_groups(case: OpCase) -> list[tuple[slice, int, int]]:
-    """Runs of neighbouring heads with one history length: (heads, first row of the first, rows)."""
+def head_groups(case: OpCase) -> list[slice]:
+    """Runs of neighbouring heads with one history length."""
     lengths = case.integers["hist_len"]
     starts = [i for i in range(len(lengths)) if i == 0 or lengths[i] != lengths[i - 1]]
-    stops = [*starts[1:], len(lengths)]
-    offsets = case.integers["head_offset"]
-    return [
-        (slice(start, stop), offsets[start], lengths[start])
-        for start, stop in zip(starts, stops, strict=True)
-    ]
+    return [slice(*pair) for pair in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def group_history(case: OpCase, pool: Tensor, heads: slice) -> Tensor:
+    """View [heads, rows, D] of the valid history of a group whose heads lie evenly apart."""
+    offsets, rows = case.integers["head_offset"][heads], case.integers["hist_len"][heads.start]
+    step = offsets[1] - offsets[0] if len(offsets) > 1 else rows
+    assert offsets == tuple(offsets[0] + i * step for i in range(len(offsets)))
+    head_dim = pool.shape[1]
+    size, stride = (len(offsets), rows, head_dim), (step * head_dim, head_dim, 1)
+    return pool.as_strided(size, stride, offsets[0] * head_dim)
 
 
 def extract_join_scatter(case: OpCase, inputs: Sequence[Tensor]) -> Tensor:
     """Head-indexed attention the reference implementation's way.
 
     For each group of heads: extract its queries, join history and new rows, attend, and write the
-    result to the group's place. Needs every history to fill its rows up to the next head's.
+    result to the group's place.
 
     Returns:
         Attention output [N, H, D].
@@ -70,15 +75,11 @@ def extract_join_scatter(case: OpCase, inputs: Sequence[Tensor]) -> Tensor:
     q, k_new, v_new, hist_k, hist_v = inputs[:5]
     num_heads, num_tokens, head_dim = q.shape
     out = q.new_empty(num_tokens, num_heads, head_dim)
-    for heads, first, rows in head_groups(case):
-        count = heads.stop - heads.start
-        run = slice(first, first + count * rows)
-
-        def join(pool: Tensor, new: Tensor) -> Tensor:
-            history = pool[run].view(count, rows, head_dim)  # noqa: B023
-            return torch.cat((history, new[heads]), dim=1)  # noqa: B023
-
-        keys, values = join(hist_k, k_new), join(hist_v, v_new)
+    for heads in head_groups(case):
+        keys, values = (
+            torch.cat((group_history(case, pool, heads), new[heads]), dim=1)
+            for pool, new in ((hist_k, k_new), (hist_v, v_new))
+        )
         attended = F.scaled_dot_product_attention(q[heads][None], keys[None], values[None])[0]
         out[:, heads] = attended.transpose(0, 1)
     return out
@@ -98,10 +99,10 @@ def dense_attention(case: OpCase, inputs: Sequence[Tensor]) -> Call:
     Returns:
         A call that gives a view [N, H, D] of the result.
     """
-    ((_, _, rows),) = head_groups(case)
+    (heads,) = head_groups(case)
     q, k_new, v_new, hist_k, hist_v = inputs[:5]
     k, v = (
-        torch.cat((pool.view(len(q), rows, -1), new), dim=1)[None]
+        torch.cat((group_history(case, pool, heads), new), dim=1)[None]
         for pool, new in ((hist_k, k_new), (hist_v, v_new))
     )
     return lambda: F.scaled_dot_product_attention(q[None], k, v)[0].transpose(0, 1)

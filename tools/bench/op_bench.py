@@ -114,6 +114,7 @@ class OpBench:
             )
             try:
                 call()
+                torch.cuda.synchronize()
             except OutOfResources:  # More shared memory than a thread block gets here.
                 continue
             except (RuntimeError, TritonError) as error:
@@ -157,8 +158,10 @@ class OpBench:
         """One similarity and an eviction for each compressed layer, as one graph."""
         calls = []
         for case, count in zip(cases, (1, workload.num_compressed_layers), strict=True):
-            for layer in range(count):
-                inputs = case.build(self._torch_dtype, seed=layer, device="cuda")
+            first = case.build(self._torch_dtype, device="cuda")
+            for _ in range(count):
+                # Memory of its own; drawing other values on the host would take longest of all.
+                inputs = [tensor.clone() for tensor in first]
                 outputs = empty_outputs(case.spec, inputs, case.attributes)
                 tactic = best[case.spec.name]
                 calls.append((case.spec, inputs, case.attributes, outputs, tactic))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
@@ -15,6 +16,7 @@ from forcing_kv.tools.bench import kernel_checks, op_bench, worker
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds
 from forcing_kv.tools.bench.rows import describe_environment
 from forcing_kv.tools.bench.suite_items import SuiteItem
+from forcing_kv.tools.cli import COMMANDS, build_app
 
 OPS = SuiteItem("wan-1.3b", "480p", "ops", "cpu", kind="ops")
 CHECKS = SuiteItem("wan-1.3b", "480p", "checks", "cpu", kind="checks", budget_s=0.5)
@@ -25,6 +27,7 @@ class Device:
 
     wrong: str | None = None
     broken: str | None = None
+    crashing: str | None = None
     launched: str = ""
 
     def run(self, spec, inputs, attributes, outputs, tactic, num_sms):
@@ -33,6 +36,10 @@ class Device:
             raise RuntimeError("the compiler gave up")
         for output, value in zip(outputs, reference_outputs(spec, inputs, attributes), strict=True):
             output.copy_(value + (tactic.name == self.wrong))
+
+    def synchronize(self):
+        if self.launched == self.crashing:
+            raise RuntimeError("an illegal memory access was encountered")
 
     def time(self, call, warmup, iterations):
         call()
@@ -45,7 +52,7 @@ def device(monkeypatch):
     monkeypatch.setattr(OpCase, "build", lambda case, dtype, seed=0, device="": build(case, dtype))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda _: None}))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
     for module in (kernel_checks, op_bench):
@@ -84,6 +91,13 @@ def test_tactic_that_does_not_compile_costs_its_own_row_alone(device, tmp_path):
     assert last.metrics["FkHeadIndexedAttention"][0] == "64x64"
 
 
+def test_crash_on_the_device_is_told_of_the_tactic_that_crashed(device, tmp_path):
+    device.crashing = "64x32"
+    failed = [row for row in worker._ops(OPS, tmp_path, "abc") if row.status != "ok"]
+    assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
+    assert "illegal memory access" in failed[0].error
+
+
 def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
     device.wrong = "64x32"
     *rows, last = worker._ops(OPS, tmp_path, "abc")
@@ -91,6 +105,14 @@ def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
     assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
     assert not failed[0].metrics
     assert last.metrics["FkHeadIndexedAttention"] == ["64x64", 5.0]
+
+
+@pytest.mark.parametrize(("broken", "code"), [(None, 0), ("64x32", 1)])
+def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeypatch):
+    device.broken = broken
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
+    assert result.exit_code == code, result.output
 
 
 def test_checks_count_kernels_and_name_the_wrong_one(device):
