@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class EngineLog:
     def __init__(self, trt: Any) -> None:
         severity = trt.ILogger.Severity
         bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
-        said: list[str] = []
+        said: deque[str] = deque(maxlen=3)
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -51,7 +52,7 @@ class EngineLog:
 
     def last(self) -> str:
         """The last messages, or a note that there are none."""
-        return "; ".join(self._said[-3:]) or "TensorRT gives no reason"
+        return "; ".join(self._said) or "TensorRT gives no reason"
 
 
 class LoadedPlans:
@@ -264,12 +265,14 @@ class TensorRtEngine:
     def close(self) -> None:
         """See `GraphEngine`."""
         if self._plans.num_users and self._contexts is not _CLOSED:
-            self._jit_cache.save()
-            self._contexts.clear()
-            self._contexts = _CLOSED
-            self._plans.num_users -= 1
-            if not self._plans.num_users:
-                self._plans.release()
+            try:
+                self._jit_cache.save()
+            finally:
+                self._contexts.clear()
+                self._contexts = _CLOSED
+                self._plans.num_users -= 1
+                if not self._plans.num_users:
+                    self._plans.release()
 
 
 _CLOSED: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from forcing_kv.runtime_trt.backends import choose_backend, open_backend
 from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
+from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
 from forcing_kv.runtime_trt.session import Session
 
@@ -97,6 +98,21 @@ def test_an_engine_runs_a_video(deployment, prompts, use_graphs):
             np.testing.assert_array_equal(found.latents, wanted.latents)
         assert list(session.backend.load_ms)[:2] == ["check", "load plans"]
         assert session.backend_name == "tensorrt"
+    gc.collect()
+    assert not deployment.cuda.live
+    assert not deployment.trt.live
+
+
+def test_a_cache_that_cannot_be_kept_does_not_keep_the_memory(deployment, monkeypatch):
+    deployment.record()
+    session = Session(deployment.open())
+
+    def fail(_):
+        raise RuntimeError("the device is in error")
+
+    monkeypatch.setattr(JitCache, "save", fail)
+    with pytest.raises(RuntimeError, match="device is in error"):
+        session.close()
     gc.collect()
     assert not deployment.cuda.live
     assert not deployment.trt.live
