@@ -257,6 +257,17 @@ class ChunkGraphBackend(Backend):
         events, elapsed = slot.events, self._cuda.elapsed_ms
         return {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts)}
 
+    def reset(self) -> None:
+        """See base class: zero the pools, and drop the chunks that nobody has fetched.
+
+        A graph may multiply rows beyond the valid prefix by zero, which keeps what is not finite.
+        """
+        self._enter()
+        self._waiting.clear()
+        for name, spec in self.memory.plan.specs.items():
+            if name.startswith("hist_") and name != "hist_len":
+                self._cuda.fill(self.memory.address(name), 0, spec.nbytes, self._stream)
+
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """See base class."""
         return self.submit(request).result()

@@ -153,6 +153,36 @@ def test_nothing_is_stale(graphed, prompts):
         same(session.generate_chunk(noise, eps), reference.generate_chunk(noise, eps))
 
 
+@pytest.mark.parametrize("use_graphs", [True, False], ids=["captured", "enqueued"])
+def test_a_reset_leaves_nothing_that_is_not_finite(graphed, prompts, use_graphs):
+    """A fused kernel multiplies masked rows by zero, which keeps an overflow of the last video."""
+    with graphed.session(HostCuda(), use_graphs=use_graphs) as session:
+        session.set_prompt(prompts(0))
+        huge = np.full(session.config.latent_shape, 3e38, np.float32)
+        ahead = (session.generate_chunk(huge) for _ in range(3))
+        assert not all(np.isfinite(chunk.latents).all() for chunk in ahead)
+        assert not np.isfinite(session.backend.read_pool(1)[1]).all()
+        session.reset()
+        for layer in range(session.config.model.num_layers):
+            assert not any(pool.any() for pool in session.backend.read_pool(layer))
+
+
+def test_a_reset_frees_the_slot_of_an_abandoned_chunk(graphed, prompts):
+    cuda = HostCuda()
+    with graphed.session(cuda) as session, graphed.reference() as reference:
+        session.set_prompt(prompts(0))
+        ahead = session.stream(run_ahead=True)
+        next(ahead)
+        session.reset()
+        for each in (session, reference):
+            each.set_prompt(prompts(1))
+        with pytest.raises(InputError, match="was reset, which ends this stream"):
+            next(ahead)
+        for _ in range(3):
+            same(session.generate_chunk(), reference.generate_chunk())
+            assert not session.backend._waiting
+
+
 def test_running_ahead_gives_the_same_chunks(graphed, prompts):
     cuda = HostCuda()
     with graphed.session(cuda) as session, graphed.reference() as reference:
