@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -127,6 +128,38 @@ def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
         rtx(half_bundle, target="sm86")
     assert sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*")) == before
     assert read_manifest(half_bundle).engines == engines
+
+
+@pytest.mark.parametrize("place", ["log", "progress"])
+def test_ctrl_c_stops_the_builder(half_bundle, monkeypatch, capfd, place):
+    """Wherever Python happens to be when the signal arrives: the builder drops exceptions."""
+    needs_rtx()
+    from forcing_kv.export import build, engine_builder
+
+    calls = []
+
+    def interrupt(*_, **__):
+        calls.append(place)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    if place == "log":
+        monkeypatch.setattr(engine_builder.BuildLog, "read", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    engines = read_manifest(half_bundle).engines
+    plan = build.plan_build(half_bundle, EngineOptions("tensorrt-rtx", "sm89"), force=True)
+    with pytest.raises(KeyboardInterrupt):
+        build.run_build(plan, interrupt if place == "progress" else lambda *_: None)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_manifest(half_bundle).engines == engines
+    assert not capfd.readouterr().out
+
+
+def test_an_error_is_told_in_the_builders_words_alone(half_bundle, capfd):
+    needs_rtx()
+    with pytest.raises(ForcingKvError, match=r"^prompt\.onnx: .* for sm86: .*workspace limit"):
+        rtx(half_bundle, "--workspace-gb", "1e-7", target="sm86")
+    assert "Invalid Engine" not in "".join(capfd.readouterr())
 
 
 STRIPPED = EngineOptions("tensorrt-rtx", target="sm89", strip_weights=True)
