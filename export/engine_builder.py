@@ -140,8 +140,8 @@ def _build(
         except Exception as error:
             said = "; ".join(log.problems[-3:]) or str(error)
             raise ForcingKvError(
-                f"{path.name}: {options.backend} could not build it for {options.target or 'this GPU'}: "
-                f"{said}"
+                f"{path.name}: {options.backend} could not build it for "
+                f"{options.target or 'this GPU'}: {said}"
             ) from error
     return BuiltPlan(bytes(plan), log, stripped)
 

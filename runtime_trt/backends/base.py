@@ -168,8 +168,8 @@ class Backend(ABC):
             f"the {self.name} backend loads its weights for each session; open the bundle again"
         )
 
-    def reset(self) -> None:
-        """Forget the video; for backends whose graphs touch rows that are not valid (any more)."""
+    def reset(self) -> None:  # noqa: B027 - most have nothing to do
+        """Forget the video, where a graph touches rows that are not valid (any more)."""
 
     def submit(self, request: ChunkRequest) -> PendingChunk:
         """Begin a chunk; a backend that works beside the host returns before it is done."""
