@@ -36,7 +36,7 @@ from forcing_kv.runtime_trt.manifest import (
     sha256_of,
 )
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Raised when this module makes other engines of the same inputs."""
 
 ENGINE_FOLDER = "engines"
@@ -260,7 +260,10 @@ def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPla
 
         return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
     if options.backend == "tensorrt":
-        register_plugins()
+        from forcing_kv.export.plugin_setup import register_once
+        from forcing_kv.plugins.registry import register_tensorrt_plugins
+
+        register_once(register_tensorrt_plugins, options)
         return build_plan(plan.bundle / graph.info.file, options, cache, progress)
     with _plugin_free_file(plan, graph) as path:
         return build_plan(path, options, cache, progress)
@@ -286,36 +289,15 @@ def _plugin_free_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
         yield path
 
 
-_registered = False
-
-
-def register_plugins() -> None:
-    """Register our operators in TensorRT's registry for this machine's GPU, once per process.
-
-    Raises:
-        MissingDependencyError: TensorRT or Triton is not installed.
-        BackendUnavailableError: there is no GPU to build for.
-    """
-    global _registered
-    if _registered:
-        return
-    from forcing_kv.plugins.registry import OPS, op_module
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
-
-    device = Cuda().device
-    for spec in OPS:
-        op_module(spec, "trt").register(TargetDevice(device.sm, device.num_sms))
-    _registered = True
-
-
 def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
     log = built.log
-    # They come to the device all the same, whatever the builder counts.
+    # They come to the device all the same, whatever the builder counts. Torch-TensorRT tells
+    # nothing; a plan is weights for the most part.
     stripped = sum(entry.nbytes for entry in built.stripped.values())
     return {
         "inputs_sha256": graph.inputs_sha256,
         "nbytes": len(built.plan),
-        "weight_nbytes": max(log.nbytes.get("weights", 0), stripped),
+        "weight_nbytes": max(log.nbytes.get("weights", len(built.plan)), stripped),
         "scratch_nbytes": log.nbytes.get("activation"),
         "num_layers": len(log.layers),
         "num_fused_attention": log.num_fused_attention,

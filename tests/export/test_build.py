@@ -330,6 +330,33 @@ def test_what_is_missing_is_named(half_bundle, monkeypatch):
         fkv("build", half_bundle, "--backend", "tensorrt", "--dry-run")
 
 
+def test_plugins_of_a_compatible_engine_are_portable(monkeypatch):
+    from host_cuda import HostCuda
+
+    from forcing_kv.export import plugin_setup
+
+    monkeypatch.setattr(plugin_setup, "Cuda", lambda: HostCuda(sm=90))
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    targets = []
+    own = EngineOptions("tensorrt")
+    compatible = EngineOptions("tensorrt", hardware_compatible=True)
+    for _ in range(2):
+        plugin_setup.register_once(targets.append, own)
+    with pytest.raises(ForcingKvError, match=r"build for .*portable_only=True.* in another"):
+        plugin_setup.register_once(targets.append, compatible)
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    plugin_setup.register_once(targets.append, compatible)
+    assert [(target.sm, target.portable_only) for target in targets] == [(90, False), (80, True)]
+
+
+def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):
+    from forcing_kv.export import build
+
+    graph = build.GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
+    detail = build._detail(graph, BuiltPlan(b"x" * 1000, BuildLog()), 1.0)
+    assert detail["weight_nbytes"] == 1000
+
+
 def test_torch_tensorrt_is_asked_for_by_name(half_bundle):
     from forcing_kv.export.torch_frontend import build_plan_from_torch
 
