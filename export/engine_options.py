@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from forcing_kv.runtime_trt.errors import InputError
@@ -100,5 +100,6 @@ class EngineOptions:
         return self.target is None or self.refit or self.strip_weights
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
-        return asdict(self)
+        """What differs from the defaults, as plain data for an engine record."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}

@@ -164,11 +164,26 @@ def rebuild_command(bundle: Path, content: Mapping[str, Any]) -> str:
     return EngineRecord.of(bundle, content).build_command
 
 
+_NAMED_APART = ("backend", "target")
+"""Options of a record that a command names on its own."""
+
+
 def build_command(
     bundle: Path, backend: str, sm: int | None = None, options: Mapping[str, Any] | None = None
 ) -> str:
-    """The `fkv build` that makes the engine that is missing."""
-    flags = [f"--{name.replace('_', '-')}" for name, on in (options or {}).items() if on is True]
+    """The `fkv build` that makes the engine that is missing.
+
+    Args:
+        bundle: directory of the bundle.
+        backend: tensorrt or tensorrt-rtx.
+        sm: compute capability of the GPU.
+        options: those of the build that differ from the defaults.
+    """
+    given = {key: value for key, value in (options or {}).items() if key not in _NAMED_APART}
+    flags = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in given.items()
+    ]
     if backend == "tensorrt-rtx" and sm is not None:
         flags.insert(0, f"--target sm{sm}")
     return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"

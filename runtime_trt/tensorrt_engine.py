@@ -126,8 +126,10 @@ class LoadedPlans:
     def _match(self, name: str, graph: GraphInfo) -> dict[str, str]:
         """Check an engine's tensors against the record.
 
-        Torch-TensorRT gives tensors its own names, in the order of the exported program.
+        Torch-TensorRT gives tensors its own names, in the order of the exported program; where one
+        is missing, nobody can tell which.
         """
+        by_position = self.record.options.get("frontend") == "torch-tensorrt"
         engine, trt = self.engines[name], self.trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         modes = {tensor: engine.get_tensor_mode(tensor) for tensor in tensors}
@@ -137,10 +139,9 @@ class LoadedPlans:
             (trt.TensorIOMode.OUTPUT, graph.outputs),
         ):
             found = [tensor for tensor in tensors if modes[tensor] == mode]
-            if self.record.options.get("frontend") == "torch-tensorrt":
-                matched = dict(zip((info.name for info in wanted), found, strict=False))
-            else:
-                matched = {info.name: info.name for info in wanted if info.name in found}
+            matched = {info.name: info.name for info in wanted if info.name in found}
+            if by_position and len(matched) < len(wanted) == len(found):
+                matched = dict(zip((info.name for info in wanted), found, strict=True))
             known = {info.name: info for info in wanted}
             wrong = set(found) - set(matched.values())
             wrong |= {

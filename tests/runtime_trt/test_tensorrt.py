@@ -12,11 +12,13 @@ import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda
 
+from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import shared_weights, write_stripped
 from forcing_kv.runtime_trt import cuda as cuda_module
 from forcing_kv.runtime_trt.backends import choose_backend, open_backend
 from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
+from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
@@ -116,6 +118,52 @@ def test_a_cache_that_cannot_be_kept_does_not_keep_the_memory(deployment, monkey
     gc.collect()
     assert not deployment.cuda.live
     assert not deployment.trt.live
+
+
+def renamed(infos):
+    return [[f"arg_{i}", info.shape, info.dtype] for i, info in enumerate(infos)]
+
+
+def test_tensors_of_torch_tensorrt_are_bound_by_position(deployment, prompts):
+    paths = deployment.record(options={"frontend": "torch-tensorrt"})
+    graphs = read_manifest(deployment.bundle).graphs
+    for name, graph in graphs.items():
+        content = json.loads(paths[name].read_text())
+        # One name as in the graph does not make the others so.
+        content["inputs"][1:] = renamed(graph.inputs)[1:]
+        content["outputs"] = [[f"out_{tensor[0]}", *tensor[1:]] for tensor in content["outputs"]]
+        paths[name].write_text(json.dumps(content))
+    renew_hashes(deployment.bundle)
+    reference = Session(open_backend(deployment.bundle, "onnxruntime", num_threads=1))
+    with Session(deployment.open()) as session, reference:
+        for each in (session, reference):
+            each.set_prompt(prompts(0))
+        for _ in range(3):
+            found, wanted = session.generate_chunk(), reference.generate_chunk()
+            np.testing.assert_array_equal(found.latents, wanted.latents)
+
+    content = json.loads(paths["step"].read_text())
+    del content["inputs"][3]
+    paths["step"].write_text(json.dumps(content))
+    renew_hashes(deployment.bundle)
+    with pytest.raises(BundleError, match=r"differ from the .*--frontend torch-tensorrt`"):
+        deployment.open()
+
+
+def test_the_mending_command_has_the_options_of_the_build(copied_bundle, monkeypatch):
+    deployment = Deployment(copied_bundle, monkeypatch)
+    options = EngineOptions(
+        "tensorrt", refit=True, workspace_gb=2.5, optimization_level=0, profiling_verbosity="none"
+    )
+    deployment.record(sm=90, options=options.to_json())
+    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[0]).build_command
+    assert command == (
+        f"`fkv build {copied_bundle} --backend tensorrt --refit --workspace-gb 2.5 "
+        "--optimization-level 0 --profiling-verbosity none`"
+    )
+    deployment.record(sm=86, options=EngineOptions("tensorrt-rtx", "sm86").to_json())
+    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[1]).build_command
+    assert command == f"`fkv build {copied_bundle} --backend tensorrt`"
 
 
 def test_siblings_share_plans(deployment, prompts):
