@@ -12,6 +12,7 @@ import typer
 from forcing_kv.export.engine_options import RTX_TARGETS, EngineOptions
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.folders import check_folder
 
 if TYPE_CHECKING:
     from forcing_kv.export.build import BuildPlan
@@ -120,6 +121,8 @@ def build(
         refit, strip_weights, tf32, workspace_gb, optimization_level,
         cast(Any, profiling_verbosity),
     )  # fmt: skip
+    if layer_info is not None:
+        check_folder(layer_info.absolute().parent, "--layer-info")
     gpu = None if dry_run else target_device(options)
     plan = plan_build(bundle, options, force=force, device=gpu)
     talk(describe(plan))
@@ -254,6 +257,7 @@ def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
     from dataclasses import asdict
 
     content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     if not layers:
         talk(f"{path}: empty, for nothing was built; add --force")

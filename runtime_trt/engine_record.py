@@ -264,14 +264,30 @@ def check_plans(record: EngineRecord) -> None:
         BundleError: one is missing or altered.
     """
     plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
-    for file, sha256 in {**record.content["files"], **plans}.items():
-        path = record.bundle / file
+    files = {**record.content["files"], **plans}
+    _check_hashes(record.bundle, files, record.build_command)
+
+
+def check_engines(bundle: Path, manifest: Manifest) -> None:
+    """Compare the files of every engine, whichever backend's, with their recorded hashes.
+
+    Raises:
+        BundleError: one is missing or altered.
+    """
+    for content in manifest.engines:
+        for part in (content, *content.get("decoders", {}).values()):
+            _check_hashes(bundle, part["files"], rebuild_command(bundle, content))
+
+
+def _check_hashes(bundle: Path, files: Mapping[str, str], command: str) -> None:
+    for file, sha256 in files.items():
+        path = bundle / file
         if not path.is_file():
-            raise BundleError(f"{path}: missing; {record.build_command}")
+            raise BundleError(f"{path}: missing; {command}")
         if (found := sha256_of(path)) != sha256:
             raise BundleError(
                 f"{path}: altered since it was built (sha256 {found[:12]}... found, "
-                f"{sha256[:12]}... recorded); {record.build_command}"
+                f"{sha256[:12]}... recorded); {command}"
             )
 
 

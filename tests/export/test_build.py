@@ -20,7 +20,12 @@ from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
 from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import map_constants, read_constants, read_table
-from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, MissingDependencyError
+from forcing_kv.runtime_trt.errors import (
+    BundleError,
+    ForcingKvError,
+    InputError,
+    MissingDependencyError,
+)
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
@@ -94,13 +99,19 @@ def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
     assert read_manifest(half_bundle).engines == (record,)
 
     plan.write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"evict\.plan: altered since it was built .*`fkv build "):
+        fkv("inspect", half_bundle)
+    assert fkv("inspect", half_bundle, "--no-check").exit_code == 0
     said = json.loads(rtx(half_bundle, "--dry-run", "--json").stdout)
     assert said["to_build"] == ["evict"]
     rtx(half_bundle)
     (again,) = read_manifest(half_bundle).engines
     assert again["details"]["step"]["build_seconds"] == before["step"]
     assert plan.read_bytes() != b"damaged"
-    assert "sm89" in fkv("inspect", half_bundle).stdout
+    listed = fkv("inspect", half_bundle).stdout
+    assert "engines/tensorrt-rtx-sm89: tensorrt-rtx for sm89, default options; built" in listed
+    assert record["files"][record["graphs"]["evict"]["file"]][:12] not in listed.replace("\n", "")
+    assert again["files"][again["graphs"]["evict"]["file"]][:12] in listed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -111,6 +122,15 @@ def test_other_dtypes_and_targets_build(tmp_path, dtype):
     (record,) = read_manifest(bundle).engines
     fused = 0 if dtype == "float32" else 2 * SHAPE.num_layers
     assert record["details"]["step"]["num_fused_attention"] == fused
+
+
+def test_a_place_for_layers_is_checked_before_the_build(half_bundle, tmp_path):
+    needs_rtx()
+    (tmp_path / "file").touch()
+    before = read_manifest(half_bundle).engines
+    with pytest.raises(InputError, match="not a writable folder; choose another --layer-info"):
+        rtx(half_bundle, "--force", "--layer-info", tmp_path / "file" / "layers.json")
+    assert read_manifest(half_bundle).engines == before
 
 
 def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
