@@ -27,7 +27,7 @@ from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
 from forcing_kv.runtime_trt.engine_record import weight_table
-from forcing_kv.runtime_trt.errors import ForcingKvError, require
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
     GraphInfo,
@@ -75,6 +75,8 @@ class BuildPlan:
     options: EngineOptions
     environment: Mapping[str, str]
     graphs: tuple[GraphBuild, ...]
+    source: BuildPlan | None = None
+    """Another bundle with engines of the same graphs, which are refitted instead of built."""
 
     @property
     def target(self) -> str:
@@ -103,7 +105,12 @@ class BuildPlan:
 
 
 def plan_build(
-    bundle: Path, options: EngineOptions, *, force: bool = False, device: DeviceInfo | None = None
+    bundle: Path,
+    options: EngineOptions,
+    *,
+    force: bool = False,
+    device: DeviceInfo | None = None,
+    refit_from: Path | None = None,
 ) -> BuildPlan:
     """Find out what has to be built; touches no GPU.
 
@@ -112,14 +119,18 @@ def plan_build(
         options: how to build.
         force: build every graph, whatever is there.
         device: the GPU of this machine, where the build is for it.
+        refit_from: bundle whose engines are given this one's weights.
 
     Raises:
         BundleError: the bundle is missing or malformed.
         MissingDependencyError: the builder is not installed.
+        InputError: `refit_from` has no such engines.
+        ForcingKvError: the builder is known to go wrong with these options.
     """
     manifest = read_manifest(bundle)
     module = require(options.module)
     environment = {options.module: str(module.__version__)}
+    _check_builder(options, environment[options.module])
     if options.target is not None:
         environment["sm"] = options.target.removeprefix("sm")
     elif device is not None:
@@ -130,7 +141,38 @@ def plan_build(
     for kind, decoder in manifest.decoders.items():
         part = recorded_part(record or {}, kind)
         graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
-    return replace(plan, graphs=tuple(graphs))
+    plan = replace(plan, graphs=tuple(graphs))
+    return plan if refit_from is None else replace(plan, source=_source(plan, refit_from, device))
+
+
+def _check_builder(options: EngineOptions, version: str) -> None:
+    """Refuse what NVIDIA lists as wrong (release notes of TensorRT 11.3.0, known issues)."""
+    if options.backend == "tensorrt" and options.refit and version.startswith("11.3."):
+        raise ForcingKvError(
+            f"TensorRT {version} may drop the bias of a matrix product in a refittable engine; "
+            "install another version, or leave out --refit"
+        )
+
+
+def _source(plan: BuildPlan, bundle: Path, device: DeviceInfo | None) -> BuildPlan:
+    """The plan of a bundle whose engines can be refitted for another."""
+    if bundle.resolve() == plan.bundle.resolve():
+        raise InputError(f"--refit-from names {bundle} itself; give the bundle with the engines")
+    if not plan.options.refit or plan.options.strip_weights or plan.options.frontend != "onnx":
+        raise InputError(
+            "--refit-from goes with --refit, and neither with --strip-weights (such engines keep "
+            "their small weights) nor with --frontend torch-tensorrt (which has its own names)"
+        )
+    source = plan_build(bundle, plan.options, device=device)
+    there = {graph.label for graph in source.graphs if graph.found is not None}
+    if missing := [graph.label for graph in plan.to_do if graph.label not in there]:
+        raise InputError(
+            f"--refit-from {bundle}: it holds no engines of {missing} built with these options, "
+            f"for this GPU and by {plan.options.module} {plan.environment[plan.options.module]}; "
+            f"make them with `fkv build {bundle} --backend {plan.options.backend} --refit`, or "
+            "leave out --refit-from"
+        )
+    return source
 
 
 def _part(
@@ -178,7 +220,8 @@ def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> st
         "weights": weights_sha256,
         "plugin_abi": plan.manifest.plugin_abi,
         "options": plan.options.to_json(),
-        "environment": dict(plan.environment),
+        # An engine does not depend on the driver, which is recorded for people.
+        "environment": {k: v for k, v in plan.environment.items() if k != "driver"},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -214,6 +257,10 @@ def run_build(
                 details[graph.label] = graph.found
                 continue
             begin = perf_counter()
+            if plan.source is not None:
+                report(graph.label, "refitting", 0.0)
+                details[graph.label] = _refit_graph(plan, plan.source, graph, file, begin)
+                continue
             built = _build_graph(plan, graph, report)
             file.write_bytes(built.plan)
             if plan.options.strip_weights:
@@ -224,6 +271,26 @@ def run_build(
     record = _record(plan, details, perf_counter() - start)
     write_record(plan.bundle, record)
     return record, layers
+
+
+def _refit_graph(
+    plan: BuildPlan, source: BuildPlan, graph: GraphBuild, file: Path, begin: float
+) -> dict[str, Any]:
+    """Write an engine of the source with this bundle's weights, and describe it."""
+    from forcing_kv.export.refit import refitted_plan
+
+    (old,) = (each for each in source.graphs if each.label == graph.label)
+    engine = source.bundle / source.folder / old.file
+    with _builder_file(source, old) as before, _builder_file(plan, graph) as after:
+        content = refitted_plan(engine, before, after, plan.options)
+    file.write_bytes(content)
+    return {
+        **(old.found or {}),
+        "inputs_sha256": graph.inputs_sha256,
+        "nbytes": len(content),
+        "build_seconds": round(perf_counter() - begin, 1),
+        "refitted": True,
+    }
 
 
 @contextmanager
@@ -252,26 +319,29 @@ def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPla
         report(graph.label, phase, fraction)
 
     progress("reading the graph", 0.0)
-    if graph.decoder is not None:
-        # Standard operators alone, beside its own weights: no plugin, and nothing to inline.
-        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
-    if options.frontend == "torch-tensorrt":
+    if graph.decoder is None and options.frontend == "torch-tensorrt":
         from forcing_kv.export.torch_frontend import build_plan_from_torch
 
         return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
-    if options.backend == "tensorrt":
+    if graph.decoder is None and options.backend == "tensorrt":
         from forcing_kv.export.plugin_setup import register_once
         from forcing_kv.plugins.registry import register_tensorrt_plugins
 
         register_once(register_tensorrt_plugins, options)
-        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
-    with _plugin_free_file(plan, graph) as path:
+    with _builder_file(plan, graph) as path:
         return build_plan(path, options, cache, progress)
 
 
 @contextmanager
-def _plugin_free_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
-    """The graph in standard operators, in a file that finds the bundle's weights beside it."""
+def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
+    """The graph as the builder is given it, in a file that finds its weights beside it.
+
+    TensorRT reads the bundle's own, for it has our plugins; decoders hold standard operators alone.
+    TensorRT-RTX gets the denoiser's in standard operators.
+    """
+    if graph.decoder is not None or plan.options.backend == "tensorrt":
+        yield plan.bundle / graph.info.file
+        return
     import onnx
     import onnx_ir as ir
 

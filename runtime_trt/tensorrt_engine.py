@@ -20,15 +20,10 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, 
 from forcing_kv.runtime_trt.graph_engine import SCRATCH
 from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.refit import TRT_DTYPES, NamedWeight, refit
 
-_DTYPES = {
-    "FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64",
-    "BOOL": "bool", "UINT8": "uint8",
-}  # fmt: skip
+_DTYPES = {trt: "float" if name == "float32" else name for name, trt in TRT_DTYPES.items()}
 """TensorRT's names of dtypes → the manifest's."""
-
-_TRT_DTYPES = {"float32": "FLOAT", **{name: trt for trt, name in _DTYPES.items()}}
-"""Names of dtypes in a table of constants → TensorRT's."""
 
 
 class EngineLog:
@@ -104,24 +99,15 @@ class LoadedPlans:
         table = read_table(Path(weight_table(str(plan))))
         if not table:  # This graph has none, so there is nothing to refit.
             return
-        refitter = self.trt.Refitter(engine, self.log.logger)
-        read = []  # TensorRT takes addresses, and reads them when it refits.
-        for name, entry, content in map_constants(self.record.bundle, table):
-            read.append(content)
-            dtype = getattr(self.trt.DataType, _TRT_DTYPES[entry.dtype])
-            weights = self.trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
-            if not refitter.set_named_weights(name, weights):
-                raise self._unfit(plan, f"weight {name} is refused")
-        if missing := refitter.get_missing_weights():
-            raise self._unfit(plan, f"{len(missing)} weights are missing, such as {missing[:3]}")
-        if not refitter.refit_cuda_engine():
-            raise self._unfit(plan, "the refit failed")
-
-    def _unfit(self, plan: Path, what: str) -> BundleError:
-        return BundleError(
-            f"{plan}: the bundle's weights do not fit the engine: {what} ({self.log.last()}); "
-            f"{self.record.build_command}"
+        weights = (
+            NamedWeight(name, entry.dtype, math.prod(entry.shape), content)
+            for name, entry, content in map_constants(self.record.bundle, table)
         )
+        if (wrong := refit(self.trt, engine, self.log.logger, weights)) is not None:
+            raise BundleError(
+                f"{plan}: the bundle's weights do not fit the engine: {wrong} "
+                f"({self.log.last()}); {self.record.build_command}"
+            )
 
     def _match(self, name: str, graph: GraphInfo) -> dict[str, str]:
         """Check an engine's tensors against the record.

@@ -28,8 +28,8 @@ from forcing_kv.runtime_trt.errors import (
 )
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.refit import TRT_DTYPES
 from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.runtime_trt.tensorrt_engine import _TRT_DTYPES
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
@@ -234,7 +234,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     builder = trt.Builder(logger)
     for graph in plan.graphs:
-        with build._plugin_free_file(plan, graph) as path:
+        with build._builder_file(plan, graph) as path:
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
             network = builder.create_network(flags)
             assert trt.OnnxParser(network, logger).parse_from_file(str(path))
@@ -249,7 +249,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
                     held.add((layer.name, layer.weights.tobytes()))
             for name, entry, content in map_constants(path.parent, table):
                 assert (name, content.tobytes()) in held
-                dtype = getattr(trt.DataType, _TRT_DTYPES[entry.dtype])
+                dtype = getattr(trt.DataType, TRT_DTYPES[entry.dtype])
                 weights = trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
                 assert weights.nbytes == content.nbytes
                 assert weights.numpy().tobytes() == content.tobytes()
