@@ -304,6 +304,7 @@ def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
     ("options", "message"),
     [
         ({"backend": "tensorrt-rtx", "target": "sm90"}, "cannot build for sm90"),
+        ({"backend": "tensorrt-rtx", "target": "sm75"}, "cannot build for sm75"),
         ({"backend": "tensorrt", "target": "sm90"}, "takes no --target"),
         ({"backend": "tensorrt-rtx", "version_compatible": True}, "--version-compatible"),
         ({"backend": "tensorrt-rtx", "frontend": "torch-tensorrt"}, "--frontend"),
