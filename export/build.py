@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
-from forcing_kv.export.bundle import write_manifest
+from forcing_kv.export.bundle import replaced_folder, write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import write_stripped
@@ -291,23 +291,6 @@ def _refit_graph(
         "build_seconds": round(perf_counter() - begin, 1),
         "refitted": True,
     }
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of `target` if the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:

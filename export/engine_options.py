@@ -13,7 +13,8 @@ Verbosity = Literal["detailed", "layer-names", "none"]
 
 RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """Compute capabilities that TensorRT-RTX 1.7 builds our graphs for. Data-centre Hopper is not among
-its own; for Turing (sm75) it has neither bfloat16 nor float32 products, which every bundle holds."""
+its own; for Turing (sm75) it has neither bfloat16 nor float32 products, and every bundle needs
+one of them."""
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module of each builder."""
