@@ -188,7 +188,7 @@ def _part(
     for name, info in graphs.items():
         inputs = _inputs_sha256(plan, info, weights_sha256)
         known = details.get(name)
-        same = known is not None and known["inputs_sha256"] == inputs
+        same = known is not None and known.get("inputs_sha256") == inputs
         found.append(GraphBuild(name, info, decoder, inputs, known if same else None))
     return found
 
@@ -210,7 +210,9 @@ def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
         for file, sha256 in record["files"].items()
         if not (bundle / file).is_file() or sha256_of(bundle / file) != sha256
     }
-    return {name: detail for name, detail in record["details"].items() if name not in changed}
+    return {
+        name: detail for name, detail in record.get("details", {}).items() if name not in changed
+    }
 
 
 def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> str:

@@ -98,6 +98,20 @@ class EngineRecord:
         compatible = self.options.get("hardware_compatible") and min(sm, self.sm) >= 80
         return self.sm == sm or bool(compatible)
 
+    def check_graphs(self, manifest: Manifest) -> None:
+        """Compare inputs and outputs with those of the bundle's own graphs.
+
+        Raises:
+            BundleError: they differ.
+        """
+        found = {name: (graph.inputs, graph.outputs) for name, graph in self.graphs.items()}
+        wanted = {name: (graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()}
+        if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+            raise BundleError(
+                f"{self.bundle}: engine {self.content['folder']} is not of this bundle's graphs "
+                f"{wrong}; {self.build_command}"
+            )
+
     @property
     def weight_nbytes(self) -> int:
         """Device memory of the weights of all graphs."""
@@ -194,6 +208,7 @@ def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[Eng
 
     Raises:
         BackendUnavailableError: there is none.
+        BundleError: one is not of the bundle's graphs.
     """
     records = [
         EngineRecord.of(bundle, content)
@@ -205,6 +220,8 @@ def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[Eng
             f"{bundle} holds no {flavour.built_by} engine; make one with "
             f"{build_command(bundle, flavour.built_by)}"
         )
+    for record in records:
+        record.check_graphs(manifest)
     if flavour.name != "tensorrt-lean":
         return records
     compatible = [record for record in records if record.options.get("version_compatible")]

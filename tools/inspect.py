@@ -122,7 +122,7 @@ def _graphs(bundle: Path, manifest: Manifest) -> Any:
 
 def _engine(bundle: Path, engine: Mapping[str, Any]) -> Any:
     """A row a part: the denoiser, and each decoder."""
-    built_for = engine.get("target") or engine["environment"]["device"]
+    built_for = engine.get("target") or engine["environment"].get("device", "")
     versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
     given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
     options = ", ".join(f"{key} {value}" for key, value in given.items()) or "default options"

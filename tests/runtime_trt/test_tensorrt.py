@@ -358,3 +358,36 @@ def test_the_driver_is_checked_before_tensorrt_is_touched(deployment, monkeypatc
     name, why = choose_backend("auto", deployment.bundle)
     assert name == "onnxruntime"
     assert cuda_module.DRIVER_HINT in why or "GPU" in why or "driver" in why
+
+
+def test_a_damaged_record_is_named_and_nothing_is_opened(deployment):
+    """Every entry of an engine's record, taken out or replaced."""
+    deployment.record()
+    path = deployment.bundle / MANIFEST_FILE
+    content = json.loads(path.read_text())
+
+    def entries(node, place=()):
+        for key in node if isinstance(node, dict) else ():
+            yield (*place, key)
+            yield from entries(node[key], (*place, key))
+
+    refused = 0
+    for place in entries(content["engines"][0]):
+        for value in ("taken out", None, "x", [], {}, 5):
+            damaged = json.loads(json.dumps(content))
+            holder = damaged["engines"][0]
+            for key in place[:-1]:
+                holder = holder[key]
+            if value == "taken out":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = value
+            path.write_text(json.dumps(damaged))
+            try:  # Names for people may be anything.
+                deployment.open().close()
+            except ForcingKvError:
+                refused += 1
+    assert refused > 100
+    gc.collect()
+    assert not deployment.cuda.live
+    assert not deployment.trt.live
