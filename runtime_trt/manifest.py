@@ -156,7 +156,9 @@ def _check_engine(data: Mapping[str, Any], where: str) -> None:
 
 def _check_engine_part(data: Mapping[str, Any], where: str) -> None:
     """What a record says of the denoiser, and of every decoder."""
-    kinds = {"folder": str, "files": dict, "graphs": dict, "build_seconds": (int, float)}
+    kinds: dict[str, Any] = {
+        "folder": str, "files": dict, "graphs": dict, "build_seconds": (int, float)
+    }  # fmt: skip
     for key, kind in kinds.items():
         _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
     for file, sha256 in data["files"].items():
