@@ -184,10 +184,10 @@ class ChunkGraphBackend(Backend):
     def _next_slot(self) -> Slot:
         """A slot whose last upload has arrived and whose last result has been read."""
         slots = self._resources.slots
-        while len(self._waiting) >= len(slots):
-            self._waiting[0].result()
         slot = slots[self._num_submitted % len(slots)]
         self._num_submitted += 1
+        for pending in [each for each in self._waiting if each.slot is slot]:
+            pending.result()
         self._cuda.synchronize_event(slot.events["uploaded"])
         return slot
 

@@ -194,6 +194,19 @@ def test_running_ahead_gives_the_same_chunks(graphed, prompts):
             same(found, wanted)
 
 
+def test_chunks_fetched_out_of_order_are_their_own(graphed, prompts):
+    """A call within a stream is handed its chunk before the stream hands out the one under way."""
+    with graphed.session(HostCuda()) as session, graphed.reference() as reference:
+        for each in (session, reference):
+            each.set_prompt(prompts(0))
+        wanted = list(reference.stream(6))
+        ahead = session.stream(4, run_ahead=True)
+        found = [next(ahead), session.generate_chunk(), session.generate_chunk(), *ahead]
+        assert [chunk.index for chunk in found] == [0, 2, 3, 1, 4, 5]
+        for chunk in found:
+            same(chunk, wanted[chunk.index])
+
+
 def test_a_prompt_switch_after_running_ahead(graphed, prompts):
     cuda = HostCuda()
     with graphed.session(cuda) as session, graphed.reference() as reference:
