@@ -339,16 +339,19 @@ def test_an_engine_that_fails_in_a_capture_can_be_used_again(graphed, prompts):
     assert not cuda.live
 
 
-def test_an_empty_capture_is_refused(graphed):
+@pytest.mark.parametrize("escaping", ["step", "evict"])
+def test_a_graph_that_escapes_the_capture_is_refused(graphed, escaping):
     class OtherStream(HostEngine):
-        """Runs its work at once, wherever it is told to."""
+        """Runs one graph's work at once, wherever it is told to."""
 
         def enqueue(self, graph, bindings, stream):
-            pass
+            if graph != escaping:
+                super().enqueue(graph, bindings, stream)
 
     cuda = HostCuda()
     engine = OtherStream(cuda, graphed.bundle, graphed.manifest)
-    with pytest.raises(ForcingKvError, match=r"holds no kernel.*--no-cuda-graph"):
+    message = rf"the capture of graph {escaping} holds no kernel.*--no-cuda-graph"
+    with pytest.raises(ForcingKvError, match=message):
         ChunkGraphBackend(cuda, engine, graphed.manifest.config, graphed.manifest.graphs)
     assert engine.closed == 1
     assert not cuda.live
