@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
-from forcing_kv.export.bundle import write_manifest
+from forcing_kv.export.bundle import replaced_folder, write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import write_stripped
@@ -37,7 +37,7 @@ from forcing_kv.runtime_trt.manifest import (
     sha256_of,
 )
 
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Raised when this module makes other engines of the same inputs."""
 
 ENGINE_FOLDER = "engines"
@@ -76,6 +76,8 @@ class BuildPlan:
     options: EngineOptions
     environment: Mapping[str, str]
     graphs: tuple[GraphBuild, ...]
+    source: BuildPlan | None = None
+    """Another bundle with engines of the same graphs, which are refitted instead of built."""
 
     @property
     def target(self) -> str:
@@ -104,7 +106,12 @@ class BuildPlan:
 
 
 def plan_build(
-    bundle: Path, options: EngineOptions, *, force: bool = False, device: DeviceInfo | None = None
+    bundle: Path,
+    options: EngineOptions,
+    *,
+    force: bool = False,
+    device: DeviceInfo | None = None,
+    refit_from: Path | None = None,
 ) -> BuildPlan:
     """Find out what has to be built; touches no GPU.
 
@@ -113,14 +120,18 @@ def plan_build(
         options: how to build.
         force: build every graph, whatever is there.
         device: the GPU of this machine, where the build is for it.
+        refit_from: bundle whose engines are given this one's weights.
 
     Raises:
         BundleError: the bundle is missing or malformed.
         MissingDependencyError: the builder is not installed.
+        InputError: `refit_from` has no such engines.
+        ForcingKvError: the builder is known to go wrong with these options.
     """
     manifest = read_manifest(bundle)
     module = require(options.module)
     environment = {options.module: str(module.__version__)}
+    _check_builder(options, environment[options.module])
     if options.target is not None:
         environment["sm"] = options.target.removeprefix("sm")
     elif device is not None:
@@ -133,7 +144,38 @@ def plan_build(
     for kind, decoder in manifest.decoders.items():
         part = recorded_part(record or {}, kind)
         graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
-    return replace(plan, graphs=tuple(graphs))
+    plan = replace(plan, graphs=tuple(graphs))
+    return plan if refit_from is None else replace(plan, source=_source(plan, refit_from, device))
+
+
+def _check_builder(options: EngineOptions, version: str) -> None:
+    """Refuse what NVIDIA lists as wrong (release notes of TensorRT 11.3.0, known issues)."""
+    if options.backend == "tensorrt" and options.refit and version.startswith("11.3."):
+        raise ForcingKvError(
+            f"TensorRT {version} may drop the bias of a matrix product in a refittable engine; "
+            "install another version, or leave out --refit"
+        )
+
+
+def _source(plan: BuildPlan, bundle: Path, device: DeviceInfo | None) -> BuildPlan:
+    """The plan of a bundle whose engines can be refitted for another."""
+    if bundle.resolve() == plan.bundle.resolve():
+        raise InputError(f"--refit-from names {bundle} itself; give the bundle with the engines")
+    if not plan.options.refit or plan.options.strip_weights or plan.options.frontend != "onnx":
+        raise InputError(
+            "--refit-from goes with --refit, and neither with --strip-weights (such engines keep "
+            "their small weights) nor with --frontend torch-tensorrt (which has its own names)"
+        )
+    source = plan_build(bundle, plan.options, device=device)
+    there = {graph.label for graph in source.graphs if graph.found is not None}
+    if missing := [graph.label for graph in plan.to_do if graph.label not in there]:
+        raise InputError(
+            f"--refit-from {bundle}: it holds no engines of {missing} built with these options, "
+            f"for this GPU and by {plan.options.module} {plan.environment[plan.options.module]}; "
+            f"make them with `fkv build {bundle} --backend {plan.options.backend} --refit`, or "
+            "leave out --refit-from"
+        )
+    return source
 
 
 def _check_fp8(fp8: Fp8Scales, options: EngineOptions, sm: str | None) -> None:
@@ -163,7 +205,7 @@ def _part(
     for name, info in graphs.items():
         inputs = _inputs_sha256(plan, info, weights_sha256)
         known = details.get(name)
-        same = known is not None and known["inputs_sha256"] == inputs
+        same = known is not None and known.get("inputs_sha256") == inputs
         found.append(GraphBuild(name, info, decoder, inputs, known if same else None))
     return found
 
@@ -185,7 +227,9 @@ def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
         for file, sha256 in record["files"].items()
         if not (bundle / file).is_file() or sha256_of(bundle / file) != sha256
     }
-    return {name: detail for name, detail in record["details"].items() if name not in changed}
+    return {
+        name: detail for name, detail in record.get("details", {}).items() if name not in changed
+    }
 
 
 def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> str:
@@ -195,7 +239,8 @@ def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> st
         "weights": weights_sha256,
         "plugin_abi": plan.manifest.plugin_abi,
         "options": plan.options.to_json(),
-        "environment": dict(plan.environment),
+        # An engine does not depend on the driver, which is recorded for people.
+        "environment": {k: v for k, v in plan.environment.items() if k != "driver"},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -231,6 +276,10 @@ def run_build(
                 details[graph.label] = graph.found
                 continue
             begin = perf_counter()
+            if plan.source is not None:
+                report(graph.label, "refitting", 0.0)
+                details[graph.label] = _refit_graph(plan, plan.source, graph, file, begin)
+                continue
             built = _build_graph(plan, graph, report)
             file.write_bytes(built.plan)
             if plan.options.strip_weights:
@@ -243,21 +292,24 @@ def run_build(
     return record, layers
 
 
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of `target` if the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _refit_graph(
+    plan: BuildPlan, source: BuildPlan, graph: GraphBuild, file: Path, begin: float
+) -> dict[str, Any]:
+    """Write an engine of the source with this bundle's weights, and describe it."""
+    from forcing_kv.export.refit import refitted_plan
+
+    (old,) = (each for each in source.graphs if each.label == graph.label)
+    engine = source.bundle / source.folder / old.file
+    with _builder_file(source, old) as before, _builder_file(plan, graph) as after:
+        content = refitted_plan(engine, before, after, plan.options)
+    file.write_bytes(content)
+    return {
+        **(old.found or {}),
+        "inputs_sha256": graph.inputs_sha256,
+        "nbytes": len(content),
+        "build_seconds": round(perf_counter() - begin, 1),
+        "refitted": True,
+    }
 
 
 def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
@@ -269,23 +321,29 @@ def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPla
         report(graph.label, phase, fraction)
 
     progress("reading the graph", 0.0)
-    if graph.decoder is not None:
-        # Standard operators alone, beside its own weights: no plugin, and nothing to inline.
-        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
-    if options.frontend == "torch-tensorrt":
+    if graph.decoder is None and options.frontend == "torch-tensorrt":
         from forcing_kv.export.torch_frontend import build_plan_from_torch
 
         return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
-    if options.backend == "tensorrt":
-        register_plugins()
-        return build_plan(plan.bundle / graph.info.file, options, cache, progress)
-    with _plugin_free_file(plan, graph) as path:
+    if graph.decoder is None and options.backend == "tensorrt":
+        from forcing_kv.export.plugin_setup import register_once
+        from forcing_kv.plugins.registry import register_tensorrt_plugins
+
+        register_once(register_tensorrt_plugins, options)
+    with _builder_file(plan, graph) as path:
         return build_plan(path, options, cache, progress)
 
 
 @contextmanager
-def _plugin_free_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
-    """The graph in standard operators, in a file that finds the bundle's weights beside it."""
+def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
+    """The graph as the builder is given it, in a file that finds its weights beside it.
+
+    TensorRT reads the bundle's own, for it has our plugins; decoders hold standard operators alone.
+    TensorRT-RTX gets the denoiser's in standard operators.
+    """
+    if graph.decoder is not None or plan.options.backend == "tensorrt":
+        yield plan.bundle / graph.info.file
+        return
     import onnx
     import onnx_ir as ir
 
@@ -303,36 +361,15 @@ def _plugin_free_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
         yield path
 
 
-_registered = False
-
-
-def register_plugins() -> None:
-    """Register our operators in TensorRT's registry for this machine's GPU, once per process.
-
-    Raises:
-        MissingDependencyError: TensorRT or Triton is not installed.
-        BackendUnavailableError: there is no GPU to build for.
-    """
-    global _registered
-    if _registered:
-        return
-    from forcing_kv.plugins.registry import OPS, op_module
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
-
-    device = Cuda().device
-    for spec in OPS:
-        op_module(spec, "trt").register(TargetDevice(device.sm, device.num_sms))
-    _registered = True
-
-
 def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
     log = built.log
-    # They come to the device all the same, whatever the builder counts.
+    # They come to the device all the same, whatever the builder counts. Torch-TensorRT tells
+    # nothing; a plan is weights for the most part.
     stripped = sum(entry.nbytes for entry in built.stripped.values())
     return {
         "inputs_sha256": graph.inputs_sha256,
         "nbytes": len(built.plan),
-        "weight_nbytes": max(log.nbytes.get("weights", 0), stripped),
+        "weight_nbytes": max(log.nbytes.get("weights", len(built.plan)), stripped),
         "scratch_nbytes": log.nbytes.get("activation"),
         "num_layers": len(log.layers),
         "num_fused_attention": log.num_fused_attention,

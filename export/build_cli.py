@@ -12,6 +12,7 @@ import typer
 from forcing_kv.export.engine_options import RTX_TARGETS, EngineOptions
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.folders import check_folder
 
 if TYPE_CHECKING:
     from forcing_kv.export.build import BuildPlan
@@ -52,8 +53,19 @@ def build(
         ),
     ] = False,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Weights can be replaced.", rich_help_panel=_TENSORRT)
+        bool,
+        typer.Option(
+            "--refit", help="Weights can be replaced (--refit-from).", rich_help_panel=_TENSORRT
+        ),
     ] = False,
+    refit_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Give this bundle's weights to the engines that another bundle of the same model "
+            "has from a build with --refit, instead of building.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
     strip_weights: Annotated[
         bool,
         typer.Option(
@@ -117,11 +129,15 @@ def build(
         )
     options = EngineOptions(
         cast(Any, backend), target, cast(Any, frontend), version_compatible, hardware_compatible,
-        refit, strip_weights, tf32, workspace_gb, optimization_level,
+        refit or refit_from is not None, strip_weights, tf32, workspace_gb, optimization_level,
         cast(Any, profiling_verbosity),
     )  # fmt: skip
+    if layer_info is not None:
+        check_folder(layer_info.absolute().parent, "--layer-info")
+    if dry_run and refit_from is not None:
+        raise InputError("--refit-from needs to know this machine's GPU; leave out --dry-run")
     gpu = None if dry_run else target_device(options)
-    plan = plan_build(bundle, options, force=force, device=gpu)
+    plan = plan_build(bundle, options, force=force, device=gpu, refit_from=refit_from)
     talk(describe(plan))
     if dry_run:
         if as_json:
@@ -198,7 +214,8 @@ def describe(plan: BuildPlan) -> str:
     name = "this machine's GPU" if plan.target == "gpu" else plan.target
     lines.append(f"{plan.bundle} -> {plan.folder}, {plan.options.backend} for {name}")
     for graph in plan.graphs:
-        state = "to build" if graph.found is None else "up to date"
+        to_do = "to build" if plan.source is None else f"to refit, from {plan.source.bundle}"
+        state = to_do if graph.found is None else "up to date"
         lines.append(f"  {graph.label}: {state} (inputs {graph.inputs_sha256[:12]})")
     buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes
     lines.append(_expected(plan, "denoiser", manifest.weights_nbytes, buffers))
@@ -255,6 +272,7 @@ def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
     from dataclasses import asdict
 
     content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     if not layers:
         talk(f"{path}: empty, for nothing was built; add --force")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.export.build import ENGINE_FOLDER, replaced_folder, write_record
+from forcing_kv.export.build import ENGINE_FOLDER, write_record
+from forcing_kv.export.bundle import replaced_folder
 from forcing_kv.export.bundle_weights import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.inductor_package import (

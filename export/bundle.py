@@ -71,6 +71,13 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
         InputError: `target` exists and `force` is off, or is not a bundle.
     """
     check_target(target, force=force)
+    with replaced_folder(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `target` if the block ends well."""
     target = target.resolve()  # A link stays, and what it points to is replaced.
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

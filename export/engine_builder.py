@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +50,8 @@ class BuildLog:
     layers: list[LayerInfo] = field(default_factory=list)
     nbytes: dict[str, int] = field(default_factory=dict)
     """Activation and Weights memory."""
+    interrupted: bool = False
+    """Ctrl-C was pressed; the builder stops after its next step."""
 
     def read(self, message: str, *, problem: bool) -> None:
         """Take note of one message."""
@@ -107,21 +111,34 @@ def build_plan(
     Raises:
         MissingDependencyError: the builder or Polygraphy is not installed.
         ForcingKvError: the graph does not parse, or the builder gives up; with its own words.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
-    trt = require(options.module)
     log = BuildLog()
+    with _interruptible(log):
+        return _build(path, options, timing_cache, progress, log)
+
+
+def _build(
+    path: Path,
+    options: EngineOptions,
+    timing_cache: Path | None,
+    progress: Progress,
+    log: BuildLog,
+) -> BuiltPlan:
+    trt = require(options.module)
     logger = _logger(trt, log)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise ForcingKvError(f"{path}: {options.backend} cannot parse it: {'; '.join(errors)}")
+        raise ForcingKvError(f"{path.name}: {options.backend} cannot parse it: {'; '.join(errors)}")
     stripped = mark_stripped(network, path) if options.strip_weights else {}
     with _polygraphy(options) as polygraphy:
 
         def configure(builder: Any, network: Any) -> Any:
-            config = _create_config(polygraphy, trt, options, timing_cache, progress)
+            monitor = _progress_monitor(trt, progress, log)
+            config = _create_config(polygraphy, trt, options, timing_cache, monitor)
             return _set_flags(trt, config(builder, network), options)
 
         try:
@@ -132,14 +149,14 @@ def build_plan(
         except Exception as error:
             said = "; ".join(log.problems[-3:]) or str(error)
             raise ForcingKvError(
-                f"{path}: {options.backend} could not build it for {options.target or 'this GPU'}: "
-                f"{said}"
+                f"{path.name}: {options.backend} could not build it for "
+                f"{options.target or 'this GPU'}: {said}"
             ) from error
     return BuiltPlan(bytes(plan), log, stripped)
 
 
 def _create_config(
-    polygraphy: Any, trt: Any, options: EngineOptions, timing_cache: Path | None, progress: Progress
+    polygraphy: Any, trt: Any, options: EngineOptions, timing_cache: Path | None, monitor: Any
 ) -> Any:
     """Polygraphy's configuration for our options."""
     verbosity = {
@@ -147,7 +164,7 @@ def _create_config(
     }[options.profiling_verbosity]  # fmt: skip
     settings: dict[str, Any] = {
         "profiling_verbosity": getattr(trt.ProfilingVerbosity, verbosity),
-        "progress_monitor": _progress_monitor(trt, progress),
+        "progress_monitor": monitor,
         "builder_optimization_level": options.optimization_level,
         "refittable": options.refit and not options.strip_weights,
         "strip_plan": options.strip_weights,
@@ -201,8 +218,33 @@ def _logger(trt: Any, log: BuildLog) -> Any:
     return Logger()
 
 
-def _progress_monitor(trt: Any, progress: Progress) -> Any:
-    """A monitor that reports nested phases as one fraction, and stops the build on Ctrl-C."""
+@contextmanager
+def _interruptible(log: BuildLog) -> Iterator[None]:
+    """Note Ctrl-C while the builder runs, and raise KeyboardInterrupt after it.
+
+    An exception in one of the builder's callbacks would be lost, and the build go on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python tells the main thread alone.
+        return
+
+    def note(*_: object) -> None:
+        log.interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except ForcingKvError:
+        if not log.interrupted:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if log.interrupted:
+        raise KeyboardInterrupt
+
+
+def _progress_monitor(trt: Any, progress: Progress, log: BuildLog) -> Any:
+    """A monitor that reports nested phases as one fraction, and stops an interrupted build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -216,13 +258,10 @@ def _progress_monitor(trt: Any, progress: Progress) -> Any:
             self.phases.pop(name, None)
 
         def step_complete(self, name: str, step: int) -> bool:
-            try:
-                parent, num_steps, _ = self.phases.get(name, (None, 1, 0))
-                self.phases[name] = (parent, num_steps, step + 1)
-                progress(name, self.fraction())
-            except KeyboardInterrupt:
-                return False
-            return True
+            parent, num_steps, _ = self.phases.get(name, (None, 1, 0))
+            self.phases[name] = (parent, num_steps, step + 1)
+            progress(name, self.fraction())
+            return not log.interrupted
 
         def fraction(self) -> float:
             # A child's steps are parts of its parent's current step.
@@ -253,5 +292,6 @@ def _polygraphy(options: EngineOptions) -> Iterator[Any]:
     settings.USE_TENSORRT_RTX = rtx
     loaders = require("polygraphy.backend.trt", extra=extra)
     logger = require("polygraphy.logger", extra=extra).G_LOGGER
-    with logger.verbosity(logger.CRITICAL):
+    # Not even its last words: the builder's own are told.
+    with logger.verbosity(logger.CRITICAL + 1):
         yield loaders

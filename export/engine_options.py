@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from forcing_kv.runtime_trt.errors import InputError
@@ -11,8 +11,10 @@ TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
 Frontend = Literal["onnx", "torch-tensorrt"]
 Verbosity = Literal["detailed", "layer-names", "none"]
 
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""Compute capabilities that TensorRT-RTX 1.7 builds for; data-centre Hopper is not among them."""
+RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+"""Compute capabilities that TensorRT-RTX 1.7 builds our graphs for. Data-centre Hopper is not among
+its own; for Turing (sm75) it has neither bfloat16 nor float32 products, and every bundle needs
+one of them."""
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module of each builder."""
@@ -100,5 +102,6 @@ class EngineOptions:
         return self.target is None or self.refit or self.strip_weights
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
-        return asdict(self)
+        """What differs from the defaults, as plain data for an engine record."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}

@@ -7,7 +7,8 @@ group are a dense block of the pool, and one launch for all heads. The fused ker
 masked keys, so padding costs copies, not products. A mask with a query axis would cost hundreds of
 megabytes of scratch, and float32 has no fused kernel at all, so float32 keeps the portable body.
 
-Masked rows are zeros, never NaN: the runtime fills the pools with zeros when it allocates them.
+Masked rows are finite, never NaN: the runtime fills the pools with zeros when it allocates them and
+when a session is reset.
 
 Legend: H heads, G heads of a group, N new tokens, D head dim, R pool rows, M padded history rows,
 K = M + N keys.

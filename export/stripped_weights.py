@@ -69,8 +69,8 @@ def mark_stripped(network: Any, path: Path) -> dict[str, ConstantEntry]:
     unknown = [name for name in table if not network.mark_weights_refittable(name)]
     if unknown:
         raise ForcingKvError(
-            f"{path}: --strip-weights needs to name its weights, and the builder does not know "
-            f"{unknown[:3]} ({len(unknown)} unknown); build it without --strip-weights"
+            f"{path.name}: --strip-weights needs to name its weights, and the builder does not "
+            f"know {unknown[:3]} ({len(unknown)} unknown); build it without --strip-weights"
         )
     return table
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError, MissingDependencyError
 from forcing_kv.runtime_trt.manifest import Manifest
 
@@ -45,11 +44,10 @@ def build_plan_from_torch(
 
     from forcing_kv.export.bundle_weights import read_bundle_weights
     from forcing_kv.export.capture import graph_sources
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+    from forcing_kv.export.plugin_setup import register_once
     from forcing_kv.plugins.torch_tensorrt import register_converters
 
-    device = Cuda().device
-    _register_once(lambda: register_converters(TargetDevice(device.sm, device.num_sms)))
+    register_once(register_converters, options)
     model = read_bundle_weights(bundle, manifest).model.to("cuda")
     source = next(s for s in graph_sources(model, manifest.config) if s.name == graph)
     arguments = torch.utils._pytree.tree_map(lambda tensor: tensor.cuda(), source.arguments)
@@ -78,13 +76,3 @@ def _settings(options: EngineOptions) -> dict[str, Any]:
     if options.workspace_gb is not None:
         settings["workspace_size"] = int(options.workspace_gb * 2**30)
     return settings
-
-
-_registered = False
-
-
-def _register_once(register: Any) -> None:
-    global _registered
-    if not _registered:
-        register()
-        _registered = True

@@ -98,6 +98,20 @@ class EngineRecord:
         compatible = self.options.get("hardware_compatible") and min(sm, self.sm) >= 80
         return self.sm == sm or bool(compatible)
 
+    def check_graphs(self, manifest: Manifest) -> None:
+        """Compare inputs and outputs with those of the bundle's own graphs.
+
+        Raises:
+            BundleError: they differ.
+        """
+        found = {name: (graph.inputs, graph.outputs) for name, graph in self.graphs.items()}
+        wanted = {name: (graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()}
+        if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+            raise BundleError(
+                f"{self.bundle}: engine {self.content['folder']} is not of this bundle's graphs "
+                f"{wrong}; {self.build_command}"
+            )
+
     @property
     def weight_nbytes(self) -> int:
         """Device memory of the weights of all graphs."""
@@ -164,11 +178,26 @@ def rebuild_command(bundle: Path, content: Mapping[str, Any]) -> str:
     return EngineRecord.of(bundle, content).build_command
 
 
+_NAMED_APART = ("backend", "target")
+"""Options of a record that a command names on its own."""
+
+
 def build_command(
     bundle: Path, backend: str, sm: int | None = None, options: Mapping[str, Any] | None = None
 ) -> str:
-    """The `fkv build` that makes the engine that is missing."""
-    flags = [f"--{name.replace('_', '-')}" for name, on in (options or {}).items() if on is True]
+    """The `fkv build` that makes the engine that is missing.
+
+    Args:
+        bundle: directory of the bundle.
+        backend: tensorrt or tensorrt-rtx.
+        sm: compute capability of the GPU.
+        options: those of the build that differ from the defaults.
+    """
+    given = {key: value for key, value in (options or {}).items() if key not in _NAMED_APART}
+    flags = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in given.items()
+    ]
     if backend == "tensorrt-rtx" and sm is not None:
         flags.insert(0, f"--target sm{sm}")
     return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"
@@ -179,6 +208,7 @@ def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[Eng
 
     Raises:
         BackendUnavailableError: there is none.
+        BundleError: one is not of the bundle's graphs.
     """
     records = [
         EngineRecord.of(bundle, content)
@@ -190,6 +220,8 @@ def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[Eng
             f"{bundle} holds no {flavour.built_by} engine; make one with "
             f"{build_command(bundle, flavour.built_by)}"
         )
+    for record in records:
+        record.check_graphs(manifest)
     if flavour.name != "tensorrt-lean":
         return records
     compatible = [record for record in records if record.options.get("version_compatible")]
@@ -249,14 +281,30 @@ def check_plans(record: EngineRecord) -> None:
         BundleError: one is missing or altered.
     """
     plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
-    for file, sha256 in {**record.content["files"], **plans}.items():
-        path = record.bundle / file
+    files = {**record.content["files"], **plans}
+    _check_hashes(record.bundle, files, record.build_command)
+
+
+def check_engines(bundle: Path, manifest: Manifest) -> None:
+    """Compare the files of every engine, whichever backend's, with their recorded hashes.
+
+    Raises:
+        BundleError: one is missing or altered.
+    """
+    for content in manifest.engines:
+        for part in (content, *content.get("decoders", {}).values()):
+            _check_hashes(bundle, part["files"], rebuild_command(bundle, content))
+
+
+def _check_hashes(bundle: Path, files: Mapping[str, str], command: str) -> None:
+    for file, sha256 in files.items():
+        path = bundle / file
         if not path.is_file():
-            raise BundleError(f"{path}: missing; {record.build_command}")
+            raise BundleError(f"{path}: missing; {command}")
         if (found := sha256_of(path)) != sha256:
             raise BundleError(
                 f"{path}: altered since it was built (sha256 {found[:12]}... found, "
-                f"{sha256[:12]}... recorded); {record.build_command}"
+                f"{sha256[:12]}... recorded); {command}"
             )
 
 

@@ -30,9 +30,10 @@ class CapturedGraph:
 def capture(
     cuda: Cuda,
     stream: int,
-    record: Callable[[], None],
+    record: Callable[[], object],
     guard: AbstractContextManager[None],
     base: int,
+    what: str,
 ) -> CapturedGraph:
     """Capture what `record` enqueues on `stream`.
 
@@ -42,6 +43,7 @@ def capture(
         record: enqueues the work; must have run once before, so that lazy set-up is over.
         guard: entered around the capture (an engine's private memory pool).
         base: address of the memory that the work reads and writes.
+        what: name of the work, for the error message.
 
     Raises:
         ForcingKvError: the work cannot be captured, or holds no kernel.
@@ -65,7 +67,7 @@ def capture(
         # Work on another stream is not captured, some of it silently.
         if not nodes["kernel"]:
             raise ForcingKvError(
-                f"the captured graph holds no kernel (nodes: {dict(nodes) or 'none'}), so the "
+                f"the capture of {what} holds no kernel (nodes: {dict(nodes) or 'none'}), so the "
                 f"engine runs on another stream than it is told to; {_WAY_OUT}"
             )
         return CapturedGraph(cuda.instantiate(graph), nodes, base)

@@ -136,7 +136,10 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     config = RolloutConfig.from_json(data["config"], "config")
     graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
     _check_graphs(config, graphs)
-    parts = {"config": config, "graphs": graphs, "engines": tuple(data.get("engines", ()))}
+    engines = tuple(data.get("engines", ()))
+    for engine in engines:
+        _check_engine(engine, f"engines.{engine['folder']}")
+    parts = {"config": config, "graphs": graphs, "engines": engines}
     fp8 = data.get("fp8")
     parts["fp8"] = None if fp8 is None else Fp8Scales.from_json(fp8, "fp8")
     parts["decoders"] = {
@@ -144,6 +147,39 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         for kind, decoder in data.get("decoders", {}).items()
     }
     return from_mapping(Manifest, {**data, **parts}, "manifest")
+
+
+def _check_engine(data: Mapping[str, Any], where: str) -> None:
+    """Refuse a record that nobody could read; what a backend adds is checked where it is read."""
+    for key, kind in {"backend": str, "environment": dict, "options": dict}.items():
+        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
+    built_for = data["environment"].get("device", data["environment"].get("sm"))
+    _require(isinstance(built_for, str), f"{where}.environment", data["environment"])
+    for part in (data, *data.get("decoders", {}).values()):
+        _check_engine_part(part, where)
+
+
+def _check_engine_part(data: Mapping[str, Any], where: str) -> None:
+    """What a record says of the denoiser, and of every decoder."""
+    kinds: dict[str, Any] = {
+        "folder": str, "files": dict, "graphs": dict, "build_seconds": (int, float)
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
+    for file, sha256 in data["files"].items():
+        _require(isinstance(sha256, str), f"{where}.files.{file}", sha256)
+    for name, graph in data["graphs"].items():
+        graph_info(graph, f"{where}.graphs.{name}")
+    for name, detail in data.get("details", {}).items():
+        for key in ("weight_nbytes", "scratch_nbytes"):
+            value = detail.get(key)
+            known = value is None or isinstance(value, int)
+            _require(known, f"{where}.details.{name}.{key}", value)
+
+
+def _require(holds: bool, where: str, value: Any) -> None:
+    if not holds:
+        raise InputError(f"{where} is {value!r}, which is malformed")
 
 
 def _decoder_info(data: Mapping[str, Any], where: str) -> DecoderInfo:
@@ -163,6 +199,8 @@ def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
             from_mapping(TensorInfo, {**info, "shape": tuple(info["shape"])}, f"{where}.{key}")
             for info in parts[key]
         )
+    for key in ("file", "sha256"):
+        _require(isinstance(parts[key], str), f"{where}.{key}", parts[key])
     return from_mapping(GraphInfo, parts, where)
 
 

@@ -69,6 +69,7 @@ class Session:
         self._has_prompt = False
         self._closed = False
         self._failed = False
+        self._num_resets = 0
         self._recent: list[PendingChunk] = []
         self._ahead: _Begun | None = None
         """Begun by a stream that was abandoned before it handed the chunk out."""
@@ -265,8 +266,10 @@ class Session:
                     "give one row a chunk"
                 )
         running: _Begun | None = None
+        num_resets = self._num_resets
         try:
             for i in itertools.count() if num_chunks is None else range(num_chunks):
+                self._require_not_reset(num_resets)
                 chunk_noise = None if noise is None else np.asarray(noise)[i]
                 chunk_eps = None if eps is None else np.asarray(eps)[i]
                 ready, running = running, self._begin(chunk_noise, chunk_eps, seed)
@@ -275,6 +278,7 @@ class Session:
                 if ready is not None:
                     yield self._finish(ready)
             if running is not None:
+                self._require_not_reset(num_resets)
                 ready, running = running, None
                 yield self._finish(ready)
         finally:
@@ -295,10 +299,13 @@ class Session:
     def reset(self) -> None:
         """Forget every frame and the prompt; buffers stay allocated."""
         self._require_open()
+        self._failed = True
+        self._num_resets += 1
         self._timeline.reset()
         self._recent.clear()
         self._ahead = None
         self._has_prompt = False
+        self._backend.reset()
         self._failed = False
 
     def close(self) -> None:
@@ -329,6 +336,10 @@ class Session:
                 "the last call failed half-way, so the cache is not valid; call reset and "
                 "set_prompt to begin again"
             )
+
+    def _require_not_reset(self, num_resets: int) -> None:
+        if self._num_resets != num_resets:
+            raise InputError("the session was reset, which ends this stream; begin another")
 
     def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
         model = self.config.model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,10 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, 
 from forcing_kv.runtime_trt.graph_engine import SCRATCH
 from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.refit import TRT_DTYPES, NamedWeight, refit
 
-_DTYPES = {
-    "FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64",
-    "BOOL": "bool", "UINT8": "uint8",
-}  # fmt: skip
+_DTYPES = {trt: "float" if name == "float32" else name for name, trt in TRT_DTYPES.items()}
 """TensorRT's names of dtypes → the manifest's."""
-
-_TRT_DTYPES = {"float32": "FLOAT", **{name: trt for trt, name in _DTYPES.items()}}
-"""Names of dtypes in a table of constants → TensorRT's."""
 
 
 class EngineLog:
@@ -36,7 +32,7 @@ class EngineLog:
     def __init__(self, trt: Any) -> None:
         severity = trt.ILogger.Severity
         bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
-        said: list[str] = []
+        said: deque[str] = deque(maxlen=3)
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -51,7 +47,7 @@ class EngineLog:
 
     def last(self) -> str:
         """The last messages, or a note that there are none."""
-        return "; ".join(self._said[-3:]) or "TensorRT gives no reason"
+        return "; ".join(self._said) or "TensorRT gives no reason"
 
 
 class LoadedPlans:
@@ -103,30 +99,23 @@ class LoadedPlans:
         table = read_table(Path(weight_table(str(plan))))
         if not table:  # This graph has none, so there is nothing to refit.
             return
-        refitter = self.trt.Refitter(engine, self.log.logger)
-        read = []  # TensorRT takes addresses, and reads them when it refits.
-        for name, entry, content in map_constants(self.record.bundle, table):
-            read.append(content)
-            dtype = getattr(self.trt.DataType, _TRT_DTYPES[entry.dtype])
-            weights = self.trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
-            if not refitter.set_named_weights(name, weights):
-                raise self._unfit(plan, f"weight {name} is refused")
-        if missing := refitter.get_missing_weights():
-            raise self._unfit(plan, f"{len(missing)} weights are missing, such as {missing[:3]}")
-        if not refitter.refit_cuda_engine():
-            raise self._unfit(plan, "the refit failed")
-
-    def _unfit(self, plan: Path, what: str) -> BundleError:
-        return BundleError(
-            f"{plan}: the bundle's weights do not fit the engine: {what} ({self.log.last()}); "
-            f"{self.record.build_command}"
+        weights = (
+            NamedWeight(name, entry.dtype, math.prod(entry.shape), content)
+            for name, entry, content in map_constants(self.record.bundle, table)
         )
+        if (wrong := refit(self.trt, engine, self.log.logger, weights)) is not None:
+            raise BundleError(
+                f"{plan}: the bundle's weights do not fit the engine: {wrong} "
+                f"({self.log.last()}); {self.record.build_command}"
+            )
 
     def _match(self, name: str, graph: GraphInfo) -> dict[str, str]:
         """Check an engine's tensors against the record.
 
-        Torch-TensorRT gives tensors its own names, in the order of the exported program.
+        Torch-TensorRT gives tensors its own names, in the order of the exported program; where one
+        is missing, nobody can tell which.
         """
+        by_position = self.record.options.get("frontend") == "torch-tensorrt"
         engine, trt = self.engines[name], self.trt
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         modes = {tensor: engine.get_tensor_mode(tensor) for tensor in tensors}
@@ -136,10 +125,9 @@ class LoadedPlans:
             (trt.TensorIOMode.OUTPUT, graph.outputs),
         ):
             found = [tensor for tensor in tensors if modes[tensor] == mode]
-            if self.record.options.get("frontend") == "torch-tensorrt":
-                matched = dict(zip((info.name for info in wanted), found, strict=False))
-            else:
-                matched = {info.name: info.name for info in wanted if info.name in found}
+            matched = {info.name: info.name for info in wanted if info.name in found}
+            if by_position and len(matched) < len(wanted) == len(found):
+                matched = dict(zip((info.name for info in wanted), found, strict=True))
             known = {info.name: info for info in wanted}
             wrong = set(found) - set(matched.values())
             wrong |= {
@@ -264,12 +252,14 @@ class TensorRtEngine:
     def close(self) -> None:
         """See `GraphEngine`."""
         if self._plans.num_users and self._contexts is not _CLOSED:
-            self._jit_cache.save()
-            self._contexts.clear()
-            self._contexts = _CLOSED
-            self._plans.num_users -= 1
-            if not self._plans.num_users:
-                self._plans.release()
+            try:
+                self._jit_cache.save()
+            finally:
+                self._contexts.clear()
+                self._contexts = _CLOSED
+                self._plans.num_users -= 1
+                if not self._plans.num_users:
+                    self._plans.release()
 
 
 _CLOSED: dict[str, Any] = {}

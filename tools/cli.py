@@ -21,6 +21,7 @@ The layout: `demo`, `calibrate heads`, `export`, `build`, `run`, `verify`, `benc
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -134,6 +135,9 @@ def _user_message(error: Exception) -> str | None:
         return f"{error} (FKV_DEBUG=1 shows where)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # A write names no file.
+        return f"{error.strerror}; free some, or choose another disk"
     return None
 
 

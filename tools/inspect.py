@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from forcing_kv.runtime_trt.config import ITEMSIZES
 from forcing_kv.runtime_trt.console import print_json
+from forcing_kv.runtime_trt.engine_record import check_engines
 from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
 from forcing_kv.runtime_trt.manifest import (
     Manifest,
@@ -29,6 +31,7 @@ def inspect(
         check_files(bundle, manifest)
         for decoder in manifest.decoders.values():
             check_decoder_files(bundle, decoder)
+        check_engines(bundle, manifest)
     if as_json:
         print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
         return
@@ -37,9 +40,9 @@ def inspect(
     out = Console(highlight=False)
     for table in (_summary(manifest), _heads(manifest), _graphs(bundle, manifest)):
         out.print(table)
-    if manifest.engines:
-        out.print(_engines(bundle, manifest))
-    else:
+    for engine in manifest.engines:
+        out.print(_engine(bundle, engine))
+    if not manifest.engines:
         out.print("engines: none built (`fkv build` makes them; ONNX Runtime needs none)")
 
 
@@ -118,22 +121,19 @@ def _graphs(bundle: Path, manifest: Manifest) -> Any:
     return table
 
 
-def _engines(bundle: Path, manifest: Manifest) -> Any:
-    table = _table(
-        "engines", "folder", "backend", "for", "built with", "options", "graphs", "MB", "seconds",
-        "sha256",
-    )  # fmt: skip
-    for engine in manifest.engines:
-        built_for = engine.get("target") or engine["environment"].get("device", "")
-        versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
-        given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
-        options = ", ".join(f"{key} {value}" for key, value in given.items()) or "defaults"
-        for part in (engine, *engine.get("decoders", {}).values()):
-            files = [bundle / file for file in part["files"]]
-            nbytes = sum(file.stat().st_size for file in files if file.is_file())
-            table.add_row(
-                part["folder"], engine["backend"], built_for, versions, options,
-                " ".join(part["graphs"]), f"{nbytes / 1e6:.1f}", str(part["build_seconds"]),
-                " ".join(sha256[:8] for sha256 in part["files"].values()),
-            )  # fmt: skip
+def _engine(bundle: Path, engine: Mapping[str, Any]) -> Any:
+    """A row a part: the denoiser, and each decoder."""
+    built_for = engine.get("target") or engine["environment"].get("device", "")
+    versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
+    given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
+    options = ", ".join(f"{key} {value}" for key, value in given.items()) or "default options"
+    title = f"{engine['folder']}: {engine['backend']} for {built_for}, {options}; built with"
+    table = _table(f"{title} {versions}", "graphs", "MB", "seconds", "sha256")
+    for part in (engine, *engine.get("decoders", {}).values()):
+        files = [bundle / file for file in part["files"]]
+        nbytes = sum(file.stat().st_size for file in files if file.is_file())
+        table.add_row(
+            " ".join(part["graphs"]), f"{nbytes / 1e6:.1f}", str(part["build_seconds"]),
+            " ".join(sha256[:12] for sha256 in part["files"].values()),
+        )  # fmt: skip
     return table

@@ -168,6 +168,9 @@ class Backend(ABC):
             f"the {self.name} backend loads its weights for each session; open the bundle again"
         )
 
+    def reset(self) -> None:  # noqa: B027 - most have nothing to do
+        """Forget the video, where a graph touches rows that are not valid (any more)."""
+
     def submit(self, request: ChunkRequest) -> PendingChunk:
         """Begin a chunk; a backend that works beside the host returns before it is done."""
         return _DoneChunk(self.run_chunk(request))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -123,13 +124,25 @@ class ChunkGraphBackend(Backend):
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
         self._program.prompt(self._stream)
-        self._program.step(self._stream, 0, "noise", "eps/0", "x/0")
-        self._program.clean(self._stream, "noise")
-        if self.config.evicted_layers:
-            self._program.evict(self._stream)
+        for run in self._chunk_graphs().values():
+            run()
         self._cuda.synchronize(self._stream)
 
+    def _chunk_graphs(self) -> Mapping[str, Callable[[], object]]:
+        """A launch of each graph that chunks are made of, by its name."""
+        program, stream = self._program, self._stream
+        runs: dict[str, Callable[[], object]] = {
+            "step": partial(program.step, stream, 0, "noise", "eps/0", "x/0"),
+            "clean": partial(program.clean, stream, "noise"),
+            "evict": partial(program.evict, stream),
+        }
+        return {name: run for name, run in runs.items() if name in self._graph_infos}
+
     def _capture_expected(self) -> None:
+        # Each graph alone first: one that escapes a capture would be hidden by the others.
+        for name, run in self._chunk_graphs().items():
+            captured = self._captured(run, f"graph {name}")
+            self._cuda.destroy_executable(captured.executable)
         for variant in expected_variants(self.config)[:MAX_PREPARED]:
             self._graph_of(variant)
 
@@ -137,15 +150,14 @@ class ChunkGraphBackend(Backend):
         """The captured graph of a variant, captured now if it is new."""
         graphs = self._resources.graphs
         if variant not in graphs:
-            self._cuda.synchronize(self._stream)
-            graphs[variant] = capture(
-                self._cuda,
-                self._stream,
-                lambda: self._program.chunk(self._stream, variant, lambda _: None),
-                self.engine.capturing(self._stream),
-                self.memory.base,
-            )
+            chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
+            graphs[variant] = self._captured(chunk, f"a chunk ({variant.name})")
         return graphs[variant]
+
+    def _captured(self, work: Callable[[], object], what: str) -> CapturedGraph:
+        self._cuda.synchronize(self._stream)
+        guard = self.engine.capturing(self._stream)
+        return capture(self._cuda, self._stream, work, guard, self.memory.base, what)
 
     def _enter(self) -> None:
         """Refuse a closed backend; make the device current in this thread."""
@@ -184,10 +196,10 @@ class ChunkGraphBackend(Backend):
     def _next_slot(self) -> Slot:
         """A slot whose last upload has arrived and whose last result has been read."""
         slots = self._resources.slots
-        while len(self._waiting) >= len(slots):
-            self._waiting[0].result()
         slot = slots[self._num_submitted % len(slots)]
         self._num_submitted += 1
+        for pending in [each for each in self._waiting if each.slot is slot]:
+            pending.result()
         self._cuda.synchronize_event(slot.events["uploaded"])
         return slot
 
@@ -256,6 +268,17 @@ class ChunkGraphBackend(Backend):
         """Device time by part; of a captured chunk only the whole is known."""
         events, elapsed = slot.events, self._cuda.elapsed_ms
         return {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts)}
+
+    def reset(self) -> None:
+        """See base class: zero the pools, and drop the chunks that nobody has fetched.
+
+        A graph may multiply rows beyond the valid prefix by zero, which keeps what is not finite.
+        """
+        self._enter()
+        self._waiting.clear()
+        for name, spec in self.memory.plan.specs.items():
+            if name.startswith("hist_") and name != "hist_len":
+                self._cuda.fill(self.memory.address(name), 0, spec.nbytes, self._stream)
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """See base class."""

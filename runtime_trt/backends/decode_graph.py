@@ -142,6 +142,7 @@ class GraphDecodeRunner(DecodeRunner):
                 partial(self._enqueue, graph, current),
                 self._engine.capturing(self._stream),
                 self.memory.base,
+                f"graph {graph}",
             )
 
     def _enqueue(self, graph: str, current: int) -> None:

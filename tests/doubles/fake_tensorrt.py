@@ -197,6 +197,10 @@ class _Context:
         if self.engine.module.refuse == "launch":
             self.engine.logger.log(ILogger.Severity.ERROR, "cask failure")
             return False
-        bindings = {**self.addresses, "scratch": self.scratch}
-        self.engine.module.host.enqueue(self.engine.content["graph"], bindings, stream)
+        graph = self.engine.content["graph"]
+        info = self.engine.module.manifest.graphs[graph]
+        # A plan may name its tensors otherwise than the graph, in the graph's order.
+        names = zip((*info.inputs, *info.outputs), self.engine.tensors, strict=True)
+        bindings = {tensor.name: self.addresses[own] for tensor, own in names}
+        self.engine.module.host.enqueue(graph, {**bindings, "scratch": self.scratch}, stream)
         return True

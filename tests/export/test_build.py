@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -19,11 +20,16 @@ from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
 from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import map_constants, read_constants, read_table
-from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, MissingDependencyError
+from forcing_kv.runtime_trt.errors import (
+    BundleError,
+    ForcingKvError,
+    InputError,
+    MissingDependencyError,
+)
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.refit import TRT_DTYPES
 from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.runtime_trt.tensorrt_engine import _TRT_DTYPES
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
@@ -93,13 +99,19 @@ def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
     assert read_manifest(half_bundle).engines == (record,)
 
     plan.write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"evict\.plan: altered since it was built .*`fkv build "):
+        fkv("inspect", half_bundle)
+    assert fkv("inspect", half_bundle, "--no-check").exit_code == 0
     said = json.loads(rtx(half_bundle, "--dry-run", "--json").stdout)
     assert said["to_build"] == ["evict"]
     rtx(half_bundle)
     (again,) = read_manifest(half_bundle).engines
     assert again["details"]["step"]["build_seconds"] == before["step"]
     assert plan.read_bytes() != b"damaged"
-    assert "sm89" in fkv("inspect", half_bundle).stdout
+    listed = fkv("inspect", half_bundle).stdout
+    assert "engines/tensorrt-rtx-sm89: tensorrt-rtx for sm89, default options; built" in listed
+    assert record["files"][record["graphs"]["evict"]["file"]][:12] not in listed.replace("\n", "")
+    assert again["files"][again["graphs"]["evict"]["file"]][:12] in listed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -110,6 +122,15 @@ def test_other_dtypes_and_targets_build(tmp_path, dtype):
     (record,) = read_manifest(bundle).engines
     fused = 0 if dtype == "float32" else 2 * SHAPE.num_layers
     assert record["details"]["step"]["num_fused_attention"] == fused
+
+
+def test_a_place_for_layers_is_checked_before_the_build(half_bundle, tmp_path):
+    needs_rtx()
+    (tmp_path / "file").touch()
+    before = read_manifest(half_bundle).engines
+    with pytest.raises(InputError, match="not a writable folder; choose another --layer-info"):
+        rtx(half_bundle, "--force", "--layer-info", tmp_path / "file" / "layers.json")
+    assert read_manifest(half_bundle).engines == before
 
 
 def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
@@ -127,6 +148,38 @@ def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
         rtx(half_bundle, target="sm86")
     assert sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*")) == before
     assert read_manifest(half_bundle).engines == engines
+
+
+@pytest.mark.parametrize("place", ["log", "progress"])
+def test_ctrl_c_stops_the_builder(half_bundle, monkeypatch, capfd, place):
+    """Wherever Python happens to be when the signal arrives: the builder drops exceptions."""
+    needs_rtx()
+    from forcing_kv.export import build, engine_builder
+
+    calls = []
+
+    def interrupt(*_, **__):
+        calls.append(place)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    if place == "log":
+        monkeypatch.setattr(engine_builder.BuildLog, "read", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    engines = read_manifest(half_bundle).engines
+    plan = build.plan_build(half_bundle, EngineOptions("tensorrt-rtx", "sm89"), force=True)
+    with pytest.raises(KeyboardInterrupt):
+        build.run_build(plan, interrupt if place == "progress" else lambda *_: None)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_manifest(half_bundle).engines == engines
+    assert not capfd.readouterr().out
+
+
+def test_an_error_is_told_in_the_builders_words_alone(half_bundle, capfd):
+    needs_rtx()
+    with pytest.raises(ForcingKvError, match=r"^prompt\.onnx: .* for sm86: .*workspace limit"):
+        rtx(half_bundle, "--workspace-gb", "1e-7", target="sm86")
+    assert "Invalid Engine" not in "".join(capfd.readouterr())
 
 
 STRIPPED = EngineOptions("tensorrt-rtx", target="sm89", strip_weights=True)
@@ -181,7 +234,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     builder = trt.Builder(logger)
     for graph in plan.graphs:
-        with build._plugin_free_file(plan, graph) as path:
+        with build._builder_file(plan, graph) as path:
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
             network = builder.create_network(flags)
             assert trt.OnnxParser(network, logger).parse_from_file(str(path))
@@ -196,7 +249,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
                     held.add((layer.name, layer.weights.tobytes()))
             for name, entry, content in map_constants(path.parent, table):
                 assert (name, content.tobytes()) in held
-                dtype = getattr(trt.DataType, _TRT_DTYPES[entry.dtype])
+                dtype = getattr(trt.DataType, TRT_DTYPES[entry.dtype])
                 weights = trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
                 assert weights.nbytes == content.nbytes
                 assert weights.numpy().tobytes() == content.tobytes()
@@ -251,6 +304,7 @@ def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
     ("options", "message"),
     [
         ({"backend": "tensorrt-rtx", "target": "sm90"}, "cannot build for sm90"),
+        ({"backend": "tensorrt-rtx", "target": "sm75"}, "cannot build for sm75"),
         ({"backend": "tensorrt", "target": "sm90"}, "takes no --target"),
         ({"backend": "tensorrt-rtx", "version_compatible": True}, "--version-compatible"),
         ({"backend": "tensorrt-rtx", "frontend": "torch-tensorrt"}, "--frontend"),
@@ -295,6 +349,33 @@ def test_what_is_missing_is_named(half_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match=r"forcing-kv\[trt\]"):
         fkv("build", half_bundle, "--backend", "tensorrt", "--dry-run")
+
+
+def test_plugins_of_a_compatible_engine_are_portable(monkeypatch):
+    from host_cuda import HostCuda
+
+    from forcing_kv.export import plugin_setup
+
+    monkeypatch.setattr(plugin_setup, "Cuda", lambda: HostCuda(sm=90))
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    targets = []
+    own = EngineOptions("tensorrt")
+    compatible = EngineOptions("tensorrt", hardware_compatible=True)
+    for _ in range(2):
+        plugin_setup.register_once(targets.append, own)
+    with pytest.raises(ForcingKvError, match=r"build for .*portable_only=True.* in another"):
+        plugin_setup.register_once(targets.append, compatible)
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    plugin_setup.register_once(targets.append, compatible)
+    assert [(target.sm, target.portable_only) for target in targets] == [(90, False), (80, True)]
+
+
+def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):
+    from forcing_kv.export import build
+
+    graph = build.GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
+    detail = build._detail(graph, BuiltPlan(b"x" * 1000, BuildLog()), 1.0)
+    assert detail["weight_nbytes"] == 1000
 
 
 def test_torch_tensorrt_is_asked_for_by_name(half_bundle):

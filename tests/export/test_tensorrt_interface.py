@@ -13,8 +13,10 @@ import pytest
 
 from forcing_kv.export.engine_options import EngineOptions
 
-BUILDER_FILES = ("export/engine_builder.py", "export/stripped_weights.py")
-RUNTIME_FILES = ("runtime_trt/tensorrt_engine.py", "runtime_trt/jit_cache.py")
+BUILDER_FILES = ("export/engine_builder.py", "export/stripped_weights.py", "export/refit.py")
+RUNTIME_FILES = (
+    "runtime_trt/tensorrt_engine.py", "runtime_trt/jit_cache.py", "runtime_trt/refit.py",
+)  # fmt: skip
 NAME = re.compile(r"(?:self\.(?:_plans\.)?)?trt\.([A-Z][\w.]*)")
 """A class of the module's, or a member of one, as the sources write it."""
 
@@ -43,9 +45,12 @@ RTX_RUNTIME_MEMBERS = {
 BUILDER_MEMBERS = {
     "Builder": ("create_network",),
     "IBuilderConfig": ("clear_flag", "set_flag"),
+    "ICudaEngine": ("create_serialization_config", "serialize_with_config"),
     "INetworkDefinition": ("mark_weights_refittable",),
+    "ISerializationConfig": ("set_flag",),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
     "OnnxParser": ("get_error", "num_errors", "parse_from_file"),
+    "Refitter": ("get_all_weights",),
 }
 
 

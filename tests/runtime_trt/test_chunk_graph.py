@@ -153,6 +153,36 @@ def test_nothing_is_stale(graphed, prompts):
         same(session.generate_chunk(noise, eps), reference.generate_chunk(noise, eps))
 
 
+@pytest.mark.parametrize("use_graphs", [True, False], ids=["captured", "enqueued"])
+def test_a_reset_leaves_nothing_that_is_not_finite(graphed, prompts, use_graphs):
+    """A fused kernel multiplies masked rows by zero, which keeps an overflow of the last video."""
+    with graphed.session(HostCuda(), use_graphs=use_graphs) as session:
+        session.set_prompt(prompts(0))
+        huge = np.full(session.config.latent_shape, 3e38, np.float32)
+        ahead = (session.generate_chunk(huge) for _ in range(3))
+        assert not all(np.isfinite(chunk.latents).all() for chunk in ahead)
+        assert not np.isfinite(session.backend.read_pool(1)[1]).all()
+        session.reset()
+        for layer in range(session.config.model.num_layers):
+            assert not any(pool.any() for pool in session.backend.read_pool(layer))
+
+
+def test_a_reset_frees_the_slot_of_an_abandoned_chunk(graphed, prompts):
+    cuda = HostCuda()
+    with graphed.session(cuda) as session, graphed.reference() as reference:
+        session.set_prompt(prompts(0))
+        ahead = session.stream(run_ahead=True)
+        next(ahead)
+        session.reset()
+        for each in (session, reference):
+            each.set_prompt(prompts(1))
+        with pytest.raises(InputError, match="was reset, which ends this stream"):
+            next(ahead)
+        for _ in range(3):
+            same(session.generate_chunk(), reference.generate_chunk())
+            assert not session.backend._waiting
+
+
 def test_running_ahead_gives_the_same_chunks(graphed, prompts):
     cuda = HostCuda()
     with graphed.session(cuda) as session, graphed.reference() as reference:
@@ -162,6 +192,19 @@ def test_running_ahead_gives_the_same_chunks(graphed, prompts):
         for found, wanted in zip(ahead, reference.stream(6, seed=4), strict=True):
             assert found.index == wanted.index
             same(found, wanted)
+
+
+def test_chunks_fetched_out_of_order_are_their_own(graphed, prompts):
+    """A call within a stream is handed its chunk before the stream hands out the one under way."""
+    with graphed.session(HostCuda()) as session, graphed.reference() as reference:
+        for each in (session, reference):
+            each.set_prompt(prompts(0))
+        wanted = list(reference.stream(6))
+        ahead = session.stream(4, run_ahead=True)
+        found = [next(ahead), session.generate_chunk(), session.generate_chunk(), *ahead]
+        assert [chunk.index for chunk in found] == [0, 2, 3, 1, 4, 5]
+        for chunk in found:
+            same(chunk, wanted[chunk.index])
 
 
 def test_a_prompt_switch_after_running_ahead(graphed, prompts):
@@ -296,16 +339,19 @@ def test_an_engine_that_fails_in_a_capture_can_be_used_again(graphed, prompts):
     assert not cuda.live
 
 
-def test_an_empty_capture_is_refused(graphed):
+@pytest.mark.parametrize("escaping", ["step", "evict"])
+def test_a_graph_that_escapes_the_capture_is_refused(graphed, escaping):
     class OtherStream(HostEngine):
-        """Runs its work at once, wherever it is told to."""
+        """Runs one graph's work at once, wherever it is told to."""
 
         def enqueue(self, graph, bindings, stream):
-            pass
+            if graph != escaping:
+                super().enqueue(graph, bindings, stream)
 
     cuda = HostCuda()
     engine = OtherStream(cuda, graphed.bundle, graphed.manifest)
-    with pytest.raises(ForcingKvError, match=r"holds no kernel.*--no-cuda-graph"):
+    message = rf"the capture of graph {escaping} holds no kernel.*--no-cuda-graph"
+    with pytest.raises(ForcingKvError, match=message):
         ChunkGraphBackend(cuda, engine, graphed.manifest.config, graphed.manifest.graphs)
     assert engine.closed == 1
     assert not cuda.live

@@ -12,12 +12,15 @@ import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda
 
+from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import shared_weights, write_stripped
 from forcing_kv.runtime_trt import cuda as cuda_module
 from forcing_kv.runtime_trt.backends import choose_backend, open_backend
 from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
+from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
+from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
 from forcing_kv.runtime_trt.session import Session
 
@@ -100,6 +103,67 @@ def test_an_engine_runs_a_video(deployment, prompts, use_graphs):
     gc.collect()
     assert not deployment.cuda.live
     assert not deployment.trt.live
+
+
+def test_a_cache_that_cannot_be_kept_does_not_keep_the_memory(deployment, monkeypatch):
+    deployment.record()
+    session = Session(deployment.open())
+
+    def fail(_):
+        raise RuntimeError("the device is in error")
+
+    monkeypatch.setattr(JitCache, "save", fail)
+    with pytest.raises(RuntimeError, match="device is in error"):
+        session.close()
+    gc.collect()
+    assert not deployment.cuda.live
+    assert not deployment.trt.live
+
+
+def renamed(infos):
+    return [[f"arg_{i}", info.shape, info.dtype] for i, info in enumerate(infos)]
+
+
+def test_tensors_of_torch_tensorrt_are_bound_by_position(deployment, prompts):
+    paths = deployment.record(options={"frontend": "torch-tensorrt"})
+    graphs = read_manifest(deployment.bundle).graphs
+    for name, graph in graphs.items():
+        content = json.loads(paths[name].read_text())
+        # One name as in the graph does not make the others so.
+        content["inputs"][1:] = renamed(graph.inputs)[1:]
+        content["outputs"] = [[f"out_{tensor[0]}", *tensor[1:]] for tensor in content["outputs"]]
+        paths[name].write_text(json.dumps(content))
+    renew_hashes(deployment.bundle)
+    reference = Session(open_backend(deployment.bundle, "onnxruntime", num_threads=1))
+    with Session(deployment.open()) as session, reference:
+        for each in (session, reference):
+            each.set_prompt(prompts(0))
+        for _ in range(3):
+            found, wanted = session.generate_chunk(), reference.generate_chunk()
+            np.testing.assert_array_equal(found.latents, wanted.latents)
+
+    content = json.loads(paths["step"].read_text())
+    del content["inputs"][3]
+    paths["step"].write_text(json.dumps(content))
+    renew_hashes(deployment.bundle)
+    with pytest.raises(BundleError, match=r"differ from the .*--frontend torch-tensorrt`"):
+        deployment.open()
+
+
+def test_the_mending_command_has_the_options_of_the_build(copied_bundle, monkeypatch):
+    deployment = Deployment(copied_bundle, monkeypatch)
+    options = EngineOptions(
+        "tensorrt", refit=True, workspace_gb=2.5, optimization_level=0, profiling_verbosity="none"
+    )
+    deployment.record(sm=90, options=options.to_json())
+    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[0]).build_command
+    assert command == (
+        f"`fkv build {copied_bundle} --backend tensorrt --refit --workspace-gb 2.5 "
+        "--optimization-level 0 --profiling-verbosity none`"
+    )
+    deployment.record(sm=86, options=EngineOptions("tensorrt-rtx", "sm86").to_json())
+    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[1]).build_command
+    assert command == f"`fkv build {copied_bundle} --backend tensorrt`"
 
 
 def test_siblings_share_plans(deployment, prompts):
@@ -294,3 +358,36 @@ def test_the_driver_is_checked_before_tensorrt_is_touched(deployment, monkeypatc
     name, why = choose_backend("auto", deployment.bundle)
     assert name == "onnxruntime"
     assert cuda_module.DRIVER_HINT in why or "GPU" in why or "driver" in why
+
+
+def test_a_damaged_record_is_named_and_nothing_is_opened(deployment):
+    """Every entry of an engine's record, taken out or replaced."""
+    deployment.record()
+    path = deployment.bundle / MANIFEST_FILE
+    content = json.loads(path.read_text())
+
+    def entries(node, place=()):
+        for key in node if isinstance(node, dict) else ():
+            yield (*place, key)
+            yield from entries(node[key], (*place, key))
+
+    refused = 0
+    for place in entries(content["engines"][0]):
+        for value in ("taken out", None, "x", [], {}, 5):
+            damaged = json.loads(json.dumps(content))
+            holder = damaged["engines"][0]
+            for key in place[:-1]:
+                holder = holder[key]
+            if value == "taken out":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = value
+            path.write_text(json.dumps(damaged))
+            try:  # Names for people may be anything.
+                deployment.open().close()
+            except ForcingKvError:
+                refused += 1
+    assert refused > 100
+    gc.collect()
+    assert not deployment.cuda.live
+    assert not deployment.trt.live

@@ -83,8 +83,12 @@ def test_success_exits_with_0(fkv):
         (BundleError("no manifest.json in [b]"), "Error: no manifest.json in [b]\n"),
         (ValueError("7 is odd"), "Error: 7 is odd (FKV_DEBUG=1 shows where)\n"),
         (FileNotFoundError(2, "No such file", "x.pt"), "Error: x.pt: No such file\n"),
+        (
+            OSError(28, "No space left on device"),
+            "Error: No space left on device; free some, or choose another disk\n",
+        ),
     ],
-    ids=["ForcingKvError", "ValueError", "OSError"],
+    ids=["ForcingKvError", "ValueError", "OSError", "a full disk"],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(fkv, error, message):
     assert fkv(raiser(error)) == (2, "", message)
