@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +29,15 @@ class LoadClock:
         """Count the block's time to `part`."""
         start = perf_counter()
         yield
+        _wait_for_device()
         self.parts_ms[part] = self.parts_ms.get(part, 0.0) + 1e3 * (perf_counter() - start)
+
+
+def _wait_for_device() -> None:
+    """What PyTorch has enqueued belongs to the part that enqueued it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 Open = Callable[[Workload, str, LoadClock], AbstractContextManager[Session]]

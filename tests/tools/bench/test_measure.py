@@ -1,13 +1,18 @@
 """A subject is measured behind the gate; a wrong or a failing one gives a row without a number."""
 
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from host_cuda import HostCuda, HostEngine
 
+from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.engine import eager_session
+from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure import MeasureOptions, measure
 from forcing_kv.tools.bench.pixel_decoders import PixelDecoder, random_decoders
@@ -59,6 +64,48 @@ def test_good_subject_gives_every_row(tiny, options, name):
     assert metrics["kv_nbytes"] == config.nbytes_kv + own
     assert metrics["kv_history_nbytes"] == metrics["kv_nbytes"] - own * (name != "eager-dense")
     assert len(rows[3].metrics["chunk_ms"]) == 5
+
+
+@pytest.fixture
+def captured():
+    """A subject that is one captured graph a chunk, on the CPU double of CUDA."""
+
+    def open_it(workload, device, clock):
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        bundle = Path(folder) / "bundle"
+        labels = BundleLabels("tiny")
+        manifest = export_bundle(workload.load(device), workload.config, bundle, labels)
+        cuda = HostCuda()
+        engine = HostEngine(cuda, bundle, manifest)
+        return Session(ChunkGraphBackend(cuda, engine, workload.config, manifest.graphs))
+
+    with ExitStack() as stack:
+        yield Subject("captured", "forcing-kv", "one graph a chunk", open_it)
+
+
+def test_parts_of_a_captured_chunk_are_timed_call_by_call(tiny, options, captured):
+    rows = list(measure(captured, tiny(), options))
+    assert [row.kind for row in rows] == ["load", "chunk", "step", "rollout"], rows[0].error
+    metrics = rows[1].metrics
+    assert metrics["parts_from"] == "5 chunks more, call by call"
+    assert rows[1].run["num_chunks"] == len(rows[3].metrics["chunk_ms"]) == 5
+    # Between any two events of the double lies a millisecond: the captured whole, and every part.
+    parts = ("denoiser", "steps_only", "clean", "evict", "commit")
+    assert [metrics[f"{part}_ms"]["median"] for part in parts] == [1.0] * 5
+    assert rows[2].metrics["step_ms"]["median"] == 0.5
+
+
+def test_first_chunk_is_warm_when_it_is_timed(tiny, options, monkeypatch):
+    seen = []
+    real = Session.generate_chunk
+
+    def generate(session, *noise, **named):
+        seen.append((session.num_frames, "seed" in named))
+        return real(session, *noise, **named)
+
+    monkeypatch.setattr(Session, "generate_chunk", generate)
+    list(measure(subject("eager-dense"), tiny("dense"), options))
+    assert seen[:3] == [(0, True), (0, True), (0, False)]
 
 
 def small_tae() -> PixelDecoder:
