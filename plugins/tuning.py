@@ -81,6 +81,9 @@ def _committed_table() -> dict[tuple[object, ...], TunedTactic]:
 
 _added: dict[tuple[object, ...], TunedTactic] = {}
 
+CHOSEN: dict[str, set[str]] = {}
+"""What `best_tactic` has chosen in this process, by operator: for records of a measurement."""
+
 
 def add_table(path: Path) -> None:
     """Let `best_tactic` know a further table for the life of this process.
@@ -115,10 +118,12 @@ def best_tactic(
         if (entry.op, entry.gpu, entry.dtype) == (spec.name, gpu, problem.dtype)
         and named.keys() & entry.times_ms
     ]
-    if not measured:
-        return default_tactic(tactics, device_sm)
-    times_ms = min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).times_ms
-    return named[min(named.keys() & times_ms, key=times_ms.__getitem__)]
+    chosen = default_tactic(tactics, device_sm)
+    if measured:
+        times_ms = min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).times_ms
+        chosen = named[min(named.keys() & times_ms, key=times_ms.__getitem__)]
+    CHOSEN.setdefault(spec.name, set()).add(chosen.name)
+    return chosen
 
 
 def _distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:
