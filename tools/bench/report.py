@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BASELINE = "eager-dense"
-"""Every ratio is against this subject on the same workload size and device."""
+"""The table's speed-up is against this subject on the same workload size and machine."""
+
+RATIO_BASELINES = (
+    "eager-dense", "eager-forcing-kv", "eager-grouped", "compile-dense", "compile-dense-graph",
+    "compile-forcing-kv", "compile-forcing-kv-graph",
+)  # fmt: skip
+"""What every other subject is compared with, pair by pair."""
+
+MIN_P99_CHUNKS = 50
+"""Fewer measured chunks have no 99th percentile to speak of."""
 
 _SPEED_UP = "Speed-up: against eager-dense on the same machine. Definitions: docs/performance.md."
 
@@ -59,7 +68,7 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
             f"{median:.2f}",
             f"{metrics['denoiser_fps']:.2f}",
             _number(metrics.get("steps_only_ms", {}).get("median"), ".2f"),
-            _number(rollout.metrics["p99_ms"] if rollout else None, ".2f"),
+            _number(_p99(rollout), ".2f"),
             _number(metrics.get("cpu_time_ms", {}).get("median"), ".2f"),
             _number(metrics["kv_nbytes"] / 1e6, ".2f"),
             _number(None if base is None else base / median, ".2f", "x"),
@@ -73,6 +82,33 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
 def _with_decoders(metrics: Mapping[str, Any]) -> str:
     found = [metrics.get(f"with_{name}_fps") for name in ("tae", "vae")]
     return ", ".join(_number(fps, ".2f") or "–" for fps in found) if any(found) else ""
+
+
+def _p99(rollout: Row | None) -> float | None:
+    if rollout is None or rollout.run.get("num_chunks", 0) < MIN_P99_CHUNKS:
+        return None
+    p99: float = rollout.metrics["p99_ms"]
+    return p99
+
+
+def ratios(rows: Sequence[Row]) -> Iterator[list[Cells]]:
+    """A table for each workload: how many times faster each subject is than each baseline."""
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    labels = {}
+    for row in latest(rows):
+        if row.kind == "chunk" and row.status == "ok":
+            labels[_group(row)] = _label(row)
+            times.setdefault(_group(row), {})[row.subject] = row.metrics["denoiser_ms"]["median"]
+    for group, own in times.items():
+        bases = [name for name in RATIO_BASELINES if name in own]
+        if bases and len(own) > 1:
+            yield [
+                [f"{labels[group]}: faster than", *bases],
+                *(
+                    [name, *(f"{own[base] / ms:.2f}x" for base in bases)]
+                    for name, ms in own.items()
+                ),
+            ]
 
 
 def _growth(row: Row | None) -> str:
@@ -106,18 +142,25 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write `report.md` and its charts; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     charts = list(_charts(rows, folder))
-    lines = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
-    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    lines = _markdown([list(_HEADER), *cells(rows)])
     failed = [f"- {row.subject} ({_label(row)}): {(row.error or '').splitlines()[0]}"
               for row in latest(rows) if row.status != "ok"]  # fmt: skip
     text = ["# Benchmark report", "", *_environments(rows), "", *lines, ""]
     text += [_SPEED_UP, ""]
+    for found in ratios(rows):
+        text += [*_markdown(found), ""]
     text += [f"![{chart.stem}]({chart.name})" for chart in charts]
     if failed:
         text += ["", "## Without a number", "", *failed]
     report = folder / "report.md"
     report.write_text("\n".join(text) + "\n")
     return [report, *charts]
+
+
+def _markdown(lines: Sequence[Cells]) -> list[str]:
+    """A table; the first line is its header."""
+    made = ["| " + " | ".join(line) + " |" for line in lines]
+    return [made[0], "|" + " --- |" * len(lines[0]), *made[1:]]
 
 
 def _environments(rows: Sequence[Row]) -> list[str]:
@@ -143,7 +186,7 @@ def _charts(rows: Sequence[Row], folder: Path) -> Iterable[Path]:
     for group in groups:
         own = [row for row in good if _group(row) == group]
         chunks = [row for row in own if row.kind == "chunk"]
-        name = "-".join(group).replace("/", "_")
+        name = "-".join(group).replace("/", "_").replace(" ", "_")
         figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.4 * len(chunks)))
         axes.barh([row.subject for row in chunks], [r.metrics["denoiser_fps"] for r in chunks])
         axes.invert_yaxis()
@@ -175,7 +218,7 @@ def _save(pyplot: Any, figure: Any, path: Path) -> Path:
 def _group(row: Row) -> tuple[str, ...]:
     work = row.workload
     values = [work.get(key) for key in ("model", "size", "dtype")]
-    return tuple(str(value) for value in (*values, row.environment.get("device")))
+    return tuple(str(value) for value in (*values, row.machine))
 
 
 def _label(row: Row) -> str:
