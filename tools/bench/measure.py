@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from forcing_kv.plugins import tuning
 from forcing_kv.runtime_trt.noise import draw_noise
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.bench.device_counters import (
@@ -23,7 +24,12 @@ from forcing_kv.tools.bench.device_counters import (
 )
 from forcing_kv.tools.bench.gate import References, check, roll_out
 from forcing_kv.tools.bench.roofline import step_work
-from forcing_kv.tools.bench.rows import Row, describe_environment, describe_workload
+from forcing_kv.tools.bench.rows import (
+    Row,
+    describe_environment,
+    describe_workload,
+    failed_kind,
+)
 from forcing_kv.tools.bench.statistics import latency, summary
 from forcing_kv.tools.bench.subjects import LoadClock, Subject
 from forcing_kv.tools.bench.workloads import Workload
@@ -83,12 +89,16 @@ def measure(subject: Subject, workload: Workload, options: MeasureOptions) -> It
         "seed": MEASURE_SEED,
     }
     blank = replace(blank, run=run)
+    made: list[Row] = []
     try:
-        yield from _measure(subject, workload, options, blank)
+        for row in _measure(subject, workload, options, blank):
+            made.append(row)
+            yield row
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         place = traceback.format_exc(limit=-3)
-        yield replace(blank, status="failed", error=f"{message[:2000]}\n{_without_paths(place)}")
+        message = f"{message[:2000]}\n{_without_paths(place)}"
+        yield replace(blank, kind=failed_kind(made), status="failed", error=message)
 
 
 def _without_paths(text: str) -> str:
@@ -115,7 +125,7 @@ def _measure(
         found = roll_out(session, prompt, num_gate)
         gate_ms = 1e3 * (perf_counter() - begin)
         verdict = check(found, references)
-        blank = replace(blank, gate=asdict(verdict))
+        blank = replace(blank, gate=asdict(verdict), run=blank.run | _tactics())
         if not verdict.passed:
             yield replace(blank, status="gate_failed", error="the gate's rollout is out of bounds")
             return
@@ -134,6 +144,12 @@ def _measure(
         yield from _decoders(workload, options, blank, walls)
         if options.growth_chunks:
             yield _growth(session, options, blank)
+
+
+def _tactics() -> dict[str, Any]:
+    """Tactics of our operators' kernels, where any were launched or compiled."""
+    chosen = {name: sorted(tactics) for name, tactics in sorted(tuning.CHOSEN.items())}
+    return {"tactics": chosen} if chosen else {}
 
 
 def _time_to_first(session: Session, workload: Workload) -> dict[str, float | None]:
@@ -282,9 +298,11 @@ def _end_to_end(session: Session, workload: Workload, chunk_ms: float) -> dict[s
     """Frames a second with noise drawn and latents on the host, and with pixels where decoded.
 
     The host works beside the device where the backend can: chunks come from a stream that runs
-    ahead, about as many as fit into `END_TO_END_S`.
+    ahead, as many as fit into `END_TO_END_S`; null where not even one does.
     """
-    count = max(1, min(20, int(1e3 * END_TO_END_S / chunk_ms)))
+    count = min(20, int(1e3 * END_TO_END_S / chunk_ms))
+    if not count:
+        return {"latents_fps": None, "pixels_fps": None}
     start = perf_counter()
     stream = session.stream(count, seed=MEASURE_SEED, run_ahead=True)
     latents = [chunk.latents for chunk in stream]

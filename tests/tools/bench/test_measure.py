@@ -165,6 +165,16 @@ def test_wrong_subject_gets_no_number(tiny, options):
     assert not row.gate["passed"]
 
 
+def test_number_stays_where_what_follows_it_fails(tiny, options):
+    def no_decoder(device):
+        raise RuntimeError("no such decoder")
+
+    *rows, last = measure(subject("operators"), replace(tiny(), decoders=no_decoder), options)
+    assert [row.kind for row in rows] == ["load", "chunk", "step", "rollout"]
+    assert (last.kind, last.status) == ("rest", "failed")
+    assert len({row.key for row in (*rows, last)}) == 5
+
+
 def test_failing_subject_is_a_row(tiny, options):
     (row,) = measure(broken(), tiny(), options)
     assert row.status == "failed"

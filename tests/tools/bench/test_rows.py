@@ -1,6 +1,7 @@
 """Rows, suite, report and the numbers beside them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,15 +48,44 @@ def test_what_failed_before_is_tried_last(tmp_path, row):
     assert [item.subject for item in selected(items, options)] == ["operators", "inductor"]
 
 
+def test_what_a_budget_cut_off_keeps_its_place_once(tmp_path, row):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
+    items = [SuiteItem("tiny", "native", name, "cpu", "float32", num_chunks=5)
+             for name in ("inductor", "operators")]  # fmt: skip
+    cut = row("chunk", "inductor", status="failed", run={"asked_chunks": 5, "cut_off": True})
+    for names in (["inductor", "operators"], ["operators", "inductor"]):
+        append_row(options.out, cut)
+        assert [item.subject for item in selected(items, options)] == names
+
+
+def test_rows_of_another_gpu_are_kept_apart(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    item = SuiteItem("tiny", "native", "eager-dense", "cuda", "float32", num_chunks=5)
+    for gpu, ms in (("A", 300.0), ("B", 100.0)):
+        environment = {"device": "cuda", "gpu": gpu, "versions": {}, "commit": "abc"}
+        rows = [row(kind, "eager-dense", environment=environment) for kind in ("chunk", "rollout")]
+        rows[0].metrics["denoiser_ms"]["median"] = ms
+        for each in rows:
+            append_row(path, each)
+    for gpu, left in (("A", []), ("C", [item])):
+        assert selected([item], SuiteOptions(path, tmp_path, gpu=gpu)) == left
+    lines = list(cells(list(read_rows(path))))
+    assert [(line[2], line[8]) for line in lines] == [("300.00", "1.00x"), ("100.00", "1.00x")]
+
+
 def test_items_are_ordered_and_predicted():
     items = suite_items("cuda", "wan-1.3b")
     names = [item.name for item in items]
     assert len(set(names)) == len(names)
-    assert names[:4] == ["480p/checks", "480p/ops", "480p/eager-dense", "480p/eager-forcing-kv"]
+    assert names[:7] == [
+        "480p/checks", "480p/ops", "480p/eager-dense", "480p/operators-graph",
+        "480p/inductor-no-autotune", "1080p/eager-dense", "1080p/operators-graph",
+    ]  # fmt: skip
+    assert [item.name for item in items if item.growth_chunks] == ["480p/inductor-no-autotune"]
     predicted = {item.name: seconds for item, seconds in predict(items)}
     assert all(0 < seconds < item.timeout_s for item, seconds in predict(items))
     # References are made by the first that needs them.
-    assert predicted["480p/eager-forcing-kv"] > predicted["480p/eager-grouped"]
+    assert predicted["480p/operators-graph"] > predicted["480p/operators"]
     assert predicted["1080p/eager-dense"] > predicted["480p/eager-dense"]
     assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
 
@@ -77,7 +107,13 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
     item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
-    assert "not finished after 0 s" in found.error
+    assert found.error == "not finished after 0 s"
+    assert "cut_off" not in found.run
+    monkeypatch.setattr(suite, "MIN_ITEM_S", 0.0)
+    short = replace(options, budget_s=0.2)
+    (found,) = run_suite([replace(item, timeout_s=9.0)], short, lambda _: None)
+    assert found.error == "not finished after 0 s, the rest of the budget"
+    assert list(read_rows(options.out))[1].run["cut_off"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -123,7 +159,8 @@ def test_report_of_rows(tmp_path, row):
     slow, fast = row("chunk", "eager-dense"), row("chunk", "inductor")
     slow.metrics["denoiser_ms"]["median"] = 300.0
     failed = row("chunk", "compile-dense", status="failed", error="boom\nplace", metrics={})
-    rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
+    rollout = row("rollout", "inductor", run={"asked_chunks": 5, "num_chunks": 50})
+    rows = [row("chunk", "inductor"), slow, fast, rollout, failed]
     assert len(latest(rows)) == 4
     rows.append(row("decode", "inductor", metrics={"with_tae_fps": 101.5}))
     run = {"asked_chunks": 500, "num_chunks": 480}
@@ -134,10 +171,14 @@ def test_report_of_rows(tmp_path, row):
     assert lines["inductor"][11:] == ["101.50, –", "1.000x over 480 chunks"]
     assert lines["eager-dense"][11:] == ["", ""]
     assert lines["compile-dense"][2] == "failed"
+    rows[3] = row("rollout", "inductor", run={"asked_chunks": 5, "num_chunks": 49})
+    assert {line[1]: line for line in cells(rows)}["inductor"][5] == ""
     written = write_report(rows, tmp_path)
     text = written[0].read_text()
     assert "boom" in text
     assert "| inductor | 100.00 | 120.00 |" in text
+    assert "| tiny float32 cpu: faster than | eager-dense |" in text
+    assert "| inductor | 3.00x |" in text
     assert all(path.stat().st_size for path in written)
 
 
