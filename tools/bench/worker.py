@@ -86,12 +86,18 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
 
     bench = OpBench(item.dtype, warmup=5, iterations=30, commit=commit)
     folder.mkdir(parents=True, exist_ok=True)
-    for row in bench.rows(workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])):
+    workload = workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])
+    for row in bench.rows(workload):
         yield row
         # After every row, for the item may be stopped before its end.
         tuning.update_table(bench.tuned, folder / TACTICS)
     chosen = {tuned.op: [tuned.tactic, tuned.median_ms] for tuned in bench.tuned}
-    yield replace(_blank(item, "tactics", commit), metrics=chosen)
+    last = replace(_blank(item, "tactics", commit), metrics=chosen)
+    untimed = [case.spec.name for case in workload.cases() if case.spec.name not in chosen]
+    if untimed:
+        reason = f"no tactic could be timed: {', '.join(untimed)}"
+        last = replace(last, status="failed", error=reason)
+    yield last
 
 
 if __name__ == "__main__":

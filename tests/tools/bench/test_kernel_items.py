@@ -13,6 +13,7 @@ from forcing_kv.plugins.accuracy import reference_outputs
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.tools.bench import kernel_checks, op_bench, worker
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds
+from forcing_kv.tools.bench.op_baselines import Baseline
 from forcing_kv.tools.bench.rows import describe_environment
 from forcing_kv.tools.bench.suite_items import SuiteItem
 
@@ -91,6 +92,30 @@ def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
     assert [row.subject for row in failed] == ["FkHeadIndexedAttention: triton 64x32"]
     assert not failed[0].metrics
     assert last.metrics["FkHeadIndexedAttention"] == ["64x64", 5.0]
+
+
+def test_item_is_not_done_without_a_tactic_of_every_operator(device, tmp_path, monkeypatch):
+    def refuse(spec, *_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(op_bench, "run_kernel", refuse)
+    *_, last = worker._ops(OPS, tmp_path, "abc")
+    assert (last.kind, last.status) == ("tactics", "failed")
+    assert "FkHeadIndexedAttention" in last.error
+
+
+def test_baseline_that_fails_in_any_way_costs_its_own_row(device, tmp_path, monkeypatch):
+    def fail():
+        raise AssertionError("the compiler is confused")
+
+    def one(case, inputs):
+        yield Baseline("flex", case, inputs, fail)
+
+    monkeypatch.setattr(op_bench, "baselines", one)
+    *rows, last = worker._ops(OPS, tmp_path, "abc")
+    failed = [row for row in rows if row.status == "failed"]
+    assert [row.error for row in failed] == ["the compiler is confused"] * 4
+    assert (last.kind, last.status, len(last.metrics)) == ("tactics", "ok", 4)
 
 
 def test_checks_count_kernels_and_name_the_wrong_one(device):
