@@ -96,22 +96,11 @@ def _print_rows(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("operator: implementation", "ms (p20-p80)", "TFLOP/s", "GB/s", "of bound", "correct")
+    from forcing_kv.tools.bench.report import OP_HEADER, op_cells
+
     out = Console(highlight=False)
     for label in dict.fromkeys(row.workload["model"] for row in rows):
-        table = Table(*columns, title=label, title_justify="left", title_style="bold")
+        table = Table(*OP_HEADER, title=label, title_justify="left", title_style="bold")
         for row in (row for row in rows if row.workload["model"] == label):
-            table.add_row(*_cells(row))
+            table.add_row(*op_cells(row))
         out.print(table)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    verdict = "" if row.gate is None else "yes" if row.status == "ok" else "NO"
-    metrics = row.metrics
-    if not metrics:
-        return (row.subject, row.error or "not timed", "", "", "", verdict)
-    time = metrics["time_ms"]
-    times = f"{time['median']:.4f} ({time['p20']:.4f}-{time['p80']:.4f})"
-    rates = (f"{metrics[key]:.0f}" if key in metrics else "" for key in ("tflops", "gbs"))
-    share = f"{metrics['fraction_of_bound']:.0%} {metrics['bound']}" if "bound" in metrics else ""
-    return (row.subject, times, *rates, share, verdict)

@@ -47,6 +47,17 @@ class Row:
         return str(self.environment.get("gpu") or self.environment.get("device"))
 
     @property
+    def group(self) -> tuple[str, ...]:
+        """Model, size, dtype and machine: rows of the same can be compared."""
+        names = ("model", "size", "dtype")
+        return (*(str(self.workload.get(name)) for name in names), self.machine)
+
+    @property
+    def label(self) -> str:
+        """The group in words."""
+        return " ".join(part for part in self.group if part not in ("native", "None"))
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What the row measures: a later row of the same key replaces it in reports."""
         work = self.workload

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench import suite
-from forcing_kv.tools.bench.report import cells, latest, write_report
+from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import append_row, read_rows
 from forcing_kv.tools.bench.statistics import latency
@@ -163,8 +163,8 @@ def test_report_of_rows(tmp_path, row):
     rows = [row("chunk", "inductor"), slow, fast, rollout, failed]
     assert len(latest(rows)) == 4
     rows.append(row("decode", "inductor", metrics={"with_tae_fps": 101.5}))
-    run = {"asked_chunks": 500, "num_chunks": 480}
-    rows.append(row("growth", "inductor", metrics={"growth": 1.0004}, run=run))
+    run, growth = {"asked_chunks": 500, "num_chunks": 480}, {"growth": 1.0004, "chunk_ms": [1.0]}
+    rows.append(row("growth", "inductor", metrics=growth, run=run))
     lines = {line[1]: line for line in cells(rows)}
     assert lines["inductor"][8] == "3.00x"
     assert lines["inductor"][5] == "104.00"
@@ -180,6 +180,39 @@ def test_report_of_rows(tmp_path, row):
     assert "| tiny float32 cpu: faster than | eager-dense |" in text
     assert "| inductor | 3.00x |" in text
     assert all(path.stat().st_size for path in written)
+
+
+def test_report_of_memory_energy_and_load(tmp_path, row):
+    chunk = row("chunk", "inductor")
+    chunk.metrics.update(memory={"device_used_nbytes": 9_870_000_000}, joules_per_chunk=98.76)
+    load = {"build_ms": 130_000.0, "open_ms": 2100.0, "time_to_first_latents_ms": 171.25}
+    rollout = {"jitter_ms": 1.5, "end_to_end": {"latents_fps": 70.0}, "chunk_ms": [1.0]}
+    growth = {"growth": 1.0, "chunk_ms": [1.0] * 8}
+    run = {"asked_chunks": 500, "num_chunks": 8}
+    rows = [
+        chunk,
+        row("load", "inductor", metrics=load),
+        row("rollout", "inductor", metrics=rollout),
+    ]
+    rows.append(row("growth", "inductor", metrics=growth, run=run))
+    (line,) = more_cells(rows)
+    assert line[2:] == ["1.50", "70.00", "171.2", "9.87", "98.8", "", "130.0", "2.1"]
+    names = [path.name.partition("-")[0] for path in write_report(rows, tmp_path)]
+    assert names == ["report.md", "fps", "latency", "growth"]
+
+
+def test_report_of_operators(tmp_path, row):
+    time_ms = {"median": 0.5, "p20": 0.4, "p80": 0.6}
+    metrics = {"time_ms": time_ms, "gbs": 900.0, "bound": "copy", "fraction_of_bound": 0.25}
+    gate = {"out": {"passed": True}}
+    rows = [row("ops", "FkQkNormRope: triton rows1", metrics=metrics, gate=gate)]
+    rows.append(row("ops", "FkQkNormRope: torch", status="failed", error="no\nplace", gate=None))
+    assert not list(cells(rows))
+    text = write_report(rows, tmp_path)[0].read_text()
+    assert (
+        "| FkQkNormRope: triton rows1 | 0.5000 (0.4000-0.6000) |  | 900 | 25% copy | yes |" in text
+    )
+    assert "| FkQkNormRope: torch | no |  |  |  |  |" in text
 
 
 def test_work_of_a_step_at_480p():
