@@ -141,7 +141,7 @@ def _measure(
         session.reset()
         walls: list[float] = []
         yield from _rollout(session, workload, options, blank, before, walls)
-        yield from _decoders(workload, options, blank, walls)
+        yield from _decoders(workload, options, blank, walls, first["time_to_first_latents_ms"])
         if options.growth_chunks:
             yield _growth(session, options, blank)
 
@@ -152,7 +152,7 @@ def _tactics() -> dict[str, Any]:
     return {"tactics": chosen} if chosen else {}
 
 
-def _time_to_first(session: Session, workload: Workload) -> dict[str, float | None]:
+def _time_to_first(session: Session, workload: Workload) -> dict[str, Any]:
     """Time from a prompt embedding to the first chunk, everything warm."""
     prompt = workload.prompt()
     start = perf_counter()
@@ -318,9 +318,13 @@ def _end_to_end(session: Session, workload: Workload, chunk_ms: float) -> dict[s
 
 
 def _decoders(
-    workload: Workload, options: MeasureOptions, blank: Row, walls: Sequence[float]
+    workload: Workload,
+    options: MeasureOptions,
+    blank: Row,
+    walls: Sequence[float],
+    first_latents_ms: float,
 ) -> Iterator[Row]:
-    """Time of each decoder that the workload has, and frames a second with it."""
+    """Time of each decoder that the workload has, frames a second and the first frame with it."""
     if workload.decoders is None:
         return
     from forcing_kv.tools.bench.pixel_decoders import time_decoder
@@ -330,7 +334,11 @@ def _decoders(
     for decoder in workload.decoders(options.device):
         times = summary(time_decoder(decoder, workload.config.latent_shape))
         fps = 1e3 * workload.pixel_frames / (chunk_ms + times["median"])
-        metrics |= {f"{decoder.name}_ms": times, f"with_{decoder.name}_fps": round(fps, 3)}
+        metrics |= {
+            f"{decoder.name}_ms": times,
+            f"with_{decoder.name}_fps": round(fps, 3),
+            f"time_to_first_frame_{decoder.name}_ms": round(first_latents_ms + times["median"], 3),
+        }
     yield replace(blank, kind="decode", metrics=metrics)
 
 

@@ -120,6 +120,8 @@ def test_decoders_and_growth_come_after_the_rollout(tiny, options):
     decode, growth = rows[4].metrics, rows[5]
     assert decode["tae_ms"]["median"] > 0
     assert 0 < decode["with_tae_fps"] < 1e3 * workload.pixel_frames / decode["tae_ms"]["median"]
+    first = rows[0].metrics["time_to_first_latents_ms"] + decode["tae_ms"]["median"]
+    assert decode["time_to_first_frame_tae_ms"] == pytest.approx(first, abs=1e-3)
     assert "pixels_fps" not in decode
     assert len(growth.metrics["chunk_ms"]) == growth.run["asked_chunks"] == 7
     late = list(measure(subject("operators"), workload, replace(chosen, deadline=0.0)))
