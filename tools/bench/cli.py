@@ -190,6 +190,9 @@ def bench_suite(
             when = f"  predicted {predicted_s:4.0f} s, all {total:5.0f} s"
             talk(item.name + (when if device == "cuda" else ""))
         return
+    # Refused now, and not after the first item.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
     # Ends like Ctrl-C does: the running item's processes with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.rows import (
     Row,
     append_row,
@@ -54,7 +55,14 @@ def selected(items: Sequence[SuiteItem], options: SuiteOptions) -> list[SuiteIte
     """Items that `options` ask for and that are not done; those that failed before come last.
 
     What the end of a budget has cut off keeps its place, once.
+
+    Raises:
+        InputError: a part of a name is in no item's.
     """
+    names = [item.name for item in items]
+    unknown = [part for part in options.only if not any(part in name for name in names)]
+    if unknown:
+        raise InputError(f"--only {unknown[0]}: no item has it in its name; there are {names}")
     asked = [i for i in items if not options.only or any(part in i.name for part in options.only)]
     if options.force:
         return asked

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from forcing_kv.runtime_trt.config import DType
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.measure import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.subjects import SUBJECTS
@@ -71,8 +72,21 @@ _THEN = (
 )  # fmt: skip
 
 
+_SUITE_MODELS = {"cuda": ("wan-1.3b",), "cpu": ("digits", "golden")}
+
+
 def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
-    """Every item, what matters most first."""
+    """Every item, what matters most first.
+
+    Raises:
+        InputError: the suite has no such model on the device.
+    """
+    models = _SUITE_MODELS.get(device, ())
+    if model not in models:
+        raise InputError(
+            f"the suite measures {' or '.join(models) or 'nothing'} on --device {device}, not "
+            f"{model}; `fkv bench chunk` measures any model on its own"
+        )
     if device == "cpu":
         return _small_items(model)
 

@@ -90,6 +90,18 @@ def test_items_are_ordered_and_predicted():
     assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
 
 
+@pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "wan-1.3b")])
+def test_suite_names_its_models(device, model):
+    with pytest.raises(InputError, match=f"on --device {device}, not {model}"):
+        suite_items(device, model)
+
+
+def test_part_of_no_name_is_refused(tmp_path):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("inductor", "4k"))
+    with pytest.raises(InputError, match="--only 4k: no item has it in its name"):
+        selected(suite_items("cpu", "golden"), options)
+
+
 def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/own")
