@@ -110,10 +110,11 @@ def _without_paths(text: str) -> str:
 def _measure(
     subject: Subject, workload: Workload, options: MeasureOptions, blank: Row
 ) -> Iterator[Row]:
-    num_gate = max(options.gate_chunks, subject.min_gate_chunks)
+    num_gate = subject.gate_chunks(options.gate_chunks)
     scale = None
     if options.gate_scale is not None:
-        scale = References(options.gate_scale, options.device, SCALE_CHUNKS, options.folder)
+        num_scale = subject.gate_chunks(SCALE_CHUNKS)
+        scale = References(options.gate_scale, options.device, num_scale, options.folder)
     references = References(workload, options.device, num_gate, options.folder, scale)
     references.prepare()
     reset_peak_memory(options.device)

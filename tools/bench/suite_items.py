@@ -155,12 +155,16 @@ def predict(items: Sequence[SuiteItem]) -> Iterator[tuple[SuiteItem, float]]:
         config, subject = item.workload.config, SUBJECTS[item.subject]
         tflop = (config.schedule.num_steps + 1) * step_work(config).total_flop / 1e12
         chunk_s = tflop / _longest(_RATES, item.subject)
-        gate_chunks = max(item.gate_chunks, subject.min_gate_chunks)
+        gate_chunks = subject.gate_chunks(item.gate_chunks)
+        rates = (_PORT_RATE,) if item.same_dtype_gate else (_PORT_RATE, _FLOAT32_RATE)
+        rollouts_s = sum(_FILLING * gate_chunks * tflop / rate for rate in rates)
         reference = (item.size, subject.policy, gate_chunks)
         if reference not in made:
             made.add(reference)
-            rates = (_PORT_RATE,) if item.same_dtype_gate else (_PORT_RATE, _FLOAT32_RATE)
-            seconds += sum(_FILLING * gate_chunks * tflop / rate for rate in rates)
+            seconds += rollouts_s
+        if subject.policy == "forcing-kv":
+            # A subject whose rounding keeps other segments is compared along its own choice.
+            seconds += rollouts_s
         seconds += _longest(_BUILD_S, item.subject, 0.0)
         seconds += _FILLING * (gate_chunks + item.warmup_chunks) * chunk_s
         seconds += max(min(item.num_chunks * chunk_s, item.budget_s), MIN_CHUNKS * chunk_s)

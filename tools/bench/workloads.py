@@ -165,8 +165,9 @@ def random_prompt(shape: ModelShape, num_text: int = 40, seed: int = 7) -> NDArr
     return prompt
 
 
-SHARPNESS = 1.6
-"""Gain of random self-attention's normalised queries and keys: scores spread by its square."""
+SHARPNESS = 1.4
+"""Gain of random self-attention's normalised queries and keys: scores spread by its square. Many
+more, and rounding would grow from layer to layer."""
 
 
 def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> CausalWanModel:

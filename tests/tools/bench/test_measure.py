@@ -205,6 +205,9 @@ def test_first_steady_chunk(tiny):
 
 
 def test_gate_is_long_enough_for_what_is_compiled():
+    assert [each.name for each in SUBJECTS.values() if each.is_port] == ["eager-dense"]
+    assert subject("eager-dense").gate_chunks(7) == 2
+    assert subject("eager-grouped").gate_chunks(7) == 7
     for each in SUBJECTS.values():
         steady = 6 if each.policy == "dense" else 3
         if "compile" in each.name or "graph" in each.name:
