@@ -25,7 +25,7 @@ from forcing_kv.runtime_trt.errors import InputError
 Bodies = dict[Any, Callable[..., Any]]
 """Torch operator -> what replaces it."""
 
-FIRST_TORCH_FOR_TMA = (2, 13)
+FIRST_TORCH_FOR_TMA = "2.13"
 """First PyTorch known to lend a package's kernels the memory of their tensor descriptors for every
 thread block. 2.11 lends that of one block, and the others write behind it (`cpp_scratch` in
 torch/_inductor/codegen/cuda/device_op_overrides.py)."""

@@ -126,7 +126,7 @@ def _measure(
         found = roll_out(session, prompt, num_gate)
         gate_ms = 1e3 * (perf_counter() - begin)
         verdict = check(found, references)
-        blank = replace(blank, gate=asdict(verdict), run=blank.run | _tactics())
+        blank = replace(blank, gate=asdict(verdict), run={**blank.run, **_tactics()})
         if not verdict.passed:
             yield replace(blank, status="gate_failed", error="the gate's rollout is out of bounds")
             return

@@ -188,7 +188,7 @@ def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> Cau
     model.requires_grad_(False)
     for block in model.layers:
         for norm in (block.self_attn.norm_q, block.self_attn.norm_k):
-            norm.weight *= SHARPNESS
+            norm.weight.mul_(SHARPNESS)
         # Shift, scale and gate of attention, then of the feed-forward.
         block.modulation[:, 2::3] += 1
     return model.eval()
