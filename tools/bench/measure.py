@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from time import perf_counter, process_time
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,9 @@ class MeasureOptions:
     gate_scale: Workload | None = None
     """Workload of a smaller size that bounds the gate's error; None compares with float32."""
     growth_chunks: int = 0
-    """Chunks to go on with at the end, for growth; fewer where the deadline comes before."""
+    """Chunks to go on with at the end, for growth."""
     deadline: float = inf
-    """When growth must end, on the clock of `perf_counter`."""
+    """When measuring stops early, growth too, on the clock of `monotonic`."""
     folder: Path = Path(".bench")
     """Where reference rollouts are kept."""
     commit: str | None = None
@@ -185,7 +185,8 @@ def _rollout(
     cpu_times: list[float] = []
     chunks: list[Mapping[str, float]] = []
     for i in range(options.num_chunks):
-        if i >= MIN_CHUNKS and perf_counter() - start > options.budget_s:
+        late = perf_counter() - start > options.budget_s or monotonic() > options.deadline
+        if i >= MIN_CHUNKS and late:
             break
         begin, cpu_begin = perf_counter(), process_time()
         chunk = session.generate_chunk(*noises[i % NUM_NOISES])
@@ -349,7 +350,7 @@ def _growth(session: Session, options: MeasureOptions, blank: Row) -> Row:
     at_start = memory(options.device)
     denoiser: list[float] = []
     for i in range(options.growth_chunks):
-        if i >= MIN_CHUNKS and perf_counter() > options.deadline:
+        if i >= MIN_CHUNKS and monotonic() > options.deadline:
             break
         denoiser.append(_timings(session.generate_chunk(*noises[i % NUM_NOISES]))["chunk"])
     at_end = memory(options.device)

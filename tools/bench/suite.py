@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.rows import (
@@ -156,7 +156,8 @@ def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str |
         "out": str(options.out),
         "folder": str(options.folder),
         "commit": options.commit,
-        "timeout_s": timeout_s,
+        # The clock is the same in every process.
+        "deadline": monotonic() + timeout_s,
     }
     command = [sys.executable, "-m", _WORKER, json.dumps(request)]
     with tempfile.TemporaryFile() as log:

@@ -124,8 +124,10 @@ def test_decoders_and_growth_come_after_the_rollout(tiny, options):
     assert decode["time_to_first_frame_tae_ms"] == pytest.approx(first, abs=1e-3)
     assert "pixels_fps" not in decode
     assert len(growth.metrics["chunk_ms"]) == growth.run["asked_chunks"] == 7
-    late = list(measure(subject("operators"), workload, replace(chosen, deadline=0.0)))
-    assert len(late[5].metrics["chunk_ms"]) == 5
+    short = replace(chosen, num_chunks=9, deadline=0.0)
+    *_, rollout, _, late = measure(subject("operators"), workload, short)
+    assert len(late.metrics["chunk_ms"]) == len(rollout.metrics["chunk_ms"]) == 5
+    assert (rollout.run["asked_chunks"], rollout.run["num_chunks"]) == (9, 5)
 
 
 def test_tiny_decoder_goes_on_where_it_was():
