@@ -57,8 +57,9 @@ def test_good_subject_gives_every_row(tiny, options, name):
     assert {row.status for row in rows} == {"ok"}
     assert rows[0].gate["passed"]
     metrics = rows[1].metrics
-    parts = [metrics[f"{part}_ms"]["median"] for part in ("steps_only", "clean", "evict", "commit")]
-    assert sum(parts) == pytest.approx(metrics["denoiser_ms"]["median"], rel=0.5)
+    parts = [metrics[f"{part}_ms"] for part in ("steps_only", "clean", "evict", "commit")]
+    whole = metrics["denoiser_ms"]
+    assert 0.5 * sum(p["p20"] for p in parts) < whole["median"] < 2 * sum(p["p80"] for p in parts)
     config = tiny(chosen.policy).config
     own = 2 * 2 * config.chunk.num_tokens * config.model.dim * 4
     assert metrics["kv_nbytes"] == config.nbytes_kv + own
