@@ -116,8 +116,6 @@ def _command(kind: str, summary: str, *, fixed: bool = False, **defaults: int) -
 
 def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) -> None:
     """Show what went wrong in rows, then a table of them or of `shown`; exit 1 where one is bad."""
-    from dataclasses import asdict
-
     from forcing_kv.tools.bench.report import table
 
     for row in rows:
@@ -128,7 +126,7 @@ def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) ->
         out.width = TABLE_WIDTH
     out.print(made)
     if as_json:
-        print_json([asdict(row) for row in rows])
+        print_json([row.to_json() for row in rows])
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(ExitCode.CHECK_FAILED)
 

@@ -5,7 +5,6 @@ An operator whose numbers are wrong is not timed.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,7 +69,7 @@ def bench_ops(
         tuning.update_table(bench.tuned)
         talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows]})
+        print_json({"rows": [row.to_json() for row in rows]})
     else:
         _print_rows(rows)
     if any(row.status == "gate_failed" for row in rows):

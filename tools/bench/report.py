@@ -121,13 +121,18 @@ def op_cells(row: Row) -> Cells:
     verdict = "" if row.gate is None else "yes" if row.status == "ok" else "NO"
     metrics = row.metrics
     if not metrics:
-        reason = (row.error or "not timed").splitlines()[0]
-        return [row.subject, reason, "", "", "", verdict]
+        return [row.subject, _reason(row), "", "", "", verdict]
     time = metrics["time_ms"]
     times = f"{time['median']:.4f} ({time['p20']:.4f}-{time['p80']:.4f})"
     rates = (f"{metrics[key]:.0f}" if key in metrics else "" for key in ("tflops", "gbs"))
     share = f"{metrics['fraction_of_bound']:.0%} {metrics['bound']}" if "bound" in metrics else ""
     return [row.subject, times, *rates, share, verdict]
+
+
+def _reason(row: Row) -> str:
+    """Why a row has no number, in a line."""
+    lines = (row.error or "").splitlines()
+    return lines[0] if lines else "outside its tolerance, not timed"
 
 
 def op_tables(rows: Sequence[Row]) -> Iterator[list[Cells]]:
@@ -202,7 +207,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     charts = list(draw_charts(latest(rows), folder))
     lines = _markdown([list(_HEADER), *cells(rows)])
-    failed = [f"- {row.subject} ({row.label}): {(row.error or '').splitlines()[0]}"
+    failed = [f"- {row.subject} ({row.label}): {_reason(row)}"
               for row in latest(rows) if row.status != "ok"]  # fmt: skip
     text = ["# Benchmark report", "", *_environments(rows), "", *lines, ""]
     text += [_SPEED_UP, ""]

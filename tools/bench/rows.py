@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,11 @@ class Row:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Warm-up, repetitions, seed."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; null for a number that is not finite, which JSON does not know."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
     @property
     def machine(self) -> str:
         """What it ran on, in a word: the GPU's name, or `cpu`."""
@@ -68,6 +74,14 @@ class Row:
         )  # fmt: skip
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def failed_kind(made: Iterable[Row]) -> str:
     """Kind of the row that says why a subject has no further rows: a number that is there stays."""
     return "rest" if any(row.kind == "chunk" and row.status == "ok" for row in made) else "chunk"
@@ -77,7 +91,8 @@ def append_row(path: Path, row: Row) -> None:
     """Append a row; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({"schema": SCHEMA, **asdict(row)}) + "\n")
+        line = json.dumps({"schema": SCHEMA, **row.to_json()}, allow_nan=False)
+        file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -196,8 +211,9 @@ def _driver() -> dict[str, str | None]:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return dict.fromkeys(_SMI_FIELDS)
-    values = done.stdout.splitlines()[0].split(",")
-    return {name: value.strip() for name, value in zip(_SMI_FIELDS, values, strict=False)}
+    values = next(iter(done.stdout.splitlines()), "").split(",")
+    found = zip(_SMI_FIELDS, values, strict=False)
+    return dict.fromkeys(_SMI_FIELDS) | {name: value.strip() or None for name, value in found}
 
 
 def _cpu_name() -> str:

@@ -1,15 +1,18 @@
 """Rows, suite, report and the numbers beside them."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from typer import Exit
 from typer.testing import CliRunner
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.tools.bench import suite
+from forcing_kv.tools.bench import rows, suite
+from forcing_kv.tools.bench.cli import finish
 from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import append_row, read_rows
@@ -29,6 +32,30 @@ def test_rows_come_back(tmp_path, row):
     path.write_text(path.read_text() + '{"schema": 1, "kind": "chunk", "speed": 3}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:3: not a benchmark row"):
         list(read_rows(path))
+
+
+def test_row_of_a_result_that_is_not_finite_is_json(tmp_path, row):
+    gate = {"error": float("inf"), "out": [{"error": float("nan"), "allowed": 0.5}]}
+    bad = row("chunk", "a", status="gate_failed", gate=gate, metrics={})
+    append_row(tmp_path / "rows.jsonl", bad)
+    (back,) = read_rows(tmp_path / "rows.jsonl")
+    assert back.gate == {"error": None, "out": [{"error": None, "allowed": 0.5}]}
+    with pytest.raises(Exit) as ended:
+        finish([bad], as_json=True)
+    assert ended.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [("580.1, 700.00, 1980", ("580.1", "700.00", "1980")), ("", (None, None, None))],
+)
+def test_what_the_driver_tells(printed, found, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    names = ("driver", "power_limit_w", "max_sm_mhz")
+    assert rows._driver() == dict(zip(names, found, strict=True))
 
 
 def test_suite_skips_what_is_done_and_names_what_is_left(tmp_path, row):
@@ -219,12 +246,15 @@ def test_report_of_operators(tmp_path, row):
     gate = {"out": {"passed": True}}
     rows = [row("ops", "FkQkNormRope: triton rows1", metrics=metrics, gate=gate)]
     rows.append(row("ops", "FkQkNormRope: torch", status="failed", error="no\nplace", gate=None))
+    rows.append(row("ops", "FkQkNormRope: triton rows2", status="gate_failed", gate=gate))
     assert not list(cells(rows))
     text = write_report(rows, tmp_path)[0].read_text()
     assert (
         "| FkQkNormRope: triton rows1 | 0.5000 (0.4000-0.6000) |  | 900 | 25% copy | yes |" in text
     )
     assert "| FkQkNormRope: torch | no |  |  |  |  |" in text
+    assert "| FkQkNormRope: triton rows2 | outside its tolerance, not timed |" in text
+    assert "- FkQkNormRope: triton rows2 (tiny float32 cpu): outside its tolerance" in text
 
 
 def test_work_of_a_step_at_480p():
