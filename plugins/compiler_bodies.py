@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forcing_kv.plugins.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
 from forcing_kv.plugins.registry import OPS, op_module
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
 """Torch operator -> what replaces it."""
+
+FIRST_TORCH_FOR_TMA = "2.13"
+"""First PyTorch known to lend a package's kernels the memory of their tensor descriptors for every
+thread block. 2.11 lends that of one block, and the others write behind it (`cpp_scratch` in
+torch/_inductor/codegen/cuda/device_op_overrides.py)."""
 
 
 def aten_bodies() -> Bodies:
@@ -38,13 +44,19 @@ def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
             the call's problem on this device, or the device's default.
 
     Raises:
-        InputError: no such operator or tactic.
+        InputError: no such operator or tactic, or a tactic that this PyTorch cannot package.
     """
     known = [spec.torch_name for spec in OPS]
     unknown = sorted(set(tactics) - set(known))
     if unknown:
         raise InputError(f"tactics name unknown operators {unknown}; there are {known}")
     return {_operator(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
+
+
+def packaged_tactics(tactics: Sequence[Tactic]) -> list[Tactic]:
+    """Those that AOTInductor of this PyTorch launches rightly."""
+    lends = torch.torch_version.TorchVersion(torch.__version__) >= FIRST_TORCH_FOR_TMA
+    return [tactic for tactic in tactics if lends or not tactic.tma]
 
 
 def _operator(spec: OpSpec) -> Any:
@@ -74,9 +86,12 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
     )
 
     kernel = op_module(spec, "kernel")
-    tactics = {tactic.name: tactic for tactic in kernel.TACTICS}
+    tactics = {tactic.name: tactic for tactic in packaged_tactics(kernel.TACTICS)}
     if tactic_name is not None and tactic_name not in tactics:
-        raise InputError(f"{spec.torch_name} has no tactic {tactic_name!r}; it has {list(tactics)}")
+        raise InputError(
+            f"{spec.torch_name} has no tactic {tactic_name!r} for a package of PyTorch "
+            f"{torch.__version__}; it has {list(tactics)}"
+        )
 
     def launch(*arguments: Any) -> Any:
         inputs, attributes = spec.split_arguments(arguments)
@@ -85,7 +100,11 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         device = readable[0].device.index or 0
         problem = problem_of(spec, readable, attributes, multiprocessors(device))
         problem = replace(problem, row_strides=strides)
-        tactic = tactics[tactic_name] if tactic_name else tactic_for(spec, problem, device)
+        tactic = (
+            tactics[tactic_name]
+            if tactic_name
+            else tactic_for(spec, list(tactics.values()), problem, device)
+        )
         plan = kernel.launch(problem, tactic)
         if tactic.tma:
             # For a call outside compiled code, which lends the memory itself.

@@ -132,10 +132,9 @@ def run_kernel(
     )
 
 
-def tactic_for(spec: OpSpec, problem: Problem, device: int) -> Tactic:
-    """The tactic to launch on a CUDA device: the measured one, or the default one."""
+def tactic_for(spec: OpSpec, tactics: Sequence[Tactic], problem: Problem, device: int) -> Tactic:
+    """Which of `tactics` to launch on a CUDA device: the fastest measured, or the default one."""
     major, minor = torch.cuda.get_device_capability(device)
-    tactics = op_module(spec, "kernel").TACTICS
     gpu = torch.cuda.get_device_name(device)
     return best_tactic(spec, tactics, problem, gpu, 10 * major + minor)
 
@@ -146,7 +145,8 @@ def run_on_cuda(spec: OpSpec, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = empty_outputs(spec, inputs, attributes)
     device = inputs[0].device.index or 0
     num_sms = multiprocessors(device)
-    tactic = tactic_for(spec, problem_of(spec, inputs, attributes, num_sms), device)
+    tactics = op_module(spec, "kernel").TACTICS
+    tactic = tactic_for(spec, tactics, problem_of(spec, inputs, attributes, num_sms), device)
     with torch.cuda.device(device):
         run_kernel(spec, inputs, attributes, outputs, tactic, num_sms)
     return outputs

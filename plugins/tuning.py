@@ -42,6 +42,11 @@ class TunedTactic:
     """Day of the measurement."""
 
     @property
+    def times_ms(self) -> Mapping[str, float]:
+        """Time of every tactic."""
+        return {self.tactic: self.median_ms, **self.others_ms}
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What was measured."""
         return (self.op, self.gpu, self.dtype, *sorted(self.sizes.items()))
@@ -76,6 +81,9 @@ def _committed_table() -> dict[tuple[object, ...], TunedTactic]:
 
 _added: dict[tuple[object, ...], TunedTactic] = {}
 
+CHOSEN: dict[str, set[str]] = {}
+"""What `best_tactic` has chosen in this process, by operator: for records of a measurement."""
+
 
 def add_table(path: Path) -> None:
     """Let `best_tactic` know a further table for the life of this process.
@@ -91,14 +99,14 @@ def add_table(path: Path) -> None:
 def best_tactic(
     spec: OpSpec, tactics: Sequence[Tactic], problem: Problem, gpu: str, device_sm: int
 ) -> Tactic:
-    """The tactic measured on the most similar problem, or the default one where there is none.
+    """The fastest tactic on the most similar problem measured, or the default one where none was.
 
     A model has more problems than anybody measures (every split of a layer's heads is one), and
     what is fastest changes with the shapes slowly.
 
     Args:
         spec: the operator.
-        tactics: its kernel's tactics.
+        tactics: those of its kernel's tactics that may be taken.
         problem: the call.
         gpu: name of the GPU.
         device_sm: its compute capability, 90 for 9.0.
@@ -108,11 +116,14 @@ def best_tactic(
         entry
         for entry in {**_committed_table(), **_added}.values()
         if (entry.op, entry.gpu, entry.dtype) == (spec.name, gpu, problem.dtype)
-        and entry.tactic in named
+        and named.keys() & entry.times_ms
     ]
-    if not measured:
-        return default_tactic(tactics, device_sm)
-    return named[min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).tactic]
+    chosen = default_tactic(tactics, device_sm)
+    if measured:
+        times_ms = min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).times_ms
+        chosen = named[min(named.keys() & times_ms, key=times_ms.__getitem__)]
+    CHOSEN.setdefault(spec.name, set()).add(chosen.name)
+    return chosen
 
 
 def _distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:

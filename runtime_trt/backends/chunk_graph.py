@@ -79,7 +79,9 @@ class ChunkGraphBackend(Backend):
         self.engine = engine
         self.load_ms: dict[str, float] = {}
         """Time by part of opening: allocate, first run, capture."""
-        self._cuda, self._graph_infos, self._use_graphs = cuda, graphs, use_graphs
+        self._cuda, self._graph_infos = cuda, graphs
+        self.use_graphs = use_graphs
+        """See `use_graphs` above; may be changed between two chunks."""
         self._waiting: list[_Pending] = []
         self._num_submitted = 0
         scratch = max(engine.scratch_nbytes.values(), default=0)
@@ -217,7 +219,7 @@ class ChunkGraphBackend(Backend):
 
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
-        if self._use_graphs:
+        if self.use_graphs:
             self._graph_of(variant).launch(self._cuda, self._stream, self.memory.base)
             mark("chunk")
         else:
@@ -331,7 +333,7 @@ class ChunkGraphBackend(Backend):
             self.engine.sibling(),
             self.config,
             self._graph_infos,
-            use_graphs=self._use_graphs,
+            use_graphs=self.use_graphs,
         )
 
     def close(self) -> None:

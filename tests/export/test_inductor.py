@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 from forcing_kv.export.build_inductor import build_inductor
 from forcing_kv.export.bundle import BundleLabels, export_bundle
@@ -102,6 +103,15 @@ def test_another_environment_is_refused():
     check_environment(here, "cpu")
     with pytest.raises(BackendUnavailableError, match=r"torch 1\.0 \(here .*build it again with"):
         check_environment({**here, "torch": "1.0"}, "cpu")
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_compiler_knows_its_settings(autotune):
+    settings = InductorOptions("cuda", autotune=autotune).inductor_settings()
+    assert settings["aot_inductor.compile_wrapper_opt_level"] == "O0"
+    assert ("max_autotune" in settings) is autotune
+    known = torch._inductor.config.get_config_copy()
+    assert settings.keys() <= known.keys()
 
 
 def test_cuda_without_a_device_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.compiler_bodies import aten_bodies
 from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -70,6 +70,29 @@ def test_triton_body_keeps_the_schema(spec, monkeypatch):
     assert inspect.signature(body._init_fn) is not None
     with pytest.raises(InputError, match="has no tactic 'x'"):
         triton_bodies({spec.torch_name: "x"})
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="needs the Python package triton"
+)
+@pytest.mark.parametrize(("version", "lends"), [("2.11.0+cu130", False), ("2.13.0", True)])
+def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
+    version, lends, monkeypatch
+):
+    from forcing_kv.plugins.compiler_bodies import (
+        _triton_operator,
+        packaged_tactics,
+        triton_bodies,
+    )
+
+    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    monkeypatch.setattr(torch, "__version__", version)
+    names = {tactic.name for tactic in tactics if lends or not tactic.tma}
+    assert {tactic.name for tactic in packaged_tactics(tactics)} == names
+    if not lends:
+        _triton_operator.cache_clear()
+        with pytest.raises(InputError, match=r"for a package of PyTorch 2\.11\.0\+cu130; it has"):
+            triton_bodies({"head_indexed_attention": "128x64s3_tma"})
 
 
 @pytest.mark.skipif(

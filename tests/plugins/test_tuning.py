@@ -32,6 +32,8 @@ def test_measured_tactic_is_taken_on_its_gpu_alone(tmp_path, monkeypatch):
     update_table([ENTRY], path)
     monkeypatch.setattr(tuning, "_committed_table", lambda: read_table(path))
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "GPU", 90).name == "deep"
+    assert best_tactic(QK_NORM_ROPE, TACTICS[:2], PROBLEM, "GPU", 90).name == "wide"
+    assert best_tactic(QK_NORM_ROPE, TACTICS[:1], PROBLEM, "GPU", 80).name == "small"
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 90).name == "wide"
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 86).name == "small"
 

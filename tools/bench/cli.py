@@ -6,6 +6,7 @@ import inspect
 import signal
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -115,8 +116,6 @@ def _command(kind: str, summary: str, *, fixed: bool = False, **defaults: int) -
 
 def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) -> None:
     """Show what went wrong in rows, then a table of them or of `shown`; exit 1 where one is bad."""
-    from dataclasses import asdict
-
     from forcing_kv.tools.bench.report import table
 
     for row in rows:
@@ -127,7 +126,7 @@ def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) ->
         out.width = TABLE_WIDTH
     out.print(made)
     if as_json:
-        print_json([asdict(row) for row in rows])
+        print_json([row.to_json() for row in rows])
     if any(row.status != "ok" for row in rows):
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
@@ -170,12 +169,17 @@ def bench_suite(
     as_json: AsJson = False,
 ) -> None:
     """Measure everything, most important first; skips what the file already holds."""
+    begin = perf_counter()
     from forcing_kv.tools.bench.rows import read_rows
     from forcing_kv.tools.bench.run import require_device
     from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
     from forcing_kv.tools.bench.suite_items import predict, suite_items
 
-    options = SuiteOptions(out, folder, tuple(only or ()), budget_s, force, commit)
+    gpu = None if dry_run else require_device(device)
+    if budget_s is not None:
+        # Importing PyTorch takes long on a fresh machine.
+        budget_s -= perf_counter() - begin
+    options = SuiteOptions(out, folder, tuple(only or ()), budget_s, force, commit, gpu)
     items = selected(suite_items(device, model), options)
     if dry_run:
         total = 0.0
@@ -184,7 +188,9 @@ def bench_suite(
             when = f"  predicted {predicted_s:4.0f} s, all {total:5.0f} s"
             talk(item.name + (when if device == "cuda" else ""))
         return
-    require_device(device)
+    # Refused now, and not after the first item.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
     # Ends like Ctrl-C does: the running item's processes with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]

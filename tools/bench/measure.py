@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from time import perf_counter, process_time
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 import numpy as np
 
+from forcing_kv.plugins import tuning
 from forcing_kv.runtime_trt.noise import draw_noise
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.bench.device_counters import (
@@ -23,7 +24,12 @@ from forcing_kv.tools.bench.device_counters import (
 )
 from forcing_kv.tools.bench.gate import References, check, roll_out
 from forcing_kv.tools.bench.roofline import step_work
-from forcing_kv.tools.bench.rows import Row, describe_environment, describe_workload
+from forcing_kv.tools.bench.rows import (
+    Row,
+    describe_environment,
+    describe_workload,
+    failed_kind,
+)
 from forcing_kv.tools.bench.statistics import latency, summary
 from forcing_kv.tools.bench.subjects import LoadClock, Subject
 from forcing_kv.tools.bench.workloads import Workload
@@ -49,9 +55,9 @@ class MeasureOptions:
     gate_scale: Workload | None = None
     """Workload of a smaller size that bounds the gate's error; None compares with float32."""
     growth_chunks: int = 0
-    """Chunks to go on with at the end, for growth; fewer where the deadline comes before."""
+    """Chunks to go on with at the end, for growth."""
     deadline: float = inf
-    """When growth must end, on the clock of `perf_counter`."""
+    """When measuring stops early, growth too, on the clock of `monotonic`."""
     folder: Path = Path(".bench")
     """Where reference rollouts are kept."""
     commit: str | None = None
@@ -59,6 +65,8 @@ class MeasureOptions:
 
 
 MIN_CHUNKS = 5
+PART_WARMUP = 2
+"""Untimed chunks after captured graphs are put aside to time the parts of a chunk."""
 SCALE_CHUNKS = 7
 """Length of the gate's rollouts in the smaller size."""
 END_TO_END_S = 10.0
@@ -81,12 +89,16 @@ def measure(subject: Subject, workload: Workload, options: MeasureOptions) -> It
         "seed": MEASURE_SEED,
     }
     blank = replace(blank, run=run)
+    made: list[Row] = []
     try:
-        yield from _measure(subject, workload, options, blank)
+        for row in _measure(subject, workload, options, blank):
+            made.append(row)
+            yield row
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         place = traceback.format_exc(limit=-3)
-        yield replace(blank, status="failed", error=f"{message[:2000]}\n{_without_paths(place)}")
+        message = f"{message[:2000]}\n{_without_paths(place)}"
+        yield replace(blank, kind=failed_kind(made), status="failed", error=message)
 
 
 def _without_paths(text: str) -> str:
@@ -98,10 +110,11 @@ def _without_paths(text: str) -> str:
 def _measure(
     subject: Subject, workload: Workload, options: MeasureOptions, blank: Row
 ) -> Iterator[Row]:
-    num_gate = max(options.gate_chunks, subject.min_gate_chunks)
+    num_gate = subject.gate_chunks(options.gate_chunks)
     scale = None
     if options.gate_scale is not None:
-        scale = References(options.gate_scale, options.device, SCALE_CHUNKS, options.folder)
+        num_scale = subject.gate_chunks(SCALE_CHUNKS)
+        scale = References(options.gate_scale, options.device, num_scale, options.folder)
     references = References(workload, options.device, num_gate, options.folder, scale)
     references.prepare()
     reset_peak_memory(options.device)
@@ -113,26 +126,34 @@ def _measure(
         found = roll_out(session, prompt, num_gate)
         gate_ms = 1e3 * (perf_counter() - begin)
         verdict = check(found, references)
-        blank = replace(blank, gate=asdict(verdict))
+        blank = replace(blank, gate=asdict(verdict), run={**blank.run, **_tactics()})
         if not verdict.passed:
             yield replace(blank, status="gate_failed", error="the gate's rollout is out of bounds")
             return
         gc.collect()
         reset_peak_memory(options.device)
-        session.reset()
-        first = _time_to_first(session, workload)
+        # The first chunk runs for the second time, which is when PyTorch's subjects capture it.
+        for _ in range(2):
+            session.reset()
+            first = _time_to_first(session, workload)
         parts = {f"{part}_ms": round(value, 1) for part, value in clock.parts_ms.items()}
         load = {**parts, "first_rollout_ms": round(gate_ms, 1), **first}
         yield replace(blank, kind="load", metrics=load)
         session.reset()
         walls: list[float] = []
         yield from _rollout(session, workload, options, blank, before, walls)
-        yield from _decoders(workload, options, blank, walls)
+        yield from _decoders(workload, options, blank, walls, first["time_to_first_latents_ms"])
         if options.growth_chunks:
             yield _growth(session, options, blank)
 
 
-def _time_to_first(session: Session, workload: Workload) -> dict[str, float | None]:
+def _tactics() -> dict[str, Any]:
+    """Tactics of our operators' kernels, where any were launched or compiled."""
+    chosen = {name: sorted(tactics) for name, tactics in sorted(tuning.CHOSEN.items())}
+    return {"tactics": chosen} if chosen else {}
+
+
+def _time_to_first(session: Session, workload: Workload) -> dict[str, Any]:
     """Time from a prompt embedding to the first chunk, everything warm."""
     prompt = workload.prompt()
     start = perf_counter()
@@ -164,7 +185,8 @@ def _rollout(
     cpu_times: list[float] = []
     chunks: list[Mapping[str, float]] = []
     for i in range(options.num_chunks):
-        if i >= MIN_CHUNKS and perf_counter() - start > options.budget_s:
+        late = perf_counter() - start > options.budget_s or monotonic() > options.deadline
+        if i >= MIN_CHUNKS and late:
             break
         begin, cpu_begin = perf_counter(), process_time()
         chunk = session.generate_chunk(*noises[i % NUM_NOISES])
@@ -176,7 +198,10 @@ def _rollout(
     run = {**blank.run, "num_chunks": len(chunks)}
     blank = replace(blank, run=run)
     denoiser = [times["chunk"] for times in chunks]
-    metrics = _chunk_metrics(workload, blank, chunks, walls)
+    parts = _parts(session, noises)
+    metrics = _chunk_metrics(workload, blank, denoiser, parts or chunks, walls)
+    if parts:
+        metrics["parts_from"] = f"{len(parts)} chunks more, call by call"
     metrics |= {
         "cpu_time_ms": summary(cpu_times),
         **kv_nbytes(session),
@@ -194,10 +219,28 @@ def _rollout(
             **latency(denoiser),
             "wall": latency(walls),
             "memory_growth_nbytes": {key: at_end[key] - at_start[key] for key in at_end},
-            "end_to_end": _end_to_end(session, workload),
+            "end_to_end": _end_to_end(session, workload, summary(walls)["median"]),
             "chunk_ms": [round(value, 3) for value in denoiser],
         },
     )
+
+
+def _parts(session: Session, noises: Sequence[tuple[Any, Any]]) -> list[Mapping[str, float]]:
+    """Times of the parts of a few chunks more, enqueued call by call.
+
+    A chunk that is one captured graph tells its whole time alone. Empty where none is.
+    """
+    backend: Any = session.backend
+    if not getattr(backend, "use_graphs", False):
+        return []
+    backend.use_graphs = False
+    try:
+        chunks = [
+            session.generate_chunk(*noises[i % NUM_NOISES]) for i in range(PART_WARMUP + MIN_CHUNKS)
+        ]
+    finally:
+        backend.use_graphs = True
+    return [_timings(chunk) for chunk in chunks[PART_WARMUP:]]
 
 
 def _noise(session: Session, index: int) -> tuple[Any, Any]:
@@ -217,10 +260,11 @@ def _timings(chunk: Chunk) -> dict[str, float]:
 def _chunk_metrics(
     workload: Workload,
     blank: Row,
+    denoiser: list[float],
     chunks: list[Mapping[str, float]],
     walls: list[float],
 ) -> dict[str, Any]:
-    whole = summary([times["chunk"] for times in chunks])
+    whole = summary(denoiser)
     frames, steps = workload.pixel_frames, workload.config.schedule.num_steps
     metrics: dict[str, Any] = {
         "denoiser_ms": whole,
@@ -252,12 +296,18 @@ def _step_metrics(workload: Workload, blank: Row, metrics: Mapping[str, Any]) ->
     }
 
 
-def _end_to_end(session: Session, workload: Workload) -> dict[str, Any]:
-    """Frames a second with noise drawn and latents on the host, and with pixels where decoded."""
+def _end_to_end(session: Session, workload: Workload, chunk_ms: float) -> dict[str, Any]:
+    """Frames a second with noise drawn and latents on the host, and with pixels where decoded.
+
+    The host works beside the device where the backend can: chunks come from a stream that runs
+    ahead, as many as fit into `END_TO_END_S`; null where not even one does.
+    """
+    count = min(20, int(1e3 * END_TO_END_S / chunk_ms))
+    if not count:
+        return {"latents_fps": None, "pixels_fps": None}
     start = perf_counter()
-    latents: list[Any] = []
-    while not latents or (len(latents) < 20 and perf_counter() - start < END_TO_END_S):
-        latents.append(session.generate_chunk(seed=MEASURE_SEED).latents)
+    stream = session.stream(count, seed=MEASURE_SEED, run_ahead=True)
+    latents = [chunk.latents for chunk in stream]
     seconds = perf_counter() - start
     frames = workload.pixel_frames * len(latents)
     found: dict[str, Any] = {"latents_fps": round(frames / seconds, 3), "pixels_fps": None}
@@ -270,9 +320,13 @@ def _end_to_end(session: Session, workload: Workload) -> dict[str, Any]:
 
 
 def _decoders(
-    workload: Workload, options: MeasureOptions, blank: Row, walls: Sequence[float]
+    workload: Workload,
+    options: MeasureOptions,
+    blank: Row,
+    walls: Sequence[float],
+    first_latents_ms: float,
 ) -> Iterator[Row]:
-    """Time of each decoder that the workload has, and frames a second with it."""
+    """Time of each decoder that the workload has, frames a second and the first frame with it."""
     if workload.decoders is None:
         return
     from forcing_kv.tools.bench.pixel_decoders import time_decoder
@@ -282,7 +336,11 @@ def _decoders(
     for decoder in workload.decoders(options.device):
         times = summary(time_decoder(decoder, workload.config.latent_shape))
         fps = 1e3 * workload.pixel_frames / (chunk_ms + times["median"])
-        metrics |= {f"{decoder.name}_ms": times, f"with_{decoder.name}_fps": round(fps, 3)}
+        metrics |= {
+            f"{decoder.name}_ms": times,
+            f"with_{decoder.name}_fps": round(fps, 3),
+            f"time_to_first_frame_{decoder.name}_ms": round(first_latents_ms + times["median"], 3),
+        }
     yield replace(blank, kind="decode", metrics=metrics)
 
 
@@ -292,7 +350,7 @@ def _growth(session: Session, options: MeasureOptions, blank: Row) -> Row:
     at_start = memory(options.device)
     denoiser: list[float] = []
     for i in range(options.growth_chunks):
-        if i >= MIN_CHUNKS and perf_counter() > options.deadline:
+        if i >= MIN_CHUNKS and monotonic() > options.deadline:
             break
         denoiser.append(_timings(session.generate_chunk(*noises[i % NUM_NOISES]))["chunk"])
     at_end = memory(options.device)

@@ -145,8 +145,9 @@ class OpBench:
                     yield row(status="failed", error=reason, gate=gate)
                     continue
                 times = time_cold(call, **self._run)
-            except RuntimeError as error:
-                # PyTorch refuses a kernel that this device or build does not have.
+            except Exception as error:
+                # PyTorch refuses a kernel that this device or build does not have, or its compiler
+                # fails: that costs this row alone.
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 yield row(status="failed", error=reason)
             else:

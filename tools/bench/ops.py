@@ -6,7 +6,6 @@ An operator whose numbers are wrong is not timed.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +73,7 @@ def bench_ops(
             tuning.update_table(bench.tuned)
             talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows]})
+        print_json({"rows": [row.to_json() for row in rows]})
     else:
         _print_rows(rows)
     if any(row.status != "ok" and ": triton" in row.subject for row in rows):
@@ -100,22 +99,11 @@ def _print_rows(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("operator: implementation", "ms (p20-p80)", "TFLOP/s", "GB/s", "of bound", "correct")
+    from forcing_kv.tools.bench.report import OP_HEADER, op_cells
+
     out = Console(highlight=False)
     for label in dict.fromkeys(row.workload["model"] for row in rows):
-        table = Table(*columns, title=label, title_justify="left", title_style="bold")
+        table = Table(*OP_HEADER, title=label, title_justify="left", title_style="bold")
         for row in (row for row in rows if row.workload["model"] == label):
-            table.add_row(*_cells(row))
+            table.add_row(*op_cells(row))
         out.print(table)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    verdict = "" if row.gate is None else "yes" if row.status == "ok" else "NO"
-    metrics = row.metrics
-    if not metrics:
-        return (row.subject, row.error or "not timed", "", "", "", verdict)
-    time = metrics["time_ms"]
-    times = f"{time['median']:.4f} ({time['p20']:.4f}-{time['p80']:.4f})"
-    rates = (f"{metrics[key]:.0f}" if key in metrics else "" for key in ("tflops", "gbs"))
-    share = f"{metrics['fraction_of_bound']:.0%} {metrics['bound']}" if "bound" in metrics else ""
-    return (row.subject, times, *rates, share, verdict)

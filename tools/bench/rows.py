@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class Row:
     """One measurement, or the reason why there is none."""
 
     kind: str
-    """step, chunk, rollout, load, ops or growth."""
+    """load, chunk, step, rollout, decode, growth; ops, checks, tactics; or `rest`: why what follows
+    a chunk's number is missing."""
     subject: str
     workload: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -40,22 +42,57 @@ class Row:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Warm-up, repetitions, seed."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; null for a number that is not finite, which JSON does not know."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
+    @property
+    def machine(self) -> str:
+        """What it ran on, in a word: the GPU's name, or `cpu`."""
+        return str(self.environment.get("gpu") or self.environment.get("device"))
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Model, size, dtype and machine: rows of the same can be compared."""
+        names = ("model", "size", "dtype")
+        return (*(str(self.workload.get(name)) for name in names), self.machine)
+
+    @property
+    def label(self) -> str:
+        """The group in words."""
+        return " ".join(part for part in self.group if part not in ("native", "None"))
+
     @property
     def key(self) -> tuple[str, ...]:
         """What the row measures: a later row of the same key replaces it in reports."""
         work = self.workload
         return (
-            self.kind, self.subject, str(self.environment.get("device")),
+            self.kind, self.subject, self.machine,
             *(str(work.get(name)) for name in ("model", "size", "policy", "dtype")),
             str(self.run.get("asked_chunks")),
         )  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def failed_kind(made: Iterable[Row]) -> str:
+    """Kind of the row that says why a subject has no further rows: a number that is there stays."""
+    return "rest" if any(row.kind == "chunk" and row.status == "ok" for row in made) else "chunk"
 
 
 def append_row(path: Path, row: Row) -> None:
     """Append a row; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({"schema": SCHEMA, **asdict(row)}) + "\n")
+        line = json.dumps({"schema": SCHEMA, **row.to_json()}, allow_nan=False)
+        file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -122,7 +159,7 @@ def describe_environment(device: str, commit: str | None = None) -> dict[str, An
             "gpu_nbytes": properties.total_memory,
             "sm": f"{properties.major}{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            **_driver(),
         }
     else:
         import torch
@@ -158,13 +195,25 @@ def _commit() -> str | None:
     return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
 
 
-def _driver() -> str | None:
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+_SMI_FIELDS = {
+    "driver": "driver_version",
+    "power_limit_w": "power.limit",
+    "max_sm_mhz": "clocks.max.sm",
+}
+"""Our name of what `nvidia-smi` tells of the first GPU -> its own."""
+
+
+def _driver() -> dict[str, str | None]:
+    """Driver, power limit and highest clock, as `nvidia-smi` prints them."""
+    query = f"--query-gpu={','.join(_SMI_FIELDS.values())}"
+    words = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip()
+        return dict.fromkeys(_SMI_FIELDS)
+    values = next(iter(done.stdout.splitlines()), "").split(",")
+    found = zip(_SMI_FIELDS, values, strict=False)
+    return dict.fromkeys(_SMI_FIELDS) | {name: value.strip() or None for name, value in found}
 
 
 def _cpu_name() -> str:

@@ -85,8 +85,11 @@ def _prepare(request: BenchRequest) -> None:
         torch.set_num_threads(request.threads)
 
 
-def require_device(device: str) -> None:
+def require_device(device: str) -> str | None:
     """Refuse a device that is not here.
+
+    Returns:
+        The GPU's name; None for the CPU.
 
     Raises:
         InputError: neither cpu nor cuda.
@@ -101,6 +104,7 @@ def require_device(device: str) -> None:
             "PyTorch finds no CUDA device here; give --device cpu --model digits to try the "
             "benchmark on the small model"
         )
+    return torch.cuda.get_device_name() if device == "cuda" else None
 
 
 def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:

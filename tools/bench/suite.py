@@ -14,15 +14,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.rows import (
     Row,
     append_row,
     describe_environment,
     describe_workload,
+    failed_kind,
     read_rows,
 )
 from forcing_kv.tools.bench.suite_items import SuiteItem, predict
@@ -45,19 +47,38 @@ class SuiteOptions:
     force: bool = False
     """Measure again what is there."""
     commit: str | None = None
+    gpu: str | None = None
+    """Name of this machine's GPU: what another one has measured is not done here."""
 
 
 def selected(items: Sequence[SuiteItem], options: SuiteOptions) -> list[SuiteItem]:
-    """Items that `options` ask for and that are not done; those that failed before come last."""
+    """Items that `options` ask for and that are not done; those that failed before come last.
+
+    What the end of a budget has cut off keeps its place, once.
+
+    Raises:
+        InputError: a part of a name is in no item's.
+    """
+    names = [item.name for item in items]
+    unknown = [part for part in options.only if not any(part in name for name in names)]
+    if unknown:
+        raise InputError(f"--only {unknown[0]}: no item has it in its name; there are {names}")
     asked = [i for i in items if not options.only or any(part in i.name for part in options.only)]
     if options.force:
         return asked
-    done, failed = set(), set()
+    done: set[object] = set()
+    cut: set[object] = set()
+    failed: set[object] = set()
     for row in read_rows(options.out):
+        key = _row_key(row)
+        if options.gpu not in (None, row.environment.get("gpu")):
+            continue
         if row.status == "ok" and row.kind in _LAST_KINDS:
-            done.add(_row_key(row))
+            done.add(key)
+        elif row.run.get("cut_off") and key not in cut:
+            cut.add(key)
         elif row.status != "ok":
-            failed.add(_row_key(row))
+            failed.add(key)
     left = [item for item in asked if _item_key(item) not in done]
     return sorted(left, key=lambda item: _item_key(item) in failed)
 
@@ -101,12 +122,20 @@ def run_suite(
         report(f"{item.name}: begins")
         before = sum(1 for _ in read_rows(options.out))
         begin = perf_counter()
-        error = _run_item(
-            item, options, item.timeout_s if left is None else min(left, item.timeout_s)
-        )
+        limit = item.timeout_s if left is None else min(left, item.timeout_s)
+        error, cut_off = None, False
+        try:
+            error = _run_item(item, options, limit)
+        except subprocess.TimeoutExpired:
+            cut_off = limit < item.timeout_s
+            error = f"not finished after {limit:.0f} s{', the rest of the budget' * cut_off}"
         rows = list(read_rows(options.out))[before:]
         if error is not None:
-            rows.append(_failed_row(item, options, error))
+            row = _failed_row(item, options, failed_kind(rows), error)
+            if cut_off:
+                row = replace(row, run={**row.run, "cut_off": True})
+            append_row(options.out, row)
+            rows.append(row)
         seconds = perf_counter() - begin
         report(f"{item.name}: {', '.join(sorted({row.status for row in rows}))}, {seconds:.0f} s")
         yield from rows
@@ -117,13 +146,18 @@ MIN_ITEM_S = 45.0
 
 
 def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str | None:
-    """Run an item in a process of its own; returns what went wrong outside of its own rows."""
+    """Run an item in a process of its own; returns what went wrong outside of its own rows.
+
+    Raises:
+        subprocess.TimeoutExpired: it is not finished after `timeout_s`, and stopped.
+    """
     request = {
         "item": asdict(item),
         "out": str(options.out),
         "folder": str(options.folder),
         "commit": options.commit,
-        "timeout_s": timeout_s,
+        # The clock is the same in every process.
+        "deadline": monotonic() + timeout_s,
     }
     command = [sys.executable, "-m", _WORKER, json.dumps(request)]
     with tempfile.TemporaryFile() as log:
@@ -131,11 +165,9 @@ def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str |
         process = subprocess.Popen(command, stderr=log, env=_environment(options), process_group=0)
         try:
             code = process.wait(timeout_s)
-        except BaseException as error:
+        except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return f"not finished after {timeout_s:.0f} s"
             raise
         if code:
             log.seek(0)
@@ -151,9 +183,9 @@ def _environment(options: SuiteOptions) -> dict[str, str]:
     return {name: str(folder / part) for name, part in caches.items()} | dict(os.environ)
 
 
-def _failed_row(item: SuiteItem, options: SuiteOptions, error: str) -> Row:
-    row = Row(
-        "chunk",
+def _failed_row(item: SuiteItem, options: SuiteOptions, kind: str, error: str) -> Row:
+    return Row(
+        kind,
         item.subject,
         describe_workload(item.workload),
         describe_environment(item.device, options.commit),
@@ -161,5 +193,3 @@ def _failed_row(item: SuiteItem, options: SuiteOptions, error: str) -> Row:
         error=error,
         run={"asked_chunks": item.num_chunks},
     )
-    append_row(options.out, row)
-    return row

@@ -286,7 +286,8 @@ class TorchBackend(Backend):
             if keep:
                 x0_steps.append(x0)
         inputs.latents.copy_(x0)
-        self._made = replace(self._made, x0_steps=tuple(x0_steps))
+        # Of new rows only the clean pass's are read: a captured part would hold these for good.
+        self._made = replace(self._made, new=([], []), x0_steps=tuple(x0_steps))
 
     def _clean(self, plan: ChunkPlan) -> None:
         inputs = self._inputs

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 
 from forcing_kv.export.presets import load_preset
 from forcing_kv.plugins import tuning
@@ -24,12 +23,11 @@ OPS_PRESET = "self-forcing-1.3b"
 SCALE_SIZE = "480p"
 """Size whose error bounds the gate of larger ones."""
 RESERVE_S = 15.0
-"""Time that the growth part leaves to the item's end."""
+"""Time that measuring leaves to what comes after it, until the item is stopped."""
 
 
 def main(request: str) -> None:
     """Measure the item that `request` (JSON) describes, appending its rows."""
-    start = perf_counter()
     asked = json.loads(request)
     item = SuiteItem(**asked["item"])
     folder, commit = Path(asked["folder"]), asked["commit"]
@@ -47,7 +45,7 @@ def main(request: str) -> None:
             gate_chunks=item.gate_chunks,
             gate_scale=replace(item, size=SCALE_SIZE).workload if item.same_dtype_gate else None,
             growth_chunks=item.growth_chunks,
-            deadline=start + asked["timeout_s"] - RESERVE_S,
+            deadline=asked["deadline"] - RESERVE_S,
             budget_s=item.budget_s,
             folder=folder,
             commit=commit,
@@ -86,12 +84,18 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
 
     bench = OpBench(item.dtype, warmup=5, iterations=30, commit=commit)
     folder.mkdir(parents=True, exist_ok=True)
-    for row in bench.rows(workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])):
+    workload = workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])
+    for row in bench.rows(workload):
         yield row
         # After every row, for the item may be stopped before its end.
         tuning.update_table(bench.tuned, folder / TACTICS)
     chosen = {tuned.op: [tuned.tactic, tuned.median_ms] for tuned in bench.tuned}
-    yield replace(_blank(item, "tactics", commit), metrics=chosen)
+    last = replace(_blank(item, "tactics", commit), metrics=chosen)
+    untimed = [case.spec.name for case in workload.cases() if case.spec.name not in chosen]
+    if untimed:
+        reason = f"no tactic could be timed: {', '.join(untimed)}"
+        last = replace(last, status="failed", error=reason)
+    yield last
 
 
 if __name__ == "__main__":

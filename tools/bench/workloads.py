@@ -165,8 +165,19 @@ def random_prompt(shape: ModelShape, num_text: int = 40, seed: int = 7) -> NDArr
     return prompt
 
 
+SHARPNESS = 1.4
+"""Gain of random self-attention's normalised queries and keys: scores spread by its square. Many
+more, and rounding would grow from layer to layer."""
+
+
 def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> CausalWanModel:
-    """A model with PyTorch's default initialisation, made on the device."""
+    """A model with random weights, made on the device, whose output depends on its attention.
+
+    By PyTorch's default initialisation attention is a plain mean over thousands of keys and its
+    gate is near zero: without any history the latents differ by less than bfloat16's rounding, so
+    that the correctness gate would let a wrong attention through. Here scores are spread, and the
+    gates are near one, as a trained model's are.
+    """
     import torch
 
     from forcing_kv.export.denoiser import CausalWanModel
@@ -174,7 +185,13 @@ def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> Cau
     torch.manual_seed(seed)
     with torch.device(device):
         model = CausalWanModel(shape)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    for block in model.layers:
+        for norm in (block.self_attn.norm_q, block.self_attn.norm_k):
+            norm.weight.mul_(SHARPNESS)
+        # Shift, scale and gate of attention, then of the feed-forward.
+        block.modulation[:, 2::3] += 1
+    return model.eval()
 
 
 def _digits(policy: PolicyName, dtype: DType) -> Workload:

@@ -1,9 +1,16 @@
 """What the gate lets through."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch.nn.functional as F
 
+from forcing_kv.runtime_trt.layout import ChunkShape
+from forcing_kv.tools.bench import torch_backend
+from forcing_kv.tools.bench.attention import GroupedHistory
 from forcing_kv.tools.bench.gate import References, Rollout, check, worst_error
+from forcing_kv.tools.bench.workloads import random_wan, spread_partition
 
 SCORES = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
 BEST = np.arange(3, dtype=np.int32)
@@ -65,12 +72,44 @@ def test_large_size_takes_its_bound_from_a_smaller_one(references, error, passed
     assert result.bound == pytest.approx(0.02, rel=1e-5)
 
 
-def test_other_segments_need_an_excuse_in_a_large_size(references):
+@pytest.mark.parametrize(("rounding", "verdict"), [(0.03, "within rounding"), (0.02, "different")])
+def test_other_segments_need_an_excuse_in_a_large_size(references, rounding, verdict):
     large = references("bfloat16", None, rollout())
-    large.scale = references("bfloat16", rollout(), rollout(0.01))
-    near = rollout(0.01, kept=[0, 1, 3], scores=SCORES + np.float32(0.06))
-    assert check(near, large).kept == "within rounding"
+    smaller = rollout(0.01, scores=SCORES + np.float32(rounding))
+    large.scale = references("bfloat16", rollout(), smaller)
+    # However wrong its own scores are.
+    found = rollout(0.01, kept=[0, 1, 3], scores=SCORES[::-1])
+    assert check(found, large).kept == verdict
     assert check(rollout(0.01, kept=[0, 1, 8]), large).kept == "different"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_who_does_not_select_where_the_reference_does_fails(references, scaled):
+    made = references("bfloat16", rollout(), rollout(0.01))
+    if scaled:
+        made.scale = references("bfloat16", rollout(), rollout(0.01))
+    never = Rollout(rollout().latents, {}, {})
+    result = check(never, made)
+    assert (result.kept, result.passed) == ("different", False)
+
+
+def test_random_weights_make_the_gate_see_attention(tiny, tmp_path, monkeypatch):
+    shape = replace(tiny().config.model, dim=256, ffn_dim=384, num_layers=4)
+    config = replace(
+        tiny().config, model=shape, chunk=ChunkShape(3, 8, 12),
+        partition=spread_partition(shape, 6, seed=0), dtype="bfloat16",
+    )  # fmt: skip
+    workload = replace(tiny(), config=config, load=lambda device: random_wan(device, shape))
+    references = References(workload, "cpu", 4, tmp_path)
+
+    class OwnRowsAlone(GroupedHistory):
+        def attend(self, layer, q, k, v):
+            return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
+
+    exact, allowed = references.get("float32"), 2 * references.port_errors()[0]
+    monkeypatch.setitem(torch_backend.HISTORIES, "grouped", OwnRowsAlone)
+    wrong = References(workload, "cpu", 4, tmp_path / "wrong").get("float32", dict(exact.kept))
+    assert worst_error(wrong.latents, exact.latents) > 4 * allowed
 
 
 def test_not_a_number_never_passes(references):

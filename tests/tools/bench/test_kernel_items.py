@@ -14,6 +14,7 @@ from forcing_kv.plugins.accuracy import reference_outputs
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.tools.bench import kernel_checks, op_bench, worker
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds
+from forcing_kv.tools.bench.op_baselines import Baseline
 from forcing_kv.tools.bench.rows import describe_environment
 from forcing_kv.tools.bench.suite_items import SuiteItem
 from forcing_kv.tools.cli import COMMANDS, build_app
@@ -113,6 +114,30 @@ def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
     assert result.exit_code == code, result.output
+
+
+def test_item_is_not_done_without_a_tactic_of_every_operator(device, tmp_path, monkeypatch):
+    def refuse(spec, *_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(op_bench, "run_kernel", refuse)
+    *_, last = worker._ops(OPS, tmp_path, "abc")
+    assert (last.kind, last.status) == ("tactics", "failed")
+    assert "FkHeadIndexedAttention" in last.error
+
+
+def test_baseline_that_fails_in_any_way_costs_its_own_row(device, tmp_path, monkeypatch):
+    def fail():
+        raise AssertionError("the compiler is confused")
+
+    def one(case, inputs):
+        yield Baseline("flex", case, inputs, fail)
+
+    monkeypatch.setattr(op_bench, "baselines", one)
+    *rows, last = worker._ops(OPS, tmp_path, "abc")
+    failed = [row for row in rows if row.status == "failed"]
+    assert [row.error for row in failed] == ["the compiler is confused"] * 4
+    assert (last.kind, last.status, len(last.metrics)) == ("tactics", "ok", 4)
 
 
 def test_checks_count_kernels_and_name_the_wrong_one(device):

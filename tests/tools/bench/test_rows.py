@@ -1,15 +1,19 @@
 """Rows, suite, report and the numbers beside them."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from typer import Exit
 from typer.testing import CliRunner
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.tools.bench import suite
-from forcing_kv.tools.bench.report import cells, latest, write_report
+from forcing_kv.tools.bench import rows, suite
+from forcing_kv.tools.bench.cli import finish
+from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import append_row, read_rows
 from forcing_kv.tools.bench.statistics import latency
@@ -30,6 +34,30 @@ def test_rows_come_back(tmp_path, row):
         list(read_rows(path))
 
 
+def test_row_of_a_result_that_is_not_finite_is_json(tmp_path, row):
+    gate = {"error": float("inf"), "out": [{"error": float("nan"), "allowed": 0.5}]}
+    bad = row("chunk", "a", status="gate_failed", gate=gate, metrics={})
+    append_row(tmp_path / "rows.jsonl", bad)
+    (back,) = read_rows(tmp_path / "rows.jsonl")
+    assert back.gate == {"error": None, "out": [{"error": None, "allowed": 0.5}]}
+    with pytest.raises(Exit) as ended:
+        finish([bad], as_json=True)
+    assert ended.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [("580.1, 700.00, 1980", ("580.1", "700.00", "1980")), ("", (None, None, None))],
+)
+def test_what_the_driver_tells(printed, found, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    names = ("driver", "power_limit_w", "max_sm_mhz")
+    assert rows._driver() == dict(zip(names, found, strict=True))
+
+
 def test_suite_skips_what_is_done_and_names_what_is_left(tmp_path, row):
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("eager",))
     items = [SuiteItem("tiny", "native", name, "cpu", "float32", num_chunks=5)
@@ -47,17 +75,58 @@ def test_what_failed_before_is_tried_last(tmp_path, row):
     assert [item.subject for item in selected(items, options)] == ["operators", "inductor"]
 
 
+def test_what_a_budget_cut_off_keeps_its_place_once(tmp_path, row):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
+    items = [SuiteItem("tiny", "native", name, "cpu", "float32", num_chunks=5)
+             for name in ("inductor", "operators")]  # fmt: skip
+    cut = row("chunk", "inductor", status="failed", run={"asked_chunks": 5, "cut_off": True})
+    for names in (["inductor", "operators"], ["operators", "inductor"]):
+        append_row(options.out, cut)
+        assert [item.subject for item in selected(items, options)] == names
+
+
+def test_rows_of_another_gpu_are_kept_apart(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    item = SuiteItem("tiny", "native", "eager-dense", "cuda", "float32", num_chunks=5)
+    for gpu, ms in (("A", 300.0), ("B", 100.0)):
+        environment = {"device": "cuda", "gpu": gpu, "versions": {}, "commit": "abc"}
+        rows = [row(kind, "eager-dense", environment=environment) for kind in ("chunk", "rollout")]
+        rows[0].metrics["denoiser_ms"]["median"] = ms
+        for each in rows:
+            append_row(path, each)
+    for gpu, left in (("A", []), ("C", [item])):
+        assert selected([item], SuiteOptions(path, tmp_path, gpu=gpu)) == left
+    lines = list(cells(list(read_rows(path))))
+    assert [(line[2], line[8]) for line in lines] == [("300.00", "1.00x"), ("100.00", "1.00x")]
+
+
 def test_items_are_ordered_and_predicted():
     items = suite_items("cuda", "wan-1.3b")
     names = [item.name for item in items]
     assert len(set(names)) == len(names)
-    assert names[:4] == ["480p/checks", "480p/ops", "480p/eager-dense", "480p/eager-forcing-kv"]
+    assert names[:7] == [
+        "480p/checks", "480p/ops", "480p/eager-dense", "480p/operators-graph",
+        "480p/inductor-no-autotune", "1080p/eager-dense", "1080p/operators-graph",
+    ]  # fmt: skip
+    assert [item.name for item in items if item.growth_chunks] == ["480p/inductor-no-autotune"]
     predicted = {item.name: seconds for item, seconds in predict(items)}
     assert all(0 < seconds < item.timeout_s for item, seconds in predict(items))
     # References are made by the first that needs them.
-    assert predicted["480p/eager-forcing-kv"] > predicted["480p/eager-grouped"]
+    assert predicted["480p/operators-graph"] > predicted["480p/operators"]
     assert predicted["1080p/eager-dense"] > predicted["480p/eager-dense"]
     assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
+
+
+@pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "wan-1.3b")])
+def test_suite_names_its_models(device, model):
+    with pytest.raises(InputError, match=f"on --device {device}, not {model}"):
+        suite_items(device, model)
+
+
+def test_part_of_no_name_is_refused(tmp_path):
+    options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("inductor", "4k"))
+    with pytest.raises(InputError, match="--only 4k: no item has it in its name"):
+        selected(suite_items("cpu", "golden"), options)
 
 
 def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
@@ -77,7 +146,13 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
     item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
-    assert "not finished after 0 s" in found.error
+    assert found.error == "not finished after 0 s"
+    assert "cut_off" not in found.run
+    monkeypatch.setattr(suite, "MIN_ITEM_S", 0.0)
+    short = replace(options, budget_s=0.2)
+    (found,) = run_suite([replace(item, timeout_s=9.0)], short, lambda _: None)
+    assert found.error == "not finished after 0 s, the rest of the budget"
+    assert list(read_rows(options.out))[1].run["cut_off"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -123,22 +198,63 @@ def test_report_of_rows(tmp_path, row):
     slow, fast = row("chunk", "eager-dense"), row("chunk", "inductor")
     slow.metrics["denoiser_ms"]["median"] = 300.0
     failed = row("chunk", "compile-dense", status="failed", error="boom\nplace", metrics={})
-    rows = [row("chunk", "inductor"), slow, fast, row("rollout", "inductor"), failed]
+    rollout = row("rollout", "inductor", run={"asked_chunks": 5, "num_chunks": 50})
+    rows = [row("chunk", "inductor"), slow, fast, rollout, failed]
     assert len(latest(rows)) == 4
     rows.append(row("decode", "inductor", metrics={"with_tae_fps": 101.5}))
-    run = {"asked_chunks": 500, "num_chunks": 480}
-    rows.append(row("growth", "inductor", metrics={"growth": 1.0004}, run=run))
+    run, growth = {"asked_chunks": 500, "num_chunks": 480}, {"growth": 1.0004, "chunk_ms": [1.0]}
+    rows.append(row("growth", "inductor", metrics=growth, run=run))
     lines = {line[1]: line for line in cells(rows)}
     assert lines["inductor"][8] == "3.00x"
     assert lines["inductor"][5] == "104.00"
     assert lines["inductor"][11:] == ["101.50, –", "1.000x over 480 chunks"]
     assert lines["eager-dense"][11:] == ["", ""]
     assert lines["compile-dense"][2] == "failed"
+    rows[3] = row("rollout", "inductor", run={"asked_chunks": 5, "num_chunks": 49})
+    assert {line[1]: line for line in cells(rows)}["inductor"][5] == ""
     written = write_report(rows, tmp_path)
     text = written[0].read_text()
     assert "boom" in text
     assert "| inductor | 100.00 | 120.00 |" in text
+    assert "| tiny float32 cpu: faster than | eager-dense |" in text
+    assert "| inductor | 3.00x |" in text
     assert all(path.stat().st_size for path in written)
+
+
+def test_report_of_memory_energy_and_load(tmp_path, row):
+    chunk = row("chunk", "inductor")
+    chunk.metrics.update(memory={"device_used_nbytes": 9_870_000_000}, joules_per_chunk=98.76)
+    load = {"build_ms": 130_000.0, "open_ms": 2100.0, "time_to_first_latents_ms": 171.25}
+    rollout = {"jitter_ms": 1.5, "end_to_end": {"latents_fps": 70.0}, "chunk_ms": [1.0]}
+    growth = {"growth": 1.0, "chunk_ms": [1.0] * 8}
+    run = {"asked_chunks": 500, "num_chunks": 8}
+    rows = [
+        chunk,
+        row("load", "inductor", metrics=load),
+        row("rollout", "inductor", metrics=rollout),
+    ]
+    rows.append(row("growth", "inductor", metrics=growth, run=run))
+    (line,) = more_cells(rows)
+    assert line[2:] == ["1.50", "70.00", "171.2", "9.87", "98.8", "", "130.0", "2.1"]
+    names = [path.name.partition("-")[0] for path in write_report(rows, tmp_path)]
+    assert names == ["report.md", "fps", "latency", "growth"]
+
+
+def test_report_of_operators(tmp_path, row):
+    time_ms = {"median": 0.5, "p20": 0.4, "p80": 0.6}
+    metrics = {"time_ms": time_ms, "gbs": 900.0, "bound": "copy", "fraction_of_bound": 0.25}
+    gate = {"out": {"passed": True}}
+    rows = [row("ops", "FkQkNormRope: triton rows1", metrics=metrics, gate=gate)]
+    rows.append(row("ops", "FkQkNormRope: torch", status="failed", error="no\nplace", gate=None))
+    rows.append(row("ops", "FkQkNormRope: triton rows2", status="gate_failed", gate=gate))
+    assert not list(cells(rows))
+    text = write_report(rows, tmp_path)[0].read_text()
+    assert (
+        "| FkQkNormRope: triton rows1 | 0.5000 (0.4000-0.6000) |  | 900 | 25% copy | yes |" in text
+    )
+    assert "| FkQkNormRope: torch | no |  |  |  |  |" in text
+    assert "| FkQkNormRope: triton rows2 | outside its tolerance, not timed |" in text
+    assert "- FkQkNormRope: triton rows2 (tiny float32 cpu): outside its tolerance" in text
 
 
 def test_work_of_a_step_at_480p():
