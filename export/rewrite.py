@@ -52,9 +52,15 @@ def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanMod
             continue
         attn = block.self_attn
         for linear in (attn.q, attn.k, attn.v):
-            linear.weight.data = linear.weight.data[rows]
+            linear.weight.data = _bytes(linear.weight)[rows].view(linear.weight.dtype)
             linear.bias.data = linear.bias.data[rows]
         for norm in (attn.norm_q, attn.norm_k):
             norm.weight.data = norm.weight.data[rows]
-        attn.o.weight.data = attn.o.weight.data[:, rows].contiguous()
+        columns = _bytes(attn.o.weight)[:, rows].contiguous()
+        attn.o.weight.data = columns.view(attn.o.weight.dtype)
     return model
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    """A weight to pick rows from: not every device indexes 8-bit floats."""
+    return weight.data.view(torch.uint8) if weight.dtype.itemsize == 1 else weight.data

@@ -275,7 +275,7 @@ def _chunk_metrics(
         if all(part in times for times in chunks):
             name = "steps_only_ms" if part == "steps" else f"{part}_ms"
             metrics[name] = summary([times[part] for times in chunks])
-    ideal = step_work(workload.config).ideal_ms(str(blank.environment.get("gpu")))
+    ideal = step_work(workload.config, fp8=workload.fp8).ideal_ms(str(blank.environment.get("gpu")))
     if ideal is not None and workload.config.dtype != "float32":
         bound = (steps + 1) * ideal
         metrics["bound_ms"] = round(bound, 3)
@@ -285,7 +285,8 @@ def _chunk_metrics(
 
 def _step_metrics(workload: Workload, blank: Row, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """One denoise step: the mean of a chunk's steps."""
-    steps, work = workload.config.schedule.num_steps, step_work(workload.config)
+    steps = workload.config.schedule.num_steps
+    work = step_work(workload.config, fp8=workload.fp8)
     times = {key: value / steps for key, value in metrics["steps_only_ms"].items()}
     ideal = work.ideal_ms(str(blank.environment.get("gpu")))
     return {

@@ -129,6 +129,7 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
         "size": workload.size,
         "policy": workload.policy,
         "dtype": config.dtype,
+        "fp8": workload.fp8,
         "latent_shape": list(config.latent_shape),
         "tokens_per_frame": config.chunk.tokens_per_frame,
         "num_steps": config.schedule.num_steps,

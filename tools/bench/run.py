@@ -119,7 +119,7 @@ def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:
             raise InputError(
                 f"subject {name} runs on {' or '.join(chosen.devices)}, not on {request.device}"
             )
-        yield chosen, workload(request.model, size, chosen.policy, dtype)
+        yield chosen, workload(request.model, size, chosen.policy, dtype, fp8=chosen.fp8)
 
 
 def bundle_workload(bundle: Path) -> Workload:

@@ -54,6 +54,8 @@ class Subject:
     """How it runs, for tables."""
     open: Open
     devices: tuple[str, ...] = ("cpu", "cuda")
+    fp8: bool = False
+    """Whether linear layers run in FP8."""
     min_gate_chunks: int = 5
     """Chunks until the gate has seen everything that is measured: the first steady chunk of a
     compressed cache is chunk 3, a captured one is replayed from its second on."""
@@ -233,6 +235,13 @@ _ALL = (
         "Inductor package without a search for matrix products: quick to build",
         _inductor(use_graphs=True, autotune=False),
         ("cuda",),
+    ),
+    Subject(
+        "inductor-fp8",
+        "forcing-kv",
+        "Inductor package, linear layers in FP8, no search for matrix products",
+        _inductor(use_graphs=True, autotune=False),
+        fp8=True,
     ),
     Subject("onnxruntime", "forcing-kv", "ONNX Runtime", _onnxruntime, ("cpu",)),
     Subject("onnxruntime-dense", "dense", "ONNX Runtime, dense window", _onnxruntime, ("cpu",)),

@@ -11,7 +11,7 @@ from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.measure import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.subjects import SUBJECTS
-from forcing_kv.tools.bench.workloads import PolicyName, Workload, workload
+from forcing_kv.tools.bench.workloads import Workload, workload
 
 Kind = Literal["subject", "checks", "ops"]
 
@@ -48,10 +48,10 @@ class SuiteItem:
     @property
     def workload(self) -> Workload:
         """What it runs; that of compressed attention for the operators on their own."""
-        policy: PolicyName = "forcing-kv"
-        if self.kind == "subject":
-            policy = SUBJECTS[self.subject].policy
-        return workload(self.model, self.size, policy, self.dtype)
+        if self.kind != "subject":
+            return workload(self.model, self.size, "forcing-kv", self.dtype)
+        subject = SUBJECTS[self.subject]
+        return workload(self.model, self.size, subject.policy, self.dtype, fp8=subject.fp8)
 
 
 _PRODUCT = "inductor-no-autotune"
@@ -110,6 +110,7 @@ def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
         *(larger(*pair) for pair in _LARGEST),
         at_480p("eager-forcing-kv"),
         *(larger(*pair) for pair in _LARGER),
+        at_480p("inductor-fp8"),
         at_480p("inductor"),
         *(larger(*pair) for pair in _LARGER_LATER),
         *(at_480p(subject) for subject in _THEN),
@@ -129,13 +130,19 @@ def _small_items(model: str) -> tuple[SuiteItem, ...]:
 # Nothing here is measured: rates that the styles may reach (TFLOP/s) and times of building (s), to
 # order the items and to see what fits into a budget.
 _RATES = {"eager-dense": 330, "eager": 240, "compile-dense": 400, "compile": 330, "operators": 430,
-          "inductor": 550}  # fmt: skip
+          "inductor": 550, "inductor-fp8": 700}  # fmt: skip
 _FLOAT32_RATE = 35
 _PORT_RATE = 300
 _SETUP_S = 20.0
 _FILLING = 0.65
 """Work of a chunk while the window fills, over that of a steady one."""
-_BUILD_S = {"inductor": 280, "inductor-no-graph": 280, "inductor-no-autotune": 130, "compile": 150}
+_BUILD_S = {
+    "inductor": 280,
+    "inductor-no-graph": 280,
+    "inductor-no-autotune": 130,
+    "inductor-fp8": 140,
+    "compile": 150,
+}
 
 
 def predict(items: Sequence[SuiteItem]) -> Iterator[tuple[SuiteItem, float]]:
@@ -158,7 +165,7 @@ def predict(items: Sequence[SuiteItem]) -> Iterator[tuple[SuiteItem, float]]:
         gate_chunks = subject.gate_chunks(item.gate_chunks)
         rates = (_PORT_RATE,) if item.same_dtype_gate else (_PORT_RATE, _FLOAT32_RATE)
         rollouts_s = sum(_FILLING * gate_chunks * tflop / rate for rate in rates)
-        reference = (item.size, subject.policy, gate_chunks)
+        reference = (item.size, subject.policy, subject.fp8, gate_chunks)
         if reference not in made:
             made.add(reference)
             seconds += rollouts_s

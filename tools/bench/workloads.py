@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,6 +62,8 @@ class Workload:
     pixel_frames_per_latent: int = PIXEL_FRAMES_PER_LATENT
     decode: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
     """Latents [F, C, h, w] to pixels; None where the workload has no decoder of its own."""
+    fp8: bool = False
+    """Whether its linear layers are in FP8: `load` then gives such a model."""
     decoders: Callable[[str], Iterable[PixelDecoder]] | None = None
     """Decoders with random weights on a device, to be timed beside the denoiser."""
 
@@ -74,12 +77,18 @@ class Workload:
         return replace(self, config=replace(self.config, dtype=dtype))
 
 
-def workload(model: str, size: str, policy: PolicyName, dtype: DType) -> Workload:
+def workload(
+    model: str, size: str, policy: PolicyName, dtype: DType, *, fp8: bool = False
+) -> Workload:
     """Look up a workload.
 
     Raises:
-        InputError: no such model, size or policy.
+        InputError: no such model, size or policy, or FP8 in float32.
     """
+    if fp8:
+        if dtype == "float32":
+            raise InputError("FP8 is measured beside a 16-bit dtype; give bfloat16 or float16")
+        return with_fp8(workload(model, size, policy, dtype))
     if policy not in ("forcing-kv", "dense"):
         raise InputError(f"policy {policy!r} is unknown; choose forcing-kv or dense")
     if model == "wan-1.3b":
@@ -93,6 +102,23 @@ def workload(model: str, size: str, policy: PolicyName, dtype: DType) -> Workloa
     if model == "golden":
         return _golden(policy, dtype)
     raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
+
+
+def with_fp8(plain: Workload) -> Workload:
+    """The same workload with linear layers in FP8, by scales measured on one chunk of its own."""
+
+    def load(device: str) -> CausalWanModel:
+        from forcing_kv.calibration.fp8_scales import measure_amax
+        from forcing_kv.calibration.rollouts import Rollout
+        from forcing_kv.export.engine import EagerBackend
+        from forcing_kv.export.fp8_model import quantize_, scales_for
+
+        model = plain.load(device)
+        with closing(EagerBackend(model, plain.config, device)) as backend:
+            amax = measure_amax(backend, [Rollout("", plain.prompt(), 0)], 1)
+        return quantize_(model, scales_for(model, amax))
+
+    return replace(plain, load=load, fp8=True)
 
 
 def spread_partition(shape: ModelShape, num_static: int, seed: int) -> HeadPartition:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from forcing_kv.runtime_trt.layout import ChunkShape
 from forcing_kv.tools.bench import torch_backend
 from forcing_kv.tools.bench.attention import GroupedHistory
-from forcing_kv.tools.bench.gate import References, Rollout, check, worst_error
-from forcing_kv.tools.bench.workloads import random_wan, spread_partition
+from forcing_kv.tools.bench.gate import References, Rollout, check, roll_out, worst_error
+from forcing_kv.tools.bench.subjects import SUBJECTS, LoadClock
+from forcing_kv.tools.bench.workloads import random_wan, spread_partition, with_fp8
 
 SCORES = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
 BEST = np.arange(3, dtype=np.int32)
@@ -125,3 +126,21 @@ def test_reference_rollouts_are_kept_on_disk(tiny, tmp_path, monkeypatch):
     again = References(tiny(), "cpu", 4, tmp_path).get("float32")
     np.testing.assert_array_equal(first.latents, again.latents)
     assert {2, 3} == set(again.kept) == set(first.kept)
+
+
+def test_fp8_is_held_against_eager_fp8(tiny, tmp_path):
+    plain = tiny().as_dtype("bfloat16")
+    work = with_fp8(plain)
+    references = References(work, "cpu", 4, tmp_path)
+    exact, port = references.get("float32"), references.get("bfloat16")
+    # The truth has the rounded weights; what eager FP8 adds is more than bfloat16 does.
+    assert worst_error(exact.latents, References(plain, "cpu", 4, tmp_path).get("float32").latents)
+    fp8, bf16 = references.port_errors()[0], References(plain, "cpu", 4, tmp_path).port_errors()[0]
+    assert fp8 > 1.2 * bf16
+    assert check(port, references).passed
+    wrong = replace(port, latents=exact.latents + 3 * (port.latents - exact.latents))
+    assert not check(wrong, references).passed
+    # Our operators are other arithmetic than the port's, and as good.
+    clock, operators = LoadClock(), replace(SUBJECTS["operators"], fp8=True)
+    with operators.open(work, "cpu", clock) as session:
+        assert check(roll_out(session, work.prompt(), 4), references).passed
