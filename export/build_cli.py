@@ -117,16 +117,31 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print the engine record.")] = False,
 ) -> None:
     """Compile engines into a bundle: only what is missing or changed."""
+    if backend not in ("tensorrt", "tensorrt-rtx", "inductor"):
+        raise InputError(
+            f"--backend is {backend!r}; allowed are tensorrt, tensorrt-rtx and inductor "
+            "(onnxruntime needs no build)"
+        )
+    if backend == "inductor":
+        foreign: dict[str, Any] = {
+            "--target": target, "--frontend": frontend != "onnx", "--refit": refit,
+            "--refit-from": refit_from, "--strip-weights": strip_weights, "--tf32": tf32,
+            "--version-compatible": version_compatible, "--workspace-gb": workspace_gb,
+            "--hardware-compatible": hardware_compatible, "--layer-info": layer_info,
+            "--optimization-level": optimization_level is not None,
+            "--profiling-verbosity": profiling_verbosity != "detailed",
+        }  # fmt: skip
+    else:
+        foreign = {
+            "--device": device != "cuda", "--text-rows": text_rows, "--no-autotune": not autotune
+        }  # fmt: skip
+    if given := [option for option, value in foreign.items() if value]:
+        raise InputError(f"--backend {backend} does not have {', '.join(given)}")
     if backend == "inductor":
         _build_inductor(bundle, device, text_rows, autotune, dry_run=dry_run, as_json=as_json)
         return
     from forcing_kv.export.build import plan_build, run_build, target_device
 
-    if backend not in ("tensorrt", "tensorrt-rtx"):
-        raise InputError(
-            f"--backend is {backend!r}; allowed are tensorrt, tensorrt-rtx and inductor "
-            "(onnxruntime needs no build)"
-        )
     options = EngineOptions(
         cast(Any, backend), target, cast(Any, frontend), version_compatible, hardware_compatible,
         refit or refit_from is not None, strip_weights, tf32, workspace_gb, optimization_level,

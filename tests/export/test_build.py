@@ -200,7 +200,7 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
         copied.unlink()
         contents = {each.name: onnx.numpy_helper.to_array(each).tobytes() for each in values}
         wanted[path.stem] = {n: c for n, c in contents.items() if len(c) > INLINE_NBYTES}
-        return BuiltPlan(b"plan", BuildLog(), shared_weights(path))
+        return BuiltPlan(b"plan", BuildLog(nbytes={"weights": 0}), shared_weights(path))
 
     monkeypatch.setattr(build, "build_plan", build_plan)
     before = read_manifest(half_bundle).engines
@@ -320,6 +320,19 @@ def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         EngineOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "named"),
+    [
+        ("inductor", ["--refit", "--target", "sm89", "--optimization-level", "0"], "--target, --r"),
+        ("tensorrt-rtx", ["--device", "cpu", "--text-rows", "4"], "--device, --text-rows"),
+        ("tensorrt", ["--no-autotune"], "--no-autotune"),
+    ],
+)
+def test_options_of_another_backend_are_not_passed_over(half_bundle, backend, options, named):
+    with pytest.raises(InputError, match=f"--backend {backend} does not have {named}"):
+        fkv("build", half_bundle, "--backend", backend, *options)
 
 
 def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
