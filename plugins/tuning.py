@@ -71,7 +71,10 @@ def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
     """
     table = (read_table(path) if path.is_file() else {}) | {entry.key: entry for entry in entries}
     lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+    # Whoever is stopped half-way leaves the table as it was.
+    partial = path.with_name(f".{path.name}")
+    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+    partial.replace(path)
 
 
 @cache

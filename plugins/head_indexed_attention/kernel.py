@@ -57,6 +57,11 @@ TACTICS = (
 )
 
 
+MAX_POOL_ROWS = 2**30
+"""What a pool's tensor descriptor states as its rows: more than any pool has. Only full tiles of
+valid rows are loaded through it, and so one kernel serves layers whatever their split of heads."""
+
+
 @triton.jit
 def _head_by_length(length, position, HEADS: tl.constexpr):
     """The head in `position` when heads with more history come first, then lower heads."""
@@ -185,7 +190,7 @@ def launch(problem: Problem, tactic: Tactic) -> Launch:
         "H": num_heads,
         "D": head_dim,
         "MAX_HISTORY": problem.attributes["max_history"],
-        "TMA_ROWS": problem.sizes["R"] if tactic.tma else 0,
+        "TMA_ROWS": MAX_POOL_ROWS if tactic.tma else 0,
         "SCALE": math.log2(math.e) / math.sqrt(head_dim),
         "PRECISION": "ieee" if problem.dtype == "float32" else "tf32",
         "Q": tile,

@@ -83,8 +83,8 @@ def attend_queries(
 
     A head's key tiles are the full ones of its history and of the new rows, then what is left of
     either, where anything is. Returns the sum of weighted values, the sum of weights and the
-    largest score of every query. Full tiles are loaded by TMA if TMA_ROWS, the rows of the pool, is
-    not 0.
+    largest score of every query. Full tiles are loaded by TMA if TMA_ROWS, the most rows of a pool,
+    is not 0.
     """
     row = tl.arange(0, Q)
     channel = tl.arange(0, D)

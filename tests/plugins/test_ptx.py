@@ -95,6 +95,17 @@ def test_every_tactic_compiles_for_every_device(spec, dtype, device):
             check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
 
 
+def test_one_kernel_serves_every_split_of_heads():
+    kernel = op_module(HEAD_INDEXED_ATTENTION, "kernel")
+    sizes = [{"N": 96, "H": 4, "D": 128, "R": rows} for rows in (1000, 2000)]
+    for tactic in kernel.TACTICS:
+        first, second = (
+            kernel.launch(Problem(each, {"max_history": 300}, "bfloat16", 132), tactic)
+            for each in sizes
+        )
+        assert first.constants == second.constants
+
+
 def test_tma_is_refused_where_there_is_none():
     tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
     tactic = next(tactic for tactic in tactics if tactic.tma)

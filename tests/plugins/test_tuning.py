@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,20 @@ def test_later_measurement_replaces_the_earlier(tmp_path):
     update_table([ENTRY], path)
     update_table([replace(ENTRY, tactic="wide"), replace(ENTRY, gpu="other")], path)
     assert [entry.tactic for entry in read_table(path).values()] == ["wide", "deep"]
+
+
+def test_table_survives_a_writer_that_is_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    update_table([ENTRY], path)
+
+    def stop(self, text):
+        self.open("w").write(text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        update_table([replace(ENTRY, tactic="wide")], path)
+    assert [entry.tactic for entry in read_table(path).values()] == ["deep"]
 
 
 def test_unknown_field_is_refused_with_the_known_ones(tmp_path):
