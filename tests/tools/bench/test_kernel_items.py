@@ -115,6 +115,17 @@ def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeyp
     assert result.exit_code == code, result.output
 
 
+def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatch):
+    def stop(case, _):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(op_bench, "baselines", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
+    assert "the device is gone" in str(result.exception)
+    assert "triton rows1" in result.stdout
+
+
 def test_checks_count_kernels_and_name_the_wrong_one(device):
     (row,) = worker._checks(CHECKS, "abc")
     assert row.status == "ok"
