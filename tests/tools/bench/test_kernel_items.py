@@ -122,6 +122,17 @@ def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeyp
     assert result.exit_code == code, result.output
 
 
+def test_checks_count_kernels_and_name_the_wrong_one(device):
+    (row,) = worker._checks(CHECKS, "abc")
+    assert row.status == "ok"
+    assert row.metrics["num_checks"] > 3
+    assert len(device.compiled) >= row.metrics["num_checks"]
+    device.wrong = "128x128"
+    (row,) = worker._checks(CHECKS, "abc")
+    assert row.status == "gate_failed"
+    assert "head_indexed_attention, no history, bfloat16, 128x128: out is off by" in row.error
+
+
 def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatch):
     def stop(case, _):
         raise RuntimeError("the device is gone")
@@ -140,14 +151,3 @@ def test_checks_go_on_where_kernels_cannot_be_compiled_together(device, monkeypa
     monkeypatch.setattr(kernel_checks, "compile_together", fail)
     (row,) = worker._checks(CHECKS, "abc")
     assert row.metrics["num_checks"] > 3
-
-
-def test_checks_count_kernels_and_name_the_wrong_one(device):
-    (row,) = worker._checks(CHECKS, "abc")
-    assert row.status == "ok"
-    assert row.metrics["num_checks"] > 3
-    assert len(device.compiled) >= row.metrics["num_checks"]
-    device.wrong = "128x128"
-    (row,) = worker._checks(CHECKS, "abc")
-    assert row.status == "gate_failed"
-    assert "head_indexed_attention, no history, bfloat16, 128x128: out is off by" in row.error
