@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -99,6 +101,21 @@ def lend_memory(device: torch.device) -> None:
     triton.set_allocator(allocate)
 
 
+def plan_call(
+    spec: OpSpec,
+    inputs: Sequence[Tensor],
+    attributes: Attributes,
+    outputs: Sequence[Tensor],
+    tactic: Tactic,
+    num_sms: int,
+) -> tuple[Launch, tuple[Tensor, ...]]:
+    """How `run_kernel` launches, and with which tensors."""
+    readable, strides = accepted_inputs(spec, inputs)
+    problem = replace(problem_of(spec, inputs, attributes, num_sms), row_strides=strides)
+    plan = op_module(spec, "kernel").launch(problem, tactic)
+    return plan, (*readable, *outputs, *scratch_memory(plan, inputs[0].device))
+
+
 def run_kernel(
     spec: OpSpec,
     inputs: Sequence[Tensor],
@@ -117,19 +134,35 @@ def run_kernel(
         tactic: one of the kernel's tactics.
         num_sms: multiprocessors to schedule for.
     """
-    readable, strides = accepted_inputs(spec, inputs)
-    problem = replace(problem_of(spec, inputs, attributes, num_sms), row_strides=strides)
-    plan = op_module(spec, "kernel").launch(problem, tactic)
+    plan, tensors = plan_call(spec, inputs, attributes, outputs, tactic, num_sms)
     if tactic.tma:
         lend_memory(inputs[0].device)
-    plan.kernel[plan.grid](
-        *readable,
-        *outputs,
-        *scratch_memory(plan, inputs[0].device),
-        **plan.constants,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    plan.kernel[plan.grid](*tensors, **plan.constants, **options)
+
+
+def compile_together(calls: Iterable[tuple[Any, ...]]) -> None:
+    """Compile the kernels of several calls at once, on all cores of the host.
+
+    Their launches find them in Triton's cache. What does not compile is left to its launch, which
+    says why.
+
+    Args:
+        calls: arguments of `run_kernel`.
+    """
+    import triton
+
+    plans = [plan_call(*call) for call in calls]
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for plan, tensors in plans:
+            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+            plan.kernel.warmup(*tensors, grid=plan.grid, **plan.constants, **options)
+    for plan, _ in plans:
+        # Kernels in memory may be ones that failed; those on the disk are whole.
+        plan.kernel.device_caches.clear()
 
 
 def tactic_for(spec: OpSpec, tactics: Sequence[Tactic], problem: Problem, device: int) -> Tactic:

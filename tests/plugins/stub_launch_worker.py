@@ -2,19 +2,31 @@
 
 Usage: python stub_launch_worker.py LIBRARY, where LIBRARY is the stub, a libcuda.so.1. For every
 kernel it prints the addresses that it must receive and its geometry; the stub prints what it does.
+All kernels are compiled before, among them one that cannot be; at the end it prints how many were
+compiled nevertheless, if the launch of that one says so.
 """
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 import torch
 from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
 from forcing_kv.plugins import triton_run
 from forcing_kv.plugins.cases import cases_of
-from forcing_kv.plugins.registry import OPS, op_module
-from forcing_kv.plugins.triton_run import empty_outputs, problem_of, run_kernel, scratch_memory
+from forcing_kv.plugins.launch import Tactic
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
+from forcing_kv.plugins.triton_run import (
+    compile_together,
+    empty_outputs,
+    problem_of,
+    run_kernel,
+    scratch_memory,
+)
 
 NUM_SMS = 3
 STREAM = 0x55
@@ -26,6 +38,10 @@ def tactics(spec):
     for tactic in op_module(spec, "kernel").TACTICS:
         kinds.setdefault((tactic.schedule, tactic.tma), tactic)
     return kinds.values()
+
+
+def cubins():
+    return Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")
 
 
 def main() -> None:
@@ -42,18 +58,30 @@ def main() -> None:
         return scratch
 
     triton_run.scratch_memory = remember
+    calls = []
     for spec in OPS:
         case = cases_of(spec)[-1]
         inputs = case.build(torch.bfloat16)
         outputs = empty_outputs(spec, inputs, case.attributes)
-        for tactic in tactics(spec):
-            scratch.clear()
-            print("tactic", spec.torch_name, tactic.name, int(tactic.tma), flush=True)
-            run_kernel(spec, inputs, case.attributes, outputs, tactic, NUM_SMS)
-            problem = problem_of(spec, inputs, case.attributes, NUM_SMS)
-            plan = op_module(spec, "kernel").launch(problem, tactic)
-            addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs, *scratch)]
-            print("wanted", STREAM, *plan.grid, 32 * plan.num_warps, *addresses, flush=True)
+        calls += [(spec, inputs, case.attributes, outputs, t, NUM_SMS) for t in tactics(spec)]
+    attention = next(call for call in calls if call[0] is HEAD_INDEXED_ATTENTION)
+    broken = (*attention[:4], Tactic("broken", 4, blocks={"Q": 48, "K": 32}), NUM_SMS)
+    compile_together([broken, *calls])
+    compiled = set(cubins())
+    for spec, inputs, attributes, outputs, tactic, num_sms in calls:
+        scratch.clear()
+        print("tactic", spec.torch_name, tactic.name, int(tactic.tma), flush=True)
+        run_kernel(spec, inputs, attributes, outputs, tactic, num_sms)
+        plan = op_module(spec, "kernel").launch(
+            problem_of(spec, inputs, attributes, num_sms), tactic
+        )
+        addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs, *scratch)]
+        print("wanted", STREAM, *plan.grid, 32 * plan.num_warps, *addresses, flush=True)
+    assert len(compiled) == len(calls)
+    try:
+        run_kernel(*broken)
+    except CompilationError:
+        print("late", len(set(cubins()) - compiled))
 
 
 if __name__ == "__main__":

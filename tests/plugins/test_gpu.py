@@ -81,8 +81,13 @@ def run(case: OpCase, inputs, outputs, tactic) -> bool:
 
 
 def check_every_tactic(case: OpCase, dtype: torch.dtype, sm: int, check) -> None:
+    from forcing_kv.plugins.triton_run import compile_together, multiprocessors
+
     inputs = case.build(dtype, device="cuda")
-    for tactic in tactics_of(case, dtype, sm):
+    tactics, some = tactics_of(case, dtype, sm), poisoned_outputs(case, inputs)
+    compile_together((case.spec, inputs, case.attributes, some, tactic, multiprocessors(0))
+                     for tactic in tactics)  # fmt: skip
+    for tactic in tactics:
         outputs = poisoned_outputs(case, inputs)
         if run(case, inputs, outputs, tactic):
             check(case, inputs, outputs)

@@ -92,6 +92,7 @@ def said(tmp_path_factory):
 
 
 def test_every_kind_of_kernel_gets_its_tensors_and_no_other_memory_but_what_tma_is_lent(said):
+    *said, _ = said
     launches = list(zip(said[::3], said[1::3], said[2::3], strict=True))
     assert len(launches) == 3 + 5
     for (_, *tactic), launched, wanted in launches:
@@ -102,3 +103,9 @@ def test_every_kind_of_kernel_gets_its_tensors_and_no_other_memory_but_what_tma_
         lent, profiled = map(int, launched[-2:])
         assert bool(lent) == bool(tma), tactic
         assert profiled == 0
+
+
+def test_kernels_compiled_together_are_not_compiled_again_and_a_broken_one_fails_at_its_launch(
+    said,
+):
+    assert said[-1] == ["late", "0"]

@@ -8,8 +8,11 @@ graph and replayed, which must give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +21,17 @@ from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.launch import Tactic, default_tactic
 from forcing_kv.plugins.registry import op_module
-from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_kernel
+from forcing_kv.plugins.triton_run import (
+    compile_together,
+    empty_outputs,
+    multiprocessors,
+    run_kernel,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_COMPILED_TOGETHER = 32
+"""Checks whose kernels are compiled at once."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,23 @@ def check_kernels(budget_s: float) -> Iterator[KernelCheck]:
     from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
 
-    start = perf_counter()
-    for case, dtype, tactic in _in_order():
-        if perf_counter() - start > budget_s:
+    end = perf_counter() + budget_s
+    checks = _in_order()
+    for first in range(0, len(checks), _COMPILED_TOGETHER):
+        if perf_counter() > end:
             return
-        try:
-            yield _check(case, dtype, tactic)
-        except OutOfResources:
-            continue
-        except (RuntimeError, TritonError) as error:
-            yield KernelCheck(_name(case, dtype, tactic), False, f"does not run: {error}")
+        some = checks[first : first + _COMPILED_TOGETHER]
+        with suppress(RuntimeError):  # After a crash of the device; the checks say so.
+            compile_together([_call(*check) for check in some])
+        for case, dtype, tactic in some:
+            if perf_counter() > end:
+                return
+            try:
+                yield _check(case, dtype, tactic)
+            except OutOfResources:
+                continue
+            except (RuntimeError, TritonError) as error:
+                yield KernelCheck(_name(case, dtype, tactic), False, f"does not run: {error}")
 
 
 def _name(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> str:
@@ -77,13 +95,17 @@ def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
     return [(c, d, t) for _, _, c, d, t in sorted(every, key=lambda entry: entry[:2])]
 
 
-def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
+def _call(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> tuple[Any, ...]:
+    """Arguments of `run_kernel`."""
     inputs = case.build(dtype, device="cuda")
     outputs = empty_outputs(case.spec, inputs, case.attributes)
+    return case.spec, inputs, case.attributes, outputs, tactic, multiprocessors(0)
 
-    def run() -> None:
-        run_kernel(case.spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))
 
+def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
+    call = _call(case, dtype, tactic)
+    inputs, outputs = call[1], call[3]
+    run = partial(run_kernel, *call)
     _poison(outputs)
     run()
     errors = output_errors(case.spec, inputs, case.attributes, outputs)

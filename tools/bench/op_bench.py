@@ -14,7 +14,12 @@ from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.plugins.launch import Tactic
 from forcing_kv.plugins.registry import op_module
-from forcing_kv.plugins.triton_run import empty_outputs, multiprocessors, run_kernel
+from forcing_kv.plugins.triton_run import (
+    compile_together,
+    empty_outputs,
+    multiprocessors,
+    run_kernel,
+)
 from forcing_kv.plugins.tuning import TunedTactic
 from forcing_kv.runtime_trt.console import talk, track
 from forcing_kv.tools.bench.gpu_timing import DeviceBounds, measure_bounds, time_cold, time_graph
@@ -102,16 +107,18 @@ class OpBench:
 
         spec = case.spec
         major, minor = torch.cuda.get_device_capability()
-        for tactic in op_module(spec, "kernel").TACTICS:
-            if not tactic.runs_on(10 * major + minor):
-                continue
+        tactics = [t for t in op_module(spec, "kernel").TACTICS if t.runs_on(10 * major + minor)]
+        outputs = empty_outputs(spec, inputs, case.attributes)
+        calls = [
+            (spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))
+            for tactic in tactics
+        ]
+        compile_together(calls)
+        for tactic, arguments in zip(tactics, calls, strict=True):
             name = f"triton {tactic.name}"
-            outputs = empty_outputs(spec, inputs, case.attributes)
             for output in outputs:
                 output.fill_(float("nan") if output.is_floating_point() else -1)
-            call = partial(
-                run_kernel, spec, inputs, case.attributes, outputs, tactic, multiprocessors(0)
-            )
+            call = partial(run_kernel, *arguments)
             try:
                 call()
                 torch.cuda.synchronize()

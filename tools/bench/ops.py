@@ -62,20 +62,23 @@ def bench_ops(
     from forcing_kv.tools.bench.rows import append_row
 
     bench = OpBench(dtype, warmup, iterations)
-    rows = []
-    for workload in workloads:
-        for row in bench.rows(workload):
-            rows.append(row)
-            if out is not None:
-                append_row(out, row)
-        if update_table:
-            # After every size, for the next may be stopped before its end.
-            tuning.update_table(bench.tuned)
-            talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
-    if as_json:
-        print_json({"rows": [row.to_json() for row in rows]})
-    else:
-        _print_rows(rows)
+    rows: list[Row] = []
+    try:
+        for workload in workloads:
+            for row in bench.rows(workload):
+                rows.append(row)
+                if out is not None:
+                    append_row(out, row)
+            if update_table:
+                # After every size, for the next may be stopped before its end.
+                tuning.update_table(bench.tuned)
+                talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
+    finally:
+        # Whatever stops it, a crash of the device included: what was measured is told.
+        if as_json:
+            print_json({"rows": [row.to_json() for row in rows]})
+        else:
+            _print_rows(rows)
     if any(row.status != "ok" and ": triton" in row.subject for row in rows):
         raise typer.Exit(ExitCode.CHECK_FAILED)
 

@@ -31,12 +31,18 @@ class Device:
     crashing: str | None = None
     launched: str = ""
 
+    def __init__(self):
+        self.compiled = []
+
     def run(self, spec, inputs, attributes, outputs, tactic, num_sms):
         self.launched = tactic.name
         if tactic.name == self.broken:
             raise RuntimeError("the compiler gave up")
         for output, value in zip(outputs, reference_outputs(spec, inputs, attributes), strict=True):
             output.copy_(value + (tactic.name == self.wrong))
+
+    def compile(self, calls):
+        self.compiled += [(call[0].name, call[4].name) for call in calls]
 
     def synchronize(self):
         if self.launched == self.crashing:
@@ -58,6 +64,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
     for module in (kernel_checks, op_bench):
         monkeypatch.setattr(module, "run_kernel", made.run)
+        monkeypatch.setattr(module, "compile_together", made.compile)
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(op_bench, "time_cold", made.time)
     monkeypatch.setattr(op_bench, "time_graph", made.time)
@@ -144,7 +151,28 @@ def test_checks_count_kernels_and_name_the_wrong_one(device):
     (row,) = worker._checks(CHECKS, "abc")
     assert row.status == "ok"
     assert row.metrics["num_checks"] > 3
+    assert len(device.compiled) >= row.metrics["num_checks"]
     device.wrong = "128x128"
     (row,) = worker._checks(CHECKS, "abc")
     assert row.status == "gate_failed"
     assert "head_indexed_attention, no history, bfloat16, 128x128: out is off by" in row.error
+
+
+def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatch):
+    def stop(case, _):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(op_bench, "baselines", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
+    assert "the device is gone" in str(result.exception)
+    assert "triton rows1" in result.stdout
+
+
+def test_checks_go_on_where_kernels_cannot_be_compiled_together(device, monkeypatch):
+    def fail(calls):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernel_checks, "compile_together", fail)
+    (row,) = worker._checks(CHECKS, "abc")
+    assert row.metrics["num_checks"] > 3
