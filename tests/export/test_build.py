@@ -110,7 +110,6 @@ def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
     assert plan.read_bytes() != b"damaged"
     listed = fkv("inspect", half_bundle).stdout
     assert "engines/tensorrt-rtx-sm89: tensorrt-rtx for sm89, default options; built" in listed
-    assert record["files"][record["graphs"]["evict"]["file"]][:12] not in listed.replace("\n", "")
     assert again["files"][again["graphs"]["evict"]["file"]][:12] in listed
 
 

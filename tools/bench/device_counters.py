@@ -37,17 +37,20 @@ def kv_nbytes(session: Session) -> dict[str, int]:
 
     Returns:
         `kv_history_nbytes` for the past, and `kv_nbytes` with the running chunk's own rows, which a
-        dense cache holds in the same buffer.
+        dense cache holds in the same buffer, and the rows that an eviction hands to the commit.
     """
     backend: Any = session.backend
     if hasattr(backend, "nbytes_kv"):
         history, own = int(backend.nbytes_kv), int(backend.nbytes_own)
     else:
         layers = range(session.config.model.num_layers)
-        history, own = (
-            sum(_buffer_nbytes(backend, f"{name}_{part}.{i}") for part in "kv" for i in layers)
-            for name in ("hist", "new")
-        )
+        history, own, selected = (
+            sum(_buffer_nbytes(backend, f"{name}_{part}.{i}") for part in "kv" for i in chosen)
+            for name, chosen in (
+                ("hist", layers), ("new", layers), ("dyn", session.config.evicted_layers)
+            )
+        )  # fmt: skip
+        own += selected
     return {"kv_history_nbytes": history, "kv_nbytes": history + own}
 
 

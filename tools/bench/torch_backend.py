@@ -159,10 +159,11 @@ class TorchBackend(Backend):
 
     @property
     def nbytes_own(self) -> int:
-        """Bytes of the running chunk's rows, where they are not in the same tensors."""
+        """Bytes of the running chunk's and the selected rows, where they have own tensors."""
         if self._options.style == "dense":
             return 0
-        return sum(rows.nbytes for part in self._made.new for rows in part)
+        stacks = (*self._made.new, *self._made.dynamic)
+        return sum(rows.nbytes for stack in stacks for rows in stack)
 
     def _passes(self, model: CausalWanModel) -> tuple[Pass, Pass]:
         """The eager pass and the one to use in steady chunks."""
