@@ -38,7 +38,7 @@ from forcing_kv.runtime_trt.manifest import (
 )
 
 BUILD_VERSION = 2
-"""Raised when this module makes other engines of the same inputs."""
+"""Raised when the same inputs give other engines, or plugins have other tactics."""
 
 ENGINE_FOLDER = "engines"
 
@@ -97,7 +97,8 @@ class BuildPlan:
         version = self.environment[self.options.module]
         # Two GPUs of one architecture, such as H100 and H200, measure differently.
         gpu = re.sub("[^a-z0-9]+", "-", self.environment.get("gpu", self.target).lower())
-        return f"{ENGINE_FOLDER}/timing-{gpu.strip('-')}-{version}.cache"
+        # The cache knows a plugin's tactics by their numbers alone.
+        return f"{ENGINE_FOLDER}/timing-{gpu.strip('-')}-{version}-{BUILD_VERSION}.cache"
 
     @property
     def to_do(self) -> tuple[GraphBuild, ...]:

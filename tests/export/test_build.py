@@ -335,7 +335,7 @@ def test_options_of_another_backend_are_not_passed_over(half_bundle, backend, op
 
 
 def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
-    from forcing_kv.export.build import BuildPlan
+    from forcing_kv.export.build import BUILD_VERSION, BuildPlan
 
     manifest = read_manifest(half_bundle)
     found = {
@@ -347,9 +347,9 @@ def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
         )
     }
     assert found == {
-        "engines/timing-nvidia-h100-80gb-hbm3-11.4.0.106.cache",
-        "engines/timing-nvidia-h200-11.4.0.106.cache",
-        "engines/timing-nvidia-h200-11.5.0.1.cache",
+        f"engines/timing-nvidia-h100-80gb-hbm3-11.4.0.106-{BUILD_VERSION}.cache",
+        f"engines/timing-nvidia-h200-11.4.0.106-{BUILD_VERSION}.cache",
+        f"engines/timing-nvidia-h200-11.5.0.1-{BUILD_VERSION}.cache",
     }
     rtx_plan = BuildPlan(half_bundle, manifest, STRIPPED, {"sm": "89"}, ())
     assert rtx_plan.timing_cache is None
