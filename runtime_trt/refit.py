@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 TRT_DTYPES = {
     "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "int64": "INT64",
-    "bool": "BOOL", "uint8": "UINT8",
+    "bool": "BOOL", "uint8": "UINT8", "float8_e4m3fn": "FP8",
 }  # fmt: skip
 """Names of dtypes as torch has them → TensorRT's."""
 

@@ -26,6 +26,7 @@ from forcing_kv.export.fusion import fuse_gelu_, fuse_qkv_
 from forcing_kv.export.inductor_package import InductorOptions
 from forcing_kv.export.memory_model import engine_nbytes
 from forcing_kv.export.onnx_graph import onnx_model
+from forcing_kv.export.stripped_weights import shared_weights
 from forcing_kv.export.verify_bundle import verify_bundle
 from forcing_kv.runtime_trt.backends import open_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
@@ -33,6 +34,7 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, 
 from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Scales, LinearScales
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
+from forcing_kv.runtime_trt.refit import TRT_DTYPES
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.tools.cli import COMMANDS, build_app
 
@@ -249,6 +251,12 @@ def test_a_bundle_holds_8_bits_and_gives_them_back(bundle):
     counted = engine_nbytes(SHAPE, "float32", manifest.fp8.counts)
     assert sum(counted.values()) == stored
     assert "16 linear layers in FP8" in fkv("inspect", bundle).stdout
+
+
+def test_a_stripped_engine_could_be_given_the_weights(bundle):
+    table = shared_weights(bundle / "graphs/step.onnx")
+    assert "float8_e4m3fn" in {entry.dtype for entry in table.values()}
+    assert {entry.dtype for entry in table.values()} <= set(TRT_DTYPES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
