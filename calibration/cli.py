@@ -29,14 +29,34 @@ _SCHEDULE_PANEL = "Schedule"
 _ROLLOUT_PANEL = "Rollouts"
 _RULE_PANEL = "Rule"
 
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
+]
+Seeds = Annotated[
+    str, typer.Option(help="Seeds, each with every prompt.", rich_help_panel=_ROLLOUT_PANEL)
+]
+NumChunks = Annotated[
+    int, typer.Option(min=1, help="Chunks of a rollout.", rich_help_panel=_ROLLOUT_PANEL)
+]
+WindowFrames = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames that dense attention sees, sink and own chunk included. Default: all.",
+        rich_help_panel=_ROLLOUT_PANEL,
+    ),
+]
+TorchDevice = Annotated[str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
+]
+
 
 def calibrate_heads(
     out: Annotated[Path, typer.Option(help="Folder that receives heads.json and heads.png.")],
     model: ModelName = "digits",
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
-    ] = None,
+    prompt: Prompts = None,
     checkpoint: Checkpoint = None,
     config: ModelConfig = None,
     weights: WeightSet = None,
@@ -59,12 +79,8 @@ def calibrate_heads(
             rich_help_panel=_SCHEDULE_PANEL,
         ),
     ] = True,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds, each with every prompt.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = "0,1",
-    num_chunks: Annotated[
-        int, typer.Option(min=1, help="Chunks of a rollout.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = 7,
+    seeds: Seeds = "0,1",
+    num_chunks: NumChunks = 7,
     profile_chunks: Annotated[
         str | None,
         typer.Option(
@@ -79,13 +95,7 @@ def calibrate_heads(
             rich_help_panel=_ROLLOUT_PANEL,
         ),
     ] = None,
-    window_frames: Annotated[
-        int | None,
-        typer.Option(
-            help="Frames that dense attention sees, sink and own chunk included. Default: all.",
-            rich_help_panel=_ROLLOUT_PANEL,
-        ),
-    ] = None,
+    window_frames: WindowFrames = None,
     sink_frames: Annotated[
         int,
         typer.Option(
@@ -93,9 +103,7 @@ def calibrate_heads(
         ),
     ] = 0,
     dtype: ComputeDType = "float32",
-    device: Annotated[
-        str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = "cpu",
+    device: TorchDevice = "cpu",
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -109,10 +117,8 @@ def calibrate_heads(
     last_k: Annotated[
         int, typer.Option(help="Last key frames compared.", rich_help_panel=_RULE_PANEL)
     ] = 4,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
-    ] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the content of heads.json on stdout.")
     ] = False,

@@ -8,7 +8,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from forcing_kv.calibration.cli import parse_integers
+from forcing_kv.calibration.cli import (
+    DryRun,
+    Force,
+    NumChunks,
+    Prompts,
+    Seeds,
+    TorchDevice,
+    WindowFrames,
+    parse_integers,
+)
 from forcing_kv.export.model_options import (
     Checkpoint,
     ChunkFrames,
@@ -26,16 +35,11 @@ from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.resolution import parse_latent_size
 
-_ROLLOUT_PANEL = "Rollouts"
-
 
 def calibrate_fp8(
     out: Annotated[Path, typer.Option(help="Folder that receives fp8.json and fp8.png.")],
     model: ModelName = "digits",
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
-    ] = None,
+    prompt: Prompts = None,
     checkpoint: Checkpoint = None,
     config: ModelConfig = None,
     weights: WeightSet = None,
@@ -47,27 +51,13 @@ def calibrate_fp8(
     skip_layers: Annotated[
         str | None, typer.Option(help="Blocks to leave in the compute dtype, such as 0,29.")
     ] = None,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds, each with every prompt.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = "0,1",
-    num_chunks: Annotated[
-        int, typer.Option(min=1, help="Chunks of a rollout.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = 2,
-    window_frames: Annotated[
-        int | None,
-        typer.Option(
-            help="Frames that dense attention sees, sink and own chunk included. Default: all.",
-            rich_help_panel=_ROLLOUT_PANEL,
-        ),
-    ] = None,
+    seeds: Seeds = "0,1",
+    num_chunks: NumChunks = 2,
+    window_frames: WindowFrames = None,
     dtype: ComputeDType = "float32",
-    device: Annotated[
-        str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)
-    ] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
-    ] = False,
+    device: TorchDevice = "cpu",
+    force: Force = False,
+    dry_run: DryRun = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the content of fp8.json on stdout.")
     ] = False,
