@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from forcing_kv.calibration.fp8_scales import AmaxRecorder, Fp8Calibration
+from forcing_kv.calibration.fp8_scales import Fp8Calibration
+from forcing_kv.calibration.linear_recorder import AmaxRecorder
 from forcing_kv.calibration.model_source import load_shipped
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import block_linears
@@ -103,3 +104,9 @@ def test_a_dry_run_writes_nothing(tmp_path):
     result = run("--out", tmp_path / "out", "--dry-run")
     assert "32 linear layers" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recorder_needs_pytorch_and_numpy_alone(run_blocked):
+    others = ["matplotlib", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "typer"]
+    done = run_blocked("import forcing_kv.calibration.linear_recorder", blocked=others)
+    assert done.returncode == 0, done.stderr

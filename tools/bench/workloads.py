@@ -108,7 +108,7 @@ def with_fp8(plain: Workload) -> Workload:
     """The same workload with linear layers in FP8, by scales measured on one chunk of its own."""
 
     def load(device: str) -> CausalWanModel:
-        from forcing_kv.calibration.fp8_scales import measure_amax
+        from forcing_kv.calibration.linear_recorder import measure_amax
         from forcing_kv.calibration.rollouts import Rollout
         from forcing_kv.export.engine import EagerBackend
         from forcing_kv.export.fp8_model import quantize_, scales_for
