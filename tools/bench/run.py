@@ -18,6 +18,7 @@ from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, s
 from forcing_kv.tools.bench.workloads import (
     PIXEL_FRAMES_PER_LATENT,
     Workload,
+    check_fp8_dtype,
     random_prompt,
     workload,
 )
@@ -126,6 +127,8 @@ def bundle_workload(bundle: Path) -> Workload:
     """The model of a bundle, for its references: heads are sorted already."""
     manifest = read_manifest(bundle)
     config = manifest.config
+    if manifest.fp8 is not None:
+        check_fp8_dtype(config.dtype)
     counts = [len(heads) for heads in config.partition.static_heads]
     static = tuple(tuple(range(count)) for count in counts)
     config = replace(config, partition=HeadPartition(config.partition.num_heads, static))
@@ -151,4 +154,5 @@ def bundle_workload(bundle: Path) -> Workload:
         prompt,
         # The digits codec has no temporal compression; Wan's VAE has four frames a latent.
         1 if manifest.decoder == "digits" else PIXEL_FRAMES_PER_LATENT,
+        fp8=manifest.fp8 is not None,
     )

@@ -86,8 +86,7 @@ def workload(
         InputError: no such model, size or policy, or FP8 in float32.
     """
     if fp8:
-        if dtype == "float32":
-            raise InputError("FP8 is measured beside a 16-bit dtype; give bfloat16 or float16")
+        check_fp8_dtype(dtype)
         return with_fp8(workload(model, size, policy, dtype))
     if policy not in ("forcing-kv", "dense"):
         raise InputError(f"policy {policy!r} is unknown; choose forcing-kv or dense")
@@ -102,6 +101,16 @@ def workload(
     if model == "golden":
         return _golden(policy, dtype)
     raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
+
+
+def check_fp8_dtype(dtype: DType) -> None:
+    """Refuse FP8 beside float32, which is the gate's reference.
+
+    Raises:
+        InputError: the dtype is float32.
+    """
+    if dtype == "float32":
+        raise InputError("FP8 is measured beside a 16-bit dtype; take bfloat16 or float16")
 
 
 def with_fp8(plain: Workload) -> Workload:

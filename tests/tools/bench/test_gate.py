@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ChunkShape
 from forcing_kv.tools.bench import torch_backend
 from forcing_kv.tools.bench.attention import GroupedHistory
 from forcing_kv.tools.bench.gate import References, Rollout, check, roll_out, worst_error
 from forcing_kv.tools.bench.subjects import SUBJECTS, LoadClock
-from forcing_kv.tools.bench.workloads import random_wan, spread_partition, with_fp8
+from forcing_kv.tools.bench.workloads import random_wan, spread_partition, with_fp8, workload
 
 SCORES = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
 BEST = np.arange(3, dtype=np.int32)
@@ -144,3 +145,9 @@ def test_fp8_is_held_against_eager_fp8(tiny, tmp_path):
     clock, operators = LoadClock(), replace(SUBJECTS["operators"], fp8=True)
     with operators.open(work, "cpu", clock) as session:
         assert check(roll_out(session, work.prompt(), 4), references).passed
+
+
+def test_fp8_is_not_measured_beside_float32():
+    with pytest.raises(InputError, match="16-bit dtype"):
+        workload("digits", "native", "forcing-kv", "float32", fp8=True)
+    assert workload("digits", "native", "forcing-kv", "bfloat16", fp8=True).fp8
