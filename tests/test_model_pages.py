@@ -30,6 +30,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.key_maps import diffusers_from_official
 from forcing_kv.export.tae import TinyDecoder
 from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.tools import cli
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "models"
@@ -135,9 +136,11 @@ def test_commands_run_on_stand_ins(page, downloads, capfd):
 @pytest.mark.slow
 def test_commands_of_the_overview_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    ((tested, _, (words,)),) = blocks(PAGES / "README.md")
-    assert tested
-    with pytest.raises(SystemExit) as stop:
-        cli.main(words[1:])
-    assert not stop.value.code, capfd.readouterr().err
+    for tested, name, commands in blocks(PAGES / "README.md"):
+        assert tested, name
+        for words in commands:
+            with pytest.raises(SystemExit) as stop:
+                cli.main(words[1:])
+            assert not stop.value.code, capfd.readouterr().err
     assert Path("policy/policy.png").is_file()
+    assert read_manifest(Path("bundle-fp8")).fp8
