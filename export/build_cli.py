@@ -15,8 +15,8 @@ from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.folders import check_folder
 
 if TYPE_CHECKING:
-    from forcing_kv.export.build import BuildPlan
     from forcing_kv.export.engine_builder import LayerInfo
+    from forcing_kv.export.planning import BuildPlan
 
 _TENSORRT = "TensorRT"
 _INDUCTOR = "Inductor"
@@ -140,7 +140,8 @@ def build(
     if backend == "inductor":
         _build_inductor(bundle, device, text_rows, autotune, dry_run=dry_run, as_json=as_json)
         return
-    from forcing_kv.export.build import plan_build, run_build, target_device
+    from forcing_kv.export.build import run_build
+    from forcing_kv.export.planning import plan_build, target_device
 
     options = EngineOptions(
         cast(Any, backend), target, cast(Any, frontend), version_compatible, hardware_compatible,
@@ -264,7 +265,7 @@ def _dry_record(plan: BuildPlan) -> dict[str, Any]:
 
 
 def _summary(plan: BuildPlan, record: Mapping[str, Any]) -> None:
-    from forcing_kv.export.build import recorded_part
+    from forcing_kv.export.planning import recorded_part
 
     if not plan.to_do:
         talk("nothing to do: every engine is up to date")

@@ -210,8 +210,9 @@ def golden_session(
         bundle = Path(folder) / "bundle"
         export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
         if backend in ("tensorrt", "tensorrt-rtx"):
-            from forcing_kv.export.build import plan_build, run_build, target_device
+            from forcing_kv.export.build import run_build
             from forcing_kv.export.engine_options import EngineOptions
+            from forcing_kv.export.planning import plan_build, target_device
 
             engine = EngineOptions(cast(Any, backend))
             run_build(plan_build(bundle, engine, device=target_device(engine)))

@@ -204,8 +204,9 @@ def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
 
         compiled = InductorOptions(cast(Literal["cpu", "cuda"], device))
         return {"build_seconds": build_inductor(bundle, compiled)["build_seconds"]}
-    from forcing_kv.export.build import plan_build, run_build, target_device
+    from forcing_kv.export.build import run_build
     from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend
+    from forcing_kv.export.planning import plan_build, target_device
 
     options = EngineOptions(cast(TensorRtBackend, backend))
     record, layers = run_build(plan_build(bundle, options, device=target_device(options)))

@@ -16,6 +16,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.onnx_graph import INLINE_NBYTES
+from forcing_kv.export.planning import BUILD_VERSION, BuildPlan, GraphBuild, plan_build
 from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
 from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
@@ -166,7 +167,7 @@ def test_ctrl_c_stops_the_builder(half_bundle, monkeypatch, capfd, place):
         monkeypatch.setattr(engine_builder.BuildLog, "read", interrupt)
     before = signal.getsignal(signal.SIGINT)
     engines = read_manifest(half_bundle).engines
-    plan = build.plan_build(half_bundle, EngineOptions("tensorrt-rtx", "sm89"), force=True)
+    plan = plan_build(half_bundle, EngineOptions("tensorrt-rtx", "sm89"), force=True)
     with pytest.raises(KeyboardInterrupt):
         build.run_build(plan, interrupt if place == "progress" else lambda *_: None)
     assert signal.getsignal(signal.SIGINT) is before
@@ -203,7 +204,7 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
 
     monkeypatch.setattr(build, "build_plan", build_plan)
     before = read_manifest(half_bundle).engines
-    record, _ = build.run_build(build.plan_build(half_bundle, STRIPPED, force=True))
+    record, _ = build.run_build(plan_build(half_bundle, STRIPPED, force=True))
     assert set(wanted) == {"prompt", "step", "evict"}
     for name, contents in wanted.items():
         file = f"{record['folder']}/{name}.weights.json"
@@ -213,11 +214,11 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
         assert file in record["files"]
         assert record["details"][name]["weight_nbytes"] == sum(map(len, contents.values()))
     assert len(wanted["step"]) > 10
-    assert not build.plan_build(half_bundle, STRIPPED).to_do
+    assert not plan_build(half_bundle, STRIPPED).to_do
     (half_bundle / record["folder"] / "step.weights.json").write_text("{}")
-    assert [graph.name for graph in build.plan_build(half_bundle, STRIPPED).to_do] == ["step"]
-    build.run_build(build.plan_build(half_bundle, STRIPPED))
-    assert not build.plan_build(half_bundle, STRIPPED).to_do
+    assert [graph.name for graph in plan_build(half_bundle, STRIPPED).to_do] == ["step"]
+    build.run_build(plan_build(half_bundle, STRIPPED))
+    assert not plan_build(half_bundle, STRIPPED).to_do
     path = half_bundle / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "engines": list(before)}))
 
@@ -229,7 +230,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
 
     from forcing_kv.export import build
 
-    plan = build.plan_build(half_bundle, STRIPPED)
+    plan = plan_build(half_bundle, STRIPPED)
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     builder = trt.Builder(logger)
     for graph in plan.graphs:
@@ -335,8 +336,6 @@ def test_options_of_another_backend_are_not_passed_over(half_bundle, backend, op
 
 
 def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
-    from forcing_kv.export.build import BUILD_VERSION, BuildPlan
-
     manifest = read_manifest(half_bundle)
     found = {
         BuildPlan(half_bundle, manifest, EngineOptions("tensorrt"), environment, ()).timing_cache
@@ -385,7 +384,7 @@ def test_plugins_of_a_compatible_engine_are_portable(monkeypatch):
 def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):
     from forcing_kv.export import build
 
-    graph = build.GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
+    graph = GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
     detail = build._detail(graph, BuiltPlan(b"x" * 1000, BuildLog()), 1.0)
     assert detail["weight_nbytes"] == 1000
 

@@ -65,8 +65,9 @@ result = {{}}
 """
 
 BUILD = """
-from forcing_kv.export.build import plan_build, run_build
+from forcing_kv.export.build import run_build
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.export.planning import plan_build
 
 plan = plan_build(Path({bundle!r}), EngineOptions("tensorrt-rtx", target="sm89"))
 record, _ = run_build(plan)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from host_cuda import HostCuda
 
-from forcing_kv.export import build, plugin_setup
+from forcing_kv.export import build, planning, plugin_setup
 from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
@@ -139,7 +139,7 @@ def trt(request, monkeypatch):
 def plan_build(trt, bundle, refit_from=None, force=False, driver="13.0", **options):
     device = replace(HostCuda(sm=89).device, driver=driver)
     options = EngineOptions(trt.backend, **{"refit": True, **options})
-    return build.plan_build(bundle, options, force=force, device=device, refit_from=refit_from)
+    return planning.plan_build(bundle, options, force=force, device=device, refit_from=refit_from)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_the_parser_names_every_weight_as_the_graph_does(bundles):
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
     logger = rtx.Logger(rtx.Logger.INTERNAL_ERROR)
     builder = rtx.Builder(logger)
-    plan = build.plan_build(bundles[0], EngineOptions("tensorrt-rtx", "sm89"))
+    plan = planning.plan_build(bundles[0], EngineOptions("tensorrt-rtx", "sm89"))
     for graph in plan.graphs:
         with build._builder_file(plan, graph) as path:
             network = builder.create_network(
