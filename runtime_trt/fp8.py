@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ LINEARS = (
 )  # fmt: skip
 """Layers of a block that FP8 serves: all products of a step but the embeddings and the head. Text
 keys and values run once a prompt and stay as they are."""
+_NAME = re.compile(rf"blocks\.\d+\.({'|'.join(map(re.escape, LINEARS))})")
 FP8_MIN_SM = 89
 """First generation of GPUs with FP8 matrix products (Ada)."""
 
@@ -53,7 +55,8 @@ class Fp8Scales:
         """Read the entry of a manifest.
 
         Raises:
-            InputError: a scale that is not a power of two, or another form.
+            InputError: a layer that FP8 does not serve, a scale that is not a power of two, or
+                another form.
         """
         try:
             linears = {
@@ -65,6 +68,11 @@ class Fp8Scales:
                 error
             )
         for name, scales in linears.items():
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"{where}: no layer is called {name!r}; names are blocks.N. and one of "
+                    f"{list(LINEARS)}"
+                )
             for scale in (scales.input, scales.weight):
                 if not (scale > 0 and math.isfinite(scale) and math.frexp(scale)[0] == 0.5):
                     raise InputError(f"{where}.{name}: scale {scale} is not a power of two")

@@ -354,4 +354,7 @@ def test_other_files_and_widths_are_refused(tmp_path):
 def test_scales_of_a_manifest_are_checked():
     assert Fp8Scales.from_json({"linears": {}}, "fp8") == Fp8Scales({})
     with pytest.raises(InputError, match="malformed"):
-        Fp8Scales.from_json({"linears": {"a": {"input": 1.0}}}, "fp8")
+        Fp8Scales.from_json({"linears": {"blocks.0.ffn.0": {"input": 1.0}}}, "fp8")
+    for name in ("ffn.0", "blocks.0.ffn.1", "blocks.x.ffn.0", "blocks.0.cross_attn.k"):
+        with pytest.raises(InputError, match=f"no layer is called '{name}'"):
+            Fp8Scales.from_json({"linears": {name: {"input": 1.0, "weight": 1.0}}}, "fp8")
