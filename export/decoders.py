@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from forcing_kv.export.bundle import Report, graph_info, write_manifest
 from forcing_kv.export.capture import GraphSource, per_layer
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
-from forcing_kv.runtime_trt.decoder import NEW_STATE, STATE
+from forcing_kv.runtime_trt.decode_runner import NEW_STATE, STATE
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import (
     GRAPH_FOLDER,

@@ -19,15 +19,15 @@ from torch import Tensor
 from forcing_kv.export.inductor_package import torch_dtype
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.verify_bundle import TensorCheck, allowed_error, error_of
-from forcing_kv.runtime_trt.decoder import (
+from forcing_kv.runtime_trt.decode_runner import (
     DECODE,
     FRAMES,
     DecodeRunner,
     Float32,
-    VideoDecoder,
     next_state,
     state_inputs,
 )
+from forcing_kv.runtime_trt.decoder import VideoDecoder
 from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
 from forcing_kv.runtime_trt.noise import draw_noise
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.chain import frame_chain
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
-from forcing_kv.plugins.registry import op_module
 
 _QUERY_BLOCK = 2048
 """Queries at a time, to bound the memory of the scores."""
@@ -52,7 +51,7 @@ def reference_outputs(
     spec: OpSpec, inputs: Sequence[Tensor], attributes: Attributes
 ) -> tuple[Tensor, ...]:
     """Outputs of the reference in the inputs' dtype."""
-    function: Callable[..., Any] = getattr(op_module(spec, "reference"), spec.torch_name)
+    function: Callable[..., Any] = getattr(spec.module("reference"), spec.torch_name)
     outputs = function(*inputs, *attributes.values())
     return outputs if isinstance(outputs, tuple) else (outputs,)
 

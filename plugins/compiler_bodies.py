@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forcing_kv.plugins.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.registry import OPS
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
@@ -60,7 +60,7 @@ def packaged_tactics(tactics: Sequence[Tactic]) -> list[Tactic]:
 
 
 def _operator(spec: OpSpec) -> Any:
-    op_module(spec, "torch_op")
+    spec.module("torch_op")
     return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
 
 
@@ -68,7 +68,7 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
     """The reference, unless it reads the host and the operator has another body for compilers."""
     folder = f"forcing_kv.plugins.{spec.torch_name}"
     name = "aten_body" if importlib.util.find_spec(f"{folder}.aten_body") else "reference"
-    body: Callable[..., Any] = getattr(op_module(spec, name), spec.torch_name)
+    body: Callable[..., Any] = getattr(spec.module(name), spec.torch_name)
     return body
 
 
@@ -85,7 +85,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
         tactic_for,
     )
 
-    kernel = op_module(spec, "kernel")
+    kernel = spec.module("kernel")
     tactics = {tactic.name: tactic for tactic in packaged_tactics(kernel.TACTICS)}
     if tactic_name is not None and tactic_name not in tactics:
         raise InputError(

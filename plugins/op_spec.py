@@ -6,9 +6,10 @@ same `OpSpec`, so that a shape or an attribute stands in one place.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 DOMAIN = "forcing_kv"
 """ONNX domain, torch library namespace and TensorRT plugin namespace of every operator."""
@@ -26,6 +27,9 @@ Sizes = Mapping[str, Any]
 """Axis name to size; an int, or a symbolic dimension that supports `*`, `//`, `+` and `-`."""
 
 Attributes = Mapping[str, int | float]
+
+D = TypeVar("D")
+"""A dtype as torch, TensorRT or PTX names it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,29 @@ class OpSpec:
     """How an implementation may differ from the reference."""
     read_sizes: Callable[[Sequence[Sequence[Any]], Attributes], dict[str, Any]]
     """Read the size of every named axis from the input shapes and the attributes."""
+
+    def module(self, name: str) -> Any:
+        """Module `name` (such as `kernel`) of the operator's folder."""
+        return importlib.import_module(f"forcing_kv.plugins.{self.torch_name}.{name}")
+
+    def compute_dtype(self, input_dtypes: Sequence[D]) -> D:
+        """What T is in a call with inputs of these dtypes."""
+        pairs = zip(input_dtypes, self.inputs, strict=True)
+        return next(dtype for dtype, tensor in pairs if tensor.dtype == "T")
+
+    def output_dtypes(
+        self, input_dtypes: Sequence[D], dtype_of: Callable[[str], D]
+    ) -> tuple[D, ...]:
+        """Dtypes of the outputs.
+
+        Args:
+            input_dtypes: dtypes of the inputs.
+            dtype_of: the dtype of a name such as float32.
+        """
+        compute = self.compute_dtype(input_dtypes)
+        return tuple(
+            compute if tensor.dtype == "T" else dtype_of(tensor.dtype) for tensor in self.outputs
+        )
 
     def output_shapes(
         self, input_shapes: Sequence[Sequence[Any]], attributes: Attributes

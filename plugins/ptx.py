@@ -23,7 +23,6 @@ from forcing_kv.plugins.launch import (
     Tactic,
 )
 from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
-from forcing_kv.plugins.registry import op_module
 from forcing_kv.runtime_trt.errors import require
 
 _TRITON_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
@@ -104,7 +103,7 @@ def compile_kernel(
             f"no kernels for compute capability {device_sm}; supported are "
             f"{sorted(SHARED_LIMIT_BYTES)}"
         )
-    plan = op_module(spec, "kernel").launch(problem, tactic)
+    plan = spec.module("kernel").launch(problem, tactic)
     dtypes = (*dtypes, *(scratch.dtype for scratch in plan.scratch))
     names = plan.kernel.arg_names[: len(dtypes)]
     expected = [f"{x.name}_ptr" for x in (*spec.inputs, *spec.outputs, *plan.scratch)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ __all__ = [
     "SIMILARITY_EVICTION",
     "onnx_decompositions",
     "onnx_functions",
-    "op_module",
     "register_tensorrt_plugins",
 ]
 
@@ -42,11 +40,6 @@ OPS: tuple[OpSpec, ...] = (
 """Every operator."""
 
 
-def op_module(spec: OpSpec, name: str) -> Any:
-    """Module `name` (such as `torch_op` or `kernel`) of the operator's folder."""
-    return importlib.import_module(f"forcing_kv.plugins.{spec.torch_name}.{name}")
-
-
 def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
     """Decompositions that turn each torch operator into one ONNX node of the custom domain.
 
@@ -59,14 +52,14 @@ def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
     from forcing_kv.plugins.torch_library import onnx_decomposition
 
     for spec in OPS:
-        op_module(spec, "torch_op")
+        spec.module("torch_op")
     namespace = getattr(torch.ops, DOMAIN)
     return {getattr(namespace, s.torch_name).default: onnx_decomposition(s) for s in OPS}
 
 
 def onnx_functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     """Standard-operator bodies of every operator, to be attached to a model with custom nodes."""
-    return [op_module(spec, "onnx_body").onnx_function(opset) for spec in OPS]
+    return [spec.module("onnx_body").onnx_function(opset) for spec in OPS]
 
 
 def register_tensorrt_plugins(device: TargetDevice) -> tuple[str, ...]:
@@ -78,4 +71,4 @@ def register_tensorrt_plugins(device: TargetDevice) -> tuple[str, ...]:
     Returns:
         Identifiers of the plugins.
     """
-    return tuple(op_module(spec, "trt").register(device) for spec in OPS)
+    return tuple(spec.module("trt").register(device) for spec in OPS)

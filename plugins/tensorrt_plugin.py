@@ -25,7 +25,6 @@ from forcing_kv.plugins.launch import (
 )
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
 from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
-from forcing_kv.plugins.registry import op_module
 from forcing_kv.runtime_trt.errors import require
 
 
@@ -55,7 +54,7 @@ class PluginKernels:
     def __init__(self, spec: OpSpec, device: TargetDevice) -> None:
         self.spec = spec
         self.device = device
-        self.tactics: tuple[Tactic, ...] = op_module(spec, "kernel").TACTICS
+        self.tactics: tuple[Tactic, ...] = spec.module("kernel").TACTICS
         self._compiled: dict[tuple[Any, ...], CompiledKernel | None] = {}
 
     def problem(
@@ -69,7 +68,7 @@ class PluginKernels:
         inputs = shapes[: len(self.spec.inputs)]
         self.spec.check(inputs, attributes)
         sizes = self.spec.read_sizes(inputs, attributes)
-        dtype = next(d for d, s in zip(dtypes, self.spec.inputs, strict=False) if s.dtype == "T")
+        dtype = self.spec.compute_dtype(dtypes[: len(inputs)])
         return Problem(sizes, attributes, dtype, self.device.num_sms)
 
     def kernel(self, problem: Problem, dtypes: Sequence[str], number: int) -> CompiledKernel:
@@ -164,9 +163,12 @@ class _PluginFunctions:
         def describe(*arguments: Any, **attributes: Any) -> Any:
             descriptions = arguments[: len(self._spec.inputs)]
             shapes = self._spec.output_shapes([d.shape_expr for d in descriptions], attributes)
+            types = self._spec.output_dtypes(
+                [d.dtype for d in descriptions], self._types.__getitem__
+            )
             outputs = tuple(
-                self._trtp.from_shape_expr(tuple(shape), self._output_type(tensor, descriptions))
-                for tensor, shape in zip(self._spec.outputs, shapes, strict=True)
+                self._trtp.from_shape_expr(tuple(shape), dtype)
+                for shape, dtype in zip(shapes, types, strict=True)
             )
             self._described[outputs[0]] = attributes
             return outputs if len(outputs) > 1 else outputs[0]
@@ -252,12 +254,6 @@ class _PluginFunctions:
                 f"{sorted(self._types)}"
             )
         return self._names[dtype]
-
-    def _output_type(self, tensor: Any, inputs: Sequence[Any]) -> Any:
-        if tensor.dtype == "T":
-            pairs = zip(inputs, self._spec.inputs, strict=True)
-            return next(description.dtype for description, s in pairs if s.dtype == "T")
-        return self._types[tensor.dtype]
 
     def _check_order(self, output: Any, attributes: dict[str, Any]) -> None:
         described = self._described.get(output)

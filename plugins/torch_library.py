@@ -6,13 +6,13 @@ node; a target then decomposes it as it likes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from forcing_kv.plugins.op_spec import DOMAIN, VERSION, OpSpec, TensorSpec
+from forcing_kv.plugins.op_spec import DOMAIN, VERSION, OpSpec
+from forcing_kv.plugins.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -34,14 +34,6 @@ def torch_schema(spec: OpSpec) -> str:
     return f"({', '.join(inputs + attributes)}) -> {returns}"
 
 
-def output_dtype(spec: OpSpec, tensor: TensorSpec, inputs: Sequence[Tensor]) -> torch.dtype:
-    """Dtype of an output: its own, or that of the inputs in the compute dtype."""
-    if tensor.dtype == "T":
-        return next(x.dtype for x, s in zip(inputs, spec.inputs, strict=True) if s.dtype == "T")
-    dtype: torch.dtype = getattr(torch, tensor.dtype)
-    return dtype
-
-
 def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
     """Define the torch operator of `spec`: the Triton kernel on CUDA, `reference` elsewhere.
 
@@ -53,19 +45,11 @@ def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
 
     def fake(*arguments: Any) -> Any:
         inputs, attributes = spec.split_arguments(arguments)
-        shapes = [x.shape for x in inputs]
-        spec.check(shapes, attributes)
-        outputs = tuple(
-            inputs[0].new_empty(shape, dtype=output_dtype(spec, tensor, inputs))
-            for tensor, shape in zip(
-                spec.outputs, spec.output_shapes(shapes, attributes), strict=True
-            )
-        )
+        spec.check([x.shape for x in inputs], attributes)
+        outputs = empty_outputs(spec, inputs, attributes)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def on_cuda(*arguments: Any) -> Any:
-        from forcing_kv.plugins.triton_run import run_on_cuda
-
         outputs = run_on_cuda(spec, *arguments)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -84,7 +68,7 @@ def onnx_decomposition(spec: OpSpec) -> Callable[..., Any]:
             f"{DOMAIN}::{spec.name}",
             inputs,
             {**PLUGIN_ATTRIBUTES, **attributes},
-            dtypes=[output_dtype(spec, tensor, inputs) for tensor in spec.outputs],
+            dtypes=torch_output_dtypes(spec, inputs),
             shapes=shapes,
             version=VERSION,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.registry import OPS
 from forcing_kv.plugins.tensorrt_plugin import TargetDevice
 
 
@@ -30,8 +30,8 @@ def register_converters(device: TargetDevice) -> tuple[str, ...]:
     plugins = importlib.import_module("torch_tensorrt.dynamo.conversion.plugins")
     registered = []
     for spec in OPS:
-        op_module(spec, "torch_op")
-        plugin_id = op_module(spec, "trt").register(device, spec.torch_name)
+        spec.module("torch_op")
+        plugin_id = spec.module("trt").register(device, spec.torch_name)
         plugins.generate_plugin_converter(
             plugin_id, supports_dynamic_shapes=False, use_aot_if_available=True
         )

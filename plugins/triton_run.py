@@ -14,8 +14,6 @@ from torch import Tensor
 
 from forcing_kv.plugins.launch import Launch, Problem, Tactic
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
-from forcing_kv.plugins.registry import op_module
-from forcing_kv.plugins.torch_library import output_dtype
 from forcing_kv.plugins.tuning import best_tactic
 
 
@@ -35,7 +33,7 @@ def problem_of(
     """
     shapes = [tuple(x.shape) for x in inputs]
     spec.check(shapes, attributes)
-    compute = next(x for x, s in zip(inputs, spec.inputs, strict=True) if s.dtype == "T").dtype
+    compute = spec.compute_dtype([x.dtype for x in inputs])
     sizes = spec.read_sizes(shapes, attributes)
     return Problem(sizes, attributes, str(compute).removeprefix("torch."), num_sms)
 
@@ -50,7 +48,7 @@ def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor
     Returns:
         The inputs, and the row strides (in elements) of those whose rows are not dense.
     """
-    takes = getattr(op_module(spec, "kernel"), "ROW_STRIDED_INPUTS", ())
+    takes = getattr(spec.module("kernel"), "ROW_STRIDED_INPUTS", ())
     strides = {
         tensor.name: x.stride(0)
         for tensor, x in zip(spec.inputs, inputs, strict=True)
@@ -68,14 +66,19 @@ def _has_apart_rows(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0
 
 
+def torch_output_dtypes(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """Dtypes of the outputs of a call."""
+    return spec.output_dtypes([x.dtype for x in inputs], lambda name: getattr(torch, name))
+
+
 def empty_outputs(
     spec: OpSpec, inputs: Sequence[Tensor], attributes: Attributes
 ) -> tuple[Tensor, ...]:
     """Uninitialised outputs on the inputs' device."""
     shapes = spec.output_shapes([x.shape for x in inputs], attributes)
+    dtypes = torch_output_dtypes(spec, inputs)
     return tuple(
-        inputs[0].new_empty(shape, dtype=output_dtype(spec, tensor, inputs))
-        for tensor, shape in zip(spec.outputs, shapes, strict=True)
+        inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
     )
 
 
@@ -112,7 +115,7 @@ def plan_call(
     """How `run_kernel` launches, and with which tensors."""
     readable, strides = accepted_inputs(spec, inputs)
     problem = replace(problem_of(spec, inputs, attributes, num_sms), row_strides=strides)
-    plan = op_module(spec, "kernel").launch(problem, tactic)
+    plan = spec.module("kernel").launch(problem, tactic)
     return plan, (*readable, *outputs, *scratch_memory(plan, inputs[0].device))
 
 
@@ -178,7 +181,7 @@ def run_on_cuda(spec: OpSpec, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = empty_outputs(spec, inputs, attributes)
     device = inputs[0].device.index or 0
     num_sms = multiprocessors(device)
-    tactics = op_module(spec, "kernel").TACTICS
+    tactics = spec.module("kernel").TACTICS
     tactic = tactic_for(spec, tactics, problem_of(spec, inputs, attributes, num_sms), device)
     with torch.cuda.device(device):
         run_kernel(spec, inputs, attributes, outputs, tactic, num_sms)

@@ -1,13 +1,10 @@
 """Latents to pixels without torch: a bundle's decoder, a latent frame at a time, state explicit.
 
-A causal video decoder keeps the last activations of its convolutions. They are inputs and outputs
-of the graph, so decoding a stream equals decoding the whole clip. What runs the graphs and holds
-the state is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv build` made.
+What runs the graphs is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv build` made.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,47 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import BundleError, ForcingKvError, InputError
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, Manifest, TensorInfo
-
-Float32 = NDArray[np.float32]
-
-LATENTS, FRAMES = "latents", "frames"
-STATE, NEW_STATE = "state", "new_state"
-"""`state.i` goes into a decode graph, `new_state.i` comes out."""
-DECODE, DECODE_FIRST = "decode", "decode_first"
-"""The graph of every latent frame, and that of the first one where it is special."""
-
-
-class DecodeRunner(ABC):
-    """Runs a decoder's graphs and keeps its state."""
-
-    name: str
-    """Backend name, as users type it."""
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Make every state zero."""
-
-    @abstractmethod
-    def run(self, graph: str, latents: Float32) -> Float32:
-        """Decode one latent frame and keep the new state.
-
-        Args:
-            graph: `decode`, or `decode_first`, which leaves the states that it does not return.
-            latents: [1, C, h, w] float32.
-
-        Returns:
-            [k, 3, height, width] float32 in 0..1, an array of the caller's.
-        """
-
-    @abstractmethod
-    def read_state(self, name: str) -> NDArray[Any]:
-        """A copy of `state.i` as it is now (for checks)."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release everything; may be called twice."""
+from forcing_kv.runtime_trt.decode_runner import (
+    DECODE,
+    DECODE_FIRST,
+    DecodeRunner,
+    Float32,
+    state_inputs,
+)
+from forcing_kv.runtime_trt.errors import (
+    BackendUnavailableError,
+    ForcingKvError,
+    InputError,
+    MissingDependencyError,
+)
+from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
+from forcing_kv.runtime_trt.open_decoder import DECODE_BACKENDS, open_runner
 
 
 class VideoDecoder:
@@ -97,7 +68,7 @@ class VideoDecoder:
             bundle: directory of the bundle.
             manifest: its manifest.
             kind: vae or tae.
-            backend: one of `open_decoder.DECODE_BACKENDS`; `open_decoder.follow_session` chooses.
+            backend: one of `open_decoder.DECODE_BACKENDS`; `follow_session` chooses.
             num_threads: CPU threads of ONNX Runtime; 0 leaves the choice to it.
             use_graphs: replay captured CUDA graphs, for backends that can.
 
@@ -106,8 +77,6 @@ class VideoDecoder:
             BackendUnavailableError: the backend cannot run here, or has no engine of the decoder.
             BundleError: a file is missing or altered, or the engine is of another decoder.
         """
-        from forcing_kv.runtime_trt.open_decoder import open_runner
-
         runner = open_runner(
             bundle, manifest, kind, backend, num_threads=num_threads, use_graphs=use_graphs
         )
@@ -190,37 +159,37 @@ class VideoDecoder:
         self.close()
 
 
-def state_inputs(graph: GraphInfo) -> tuple[TensorInfo, ...]:
-    """The states that a decode graph takes."""
-    return tuple(info for info in graph.inputs if info.name.startswith(f"{STATE}."))
+def follow_session(
+    bundle: Path, manifest: Manifest, kind: str, session_backend: str, **options: Any
+) -> VideoDecoder:
+    """Open a decoder on the session's backend if the bundle has an engine of it that runs here.
 
+    Otherwise it is ONNX Runtime on the CPU, and `chosen_because` says why. An engine of another
+    decoder is an error all the same.
 
-def next_state(name: str) -> str:
-    """The input that an output `new_state.i` becomes."""
-    return name.replace(NEW_STATE, STATE)
-
-
-def check_decoder_graphs(info: DecoderInfo, where: str) -> None:
-    """Refuse a decoder entry whose graphs do not fit each other.
+    Args:
+        bundle: directory of the bundle.
+        manifest: its manifest.
+        kind: vae or tae.
+        session_backend: name of the backend that makes the latents.
+        options: those of `VideoDecoder.open`.
 
     Raises:
-        BundleError: what is wrong.
+        InputError: the bundle holds no such decoder.
+        BundleError: a file is missing or altered, or the engine is of another decoder.
     """
-
-    def states(graph: GraphInfo, part: str) -> set[tuple[str, tuple[int, ...]]]:
-        tensors = graph.inputs if part == STATE else graph.outputs
-        return {
-            (tensor.name.removeprefix(part), tensor.shape)
-            for tensor in tensors
-            if tensor.name.startswith(f"{part}.")
-        }
-
-    decode, first = info.graphs.get(DECODE), info.graphs.get(DECODE_FIRST)
-    fits = decode is not None and states(decode, NEW_STATE) == states(decode, STATE)
-    if fits and decode is not None and first is not None:
-        fits = states(first, NEW_STATE) <= states(decode, STATE)
-    if not fits or set(info.graphs) - {DECODE, DECODE_FIRST}:
-        raise BundleError(f"{where}: its graphs do not fit each other; add the decoder again")
+    reason = "as the session"
+    if session_backend in DECODE_BACKENDS:
+        try:
+            decoder = VideoDecoder.open(bundle, manifest, kind, session_backend, **options)
+        except (BackendUnavailableError, MissingDependencyError) as error:
+            reason = f"{session_backend}: {error}"
+        else:
+            decoder.chosen_because = reason
+            return decoder
+    decoder = VideoDecoder.open(bundle, manifest, kind, "onnxruntime", **options)
+    decoder.chosen_because = reason
+    return decoder
 
 
 def to_rgb8(frames: Float32) -> NDArray[np.uint8]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from forcing_kv.runtime_trt.buffers import require_free_memory
 from forcing_kv.runtime_trt.cuda import Cuda
-from forcing_kv.runtime_trt.decoder import DecodeRunner, VideoDecoder, check_decoder_graphs
+from forcing_kv.runtime_trt.decode_runner import DecodeRunner, check_decoder_graphs
 from forcing_kv.runtime_trt.engine_record import (
     FLAVOURS,
     EngineRecord,
@@ -17,12 +16,7 @@ from forcing_kv.runtime_trt.engine_record import (
     decoder_content,
     find_records,
 )
-from forcing_kv.runtime_trt.errors import (
-    BackendUnavailableError,
-    InputError,
-    MissingDependencyError,
-    require,
-)
+from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.manifest import Manifest, check_decoder_files
 
 _ONNXRUNTIME_DEVICES = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
@@ -70,39 +64,6 @@ def check_choice(bundle: Path, manifest: Manifest, kind: str, backend: str) -> N
         raise InputError(
             f"decode backend {backend!r} is unknown; choose one of {list(DECODE_BACKENDS)}"
         )
-
-
-def follow_session(
-    bundle: Path, manifest: Manifest, kind: str, session_backend: str, **options: Any
-) -> VideoDecoder:
-    """Open a decoder on the session's backend if the bundle has an engine of it that runs here.
-
-    Otherwise it is ONNX Runtime on the CPU, and `chosen_because` says why. An engine of another
-    decoder is an error all the same.
-
-    Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
-        kind: vae or tae.
-        session_backend: name of the backend that makes the latents.
-        options: those of `VideoDecoder.open`.
-
-    Raises:
-        InputError: the bundle holds no such decoder.
-        BundleError: a file is missing or altered, or the engine is of another decoder.
-    """
-    reason = "as the session"
-    if session_backend in DECODE_BACKENDS:
-        try:
-            decoder = VideoDecoder.open(bundle, manifest, kind, session_backend, **options)
-        except (BackendUnavailableError, MissingDependencyError) as error:
-            reason = f"{session_backend}: {error}"
-        else:
-            decoder.chosen_because = reason
-            return decoder
-    decoder = VideoDecoder.open(bundle, manifest, kind, "onnxruntime", **options)
-    decoder.chosen_because = reason
-    return decoder
 
 
 def open_tensorrt_decoder(

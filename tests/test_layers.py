@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 
 def test_import_contracts_are_kept(repository):
@@ -15,6 +19,17 @@ def test_import_contracts_are_kept(repository):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_module_imports_itself_through_others(repository):
+    """Imports inside functions count too; those for type checkers do not."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["importlinter"]
+    graph = grimp.build_graph(
+        *settings["root_packages"], exclude_type_checking_imports=True, cache_dir=None
+    )
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert any(imports.values())
+    TopologicalSorter(imports).prepare()
 
 
 def test_runtime_imports_with_torch_blocked(run_blocked):

@@ -97,9 +97,7 @@ def list_plugins(
 
 
 def _tactics(case: OpCase) -> Iterator[tuple[int, Tactic]]:
-    from forcing_kv.plugins.registry import op_module
-
-    return enumerate(op_module(case.spec, "kernel").TACTICS, 1)
+    return enumerate(case.spec.module("kernel").TACTICS, 1)
 
 
 def _row(

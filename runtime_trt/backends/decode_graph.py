@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.buffers import BufferSpec, DeviceMemory, MemoryPlan, PinnedMirror
 from forcing_kv.runtime_trt.cuda import Cuda
-from forcing_kv.runtime_trt.decoder import (
+from forcing_kv.runtime_trt.decode_runner import (
     DECODE,
     DECODE_FIRST,
     FRAMES,

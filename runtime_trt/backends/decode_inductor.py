@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.decoder import (
+from forcing_kv.runtime_trt.decode_runner import (
     DECODE,
     FRAMES,
     LATENTS,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.decoder import (
+from forcing_kv.runtime_trt.decode_runner import (
     DECODE,
     FRAMES,
     LATENTS,

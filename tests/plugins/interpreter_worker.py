@@ -12,7 +12,7 @@ import torch
 
 from forcing_kv.plugins.cases import CASES, attention_case, cases_of, norm_rope_case
 from forcing_kv.plugins.launch import default_tactic
-from forcing_kv.plugins.registry import OPS, op_module
+from forcing_kv.plugins.registry import OPS
 from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
 
 # Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height, and
@@ -47,7 +47,7 @@ def move_pools(case, inputs):
 
 def tactics(case, dtype):
     """All in float32; in float16 the portable one, the default one and one of every kind."""
-    every = op_module(case.spec, "kernel").TACTICS
+    every = case.spec.module("kernel").TACTICS
     if dtype == torch.float32:
         return every
     by_schedule = {(tactic.schedule, tactic.tma): tactic for tactic in every}

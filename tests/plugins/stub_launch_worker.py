@@ -19,7 +19,7 @@ from triton.runtime import driver
 from forcing_kv.plugins import triton_run
 from forcing_kv.plugins.cases import cases_of
 from forcing_kv.plugins.launch import Tactic
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 from forcing_kv.plugins.triton_run import (
     compile_together,
     empty_outputs,
@@ -35,7 +35,7 @@ STREAM = 0x55
 def tactics(spec):
     """The first of every kind."""
     kinds = {}
-    for tactic in op_module(spec, "kernel").TACTICS:
+    for tactic in spec.module("kernel").TACTICS:
         kinds.setdefault((tactic.schedule, tactic.tma), tactic)
     return kinds.values()
 
@@ -72,9 +72,7 @@ def main() -> None:
         scratch.clear()
         print("tactic", spec.torch_name, tactic.name, int(tactic.tma), flush=True)
         run_kernel(spec, inputs, attributes, outputs, tactic, num_sms)
-        plan = op_module(spec, "kernel").launch(
-            problem_of(spec, inputs, attributes, num_sms), tactic
-        )
+        plan = spec.module("kernel").launch(problem_of(spec, inputs, attributes, num_sms), tactic)
         addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs, *scratch)]
         print("wanted", STREAM, *plan.grid, 32 * plan.num_warps, *addresses, flush=True)
     assert len(compiled) == len(calls)

@@ -9,7 +9,7 @@ import torch
 from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.compiler_bodies import aten_bodies
 from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -25,7 +25,7 @@ def outputs(value):
 def test_aten_body_equals_reference(op_case):
     case = op_case
     inputs = case.build(torch.float32)
-    wanted = getattr(op_module(case.spec, "reference"), case.spec.torch_name)
+    wanted = getattr(case.spec.module("reference"), case.spec.torch_name)
     valid = slice(0, case.valid_new_rows)
     pairs = zip(
         outputs(body_of(case)(*inputs, *case.arguments)),
@@ -85,7 +85,7 @@ def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
         triton_bodies,
     )
 
-    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    tactics = HEAD_INDEXED_ATTENTION.module("kernel").TACTICS
     monkeypatch.setattr(torch, "__version__", version)
     names = {tactic.name for tactic in tactics if lends or not tactic.tma}
     assert {tactic.name for tactic in packaged_tactics(tactics)} == names
@@ -114,7 +114,7 @@ def test_body_launches_the_named_or_the_measured_tactic(named, wanted, monkeypat
     from forcing_kv.plugins.compiler_bodies import _triton_operator, triton_bodies
     from forcing_kv.plugins.registry import QK_NORM_ROPE
 
-    kernel = op_module(QK_NORM_ROPE, "kernel")
+    kernel = QK_NORM_ROPE.module("kernel")
     measured = next(tactic for tactic in kernel.TACTICS if tactic.name == "rows2")
     monkeypatch.setattr(triton_run, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(triton_run, "tactic_for", lambda *_: measured)
@@ -167,7 +167,7 @@ def test_compiler_sees_that_inputs_are_only_read(spec, monkeypatch):
     from forcing_kv.plugins.triton_run import empty_outputs, problem_of, scratch_memory
 
     monkeypatch.setattr(driver, "_active", _H200())
-    kernel = op_module(spec, "kernel")
+    kernel = spec.module("kernel")
     case = next(case for case in CASES if case.spec is spec)
     real = case.build(torch.float16)
     with FakeTensorMode():

@@ -13,7 +13,6 @@ from forcing_kv.plugins.registry import (
     OPS,
     SEGMENT_SIMILARITY,
     SIMILARITY_EVICTION,
-    op_module,
 )
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +61,7 @@ def poisoned_outputs(case: OpCase, inputs):
 
 def tactics_of(case: OpCase, dtype: torch.dtype, sm: int):
     """Every tactic for the device; in float32, over which the compiler takes long, the first."""
-    tactics = op_module(case.spec, "kernel").TACTICS
+    tactics = case.spec.module("kernel").TACTICS
     return [t for t in tactics if t.runs_on(sm)] if dtype in DTYPES else tactics[:1]
 
 
@@ -102,7 +101,7 @@ def embedded_kernels(case: OpCase, inputs, sm: int):
     problem = problem_of(case.spec, inputs, case.attributes, multiprocessors(0))
     outputs = poisoned_outputs(case, inputs)
     dtypes = [str(x.dtype).removeprefix("torch.") for x in (*inputs, *outputs)]
-    for tactic in op_module(case.spec, "kernel").TACTICS:
+    for tactic in case.spec.module("kernel").TACTICS:
         if tactic.tma:
             # Only Triton's launcher lends the memory of its hidden parameters.
             continue
@@ -145,7 +144,7 @@ def test_embedded_ptx_gives_the_same_numbers(large, dtype, sm, check):
 def test_operator_runs_its_kernel_and_accepts_strided_inputs(spec, strided, sm, check):
     case = next(case for case in LARGE if case.spec is spec)
     inputs = case.build(torch.bfloat16, device="cuda")
-    operator = getattr(op_module(spec, "torch_op"), spec.torch_name)
+    operator = getattr(spec.module("torch_op"), spec.torch_name)
     outputs = operator(*(strided(x) for x in inputs), *case.arguments)
     check(case, inputs, outputs if isinstance(outputs, tuple) else (outputs,))
 

@@ -20,7 +20,7 @@ from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
     tile_counts,
 )
 from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
-from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE, op_module  # noqa: E402
+from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE  # noqa: E402
 from forcing_kv.plugins.triton_run import accepted_inputs  # noqa: E402
 
 
@@ -141,7 +141,7 @@ def test_predicted_shares_are_the_documented_ones(tokens_per_frame, shares):
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_every_operator_has_a_portable_and_a_fast_tactic(spec):
-    tactics = op_module(spec, "kernel").TACTICS
+    tactics = spec.module("kernel").TACTICS
     assert len({tactic.name for tactic in tactics}) == len(tactics)
     assert tactics[0].portable
     for sm in SHARED_LIMIT_BYTES:

@@ -14,7 +14,6 @@ from forcing_kv.plugins.registry import (  # noqa: E402
     OPSET,
     onnx_decompositions,
     onnx_functions,
-    op_module,
 )
 from forcing_kv.plugins.torch_library import PLUGIN_ATTRIBUTES  # noqa: E402
 
@@ -95,7 +94,7 @@ def test_body_is_flat_and_declares_every_attribute(spec):
 class OneOperator(torch.nn.Module):
     def __init__(self, case: OpCase) -> None:
         super().__init__()
-        self.operator = getattr(op_module(case.spec, "torch_op"), case.spec.torch_name)
+        self.operator = getattr(case.spec.module("torch_op"), case.spec.torch_name)
         self.arguments = case.arguments
 
     def forward(self, *inputs):

@@ -23,7 +23,7 @@ from forcing_kv.plugins.ptx import (
     tensor_dtypes,
 )
 from forcing_kv.plugins.ptxas import assemble
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
 DEVICES = tuple(SHARED_LIMIT_BYTES)
 
@@ -61,7 +61,7 @@ def check_kernel(kernel, spec, tactic, device):
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_portable_tactic_compiles_for_every_device(spec):
-    tactic = op_module(spec, "kernel").TACTICS[0]
+    tactic = spec.module("kernel").TACTICS[0]
     kernel = build(spec, tactic, 90)
     assert kernel.sm == 80
     assert kernel.shared_bytes <= SAFE_SHARED_BYTES
@@ -72,7 +72,7 @@ def test_portable_tactic_compiles_for_every_device(spec):
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_default_tactic_compiles_for_hopper(spec):
-    tactic = default_tactic(op_module(spec, "kernel").TACTICS, 90)
+    tactic = default_tactic(spec.module("kernel").TACTICS, 90)
     check_kernel(build(spec, tactic, 90), spec, tactic, 90)
 
 
@@ -80,7 +80,7 @@ def test_default_tactic_compiles_for_hopper(spec):
     ("schedule", "tma"), [("persistent", False), ("split", False), ("tiles", True), ("split", True)]
 )
 def test_every_schedule_of_attention_compiles_for_hopper(schedule, tma):
-    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    tactics = HEAD_INDEXED_ATTENTION.module("kernel").TACTICS
     tactic = next(t for t in tactics if (t.schedule, t.tma) == (schedule, tma))
     check_kernel(build(HEAD_INDEXED_ATTENTION, tactic, 90), HEAD_INDEXED_ATTENTION, tactic, 90)
 
@@ -90,13 +90,13 @@ def test_every_schedule_of_attention_compiles_for_hopper(schedule, tma):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_every_tactic_compiles_for_every_device(spec, dtype, device):
-    for tactic in op_module(spec, "kernel").TACTICS:
+    for tactic in spec.module("kernel").TACTICS:
         if tactic.runs_on(device):
             check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
 
 
 def test_one_kernel_serves_every_split_of_heads():
-    kernel = op_module(HEAD_INDEXED_ATTENTION, "kernel")
+    kernel = HEAD_INDEXED_ATTENTION.module("kernel")
     sizes = [{"N": 96, "H": 4, "D": 128, "R": rows} for rows in (1000, 2000)]
     for tactic in kernel.TACTICS:
         first, second = (
@@ -107,7 +107,7 @@ def test_one_kernel_serves_every_split_of_heads():
 
 
 def test_tma_is_refused_where_there_is_none():
-    tactics = op_module(HEAD_INDEXED_ATTENTION, "kernel").TACTICS
+    tactics = HEAD_INDEXED_ATTENTION.module("kernel").TACTICS
     tactic = next(tactic for tactic in tactics if tactic.tma)
     with pytest.raises(SharedMemoryError, match="needs compute capability 90"):
         build(HEAD_INDEXED_ATTENTION, tactic, 89)
@@ -116,12 +116,12 @@ def test_tma_is_refused_where_there_is_none():
 def test_unknown_device_is_refused_with_the_known_ones():
     spec = OPS[0]
     with pytest.raises(ValueError, match="compute capability 75; supported are"):
-        build(spec, op_module(spec, "kernel").TACTICS[0], 75)
+        build(spec, spec.module("kernel").TACTICS[0], 75)
 
 
 def test_refused_ptx_is_an_error_with_the_assembler_s_words():
     spec = OPS[0]
-    kernel = build(spec, op_module(spec, "kernel").TACTICS[0], 90)
+    kernel = build(spec, spec.module("kernel").TACTICS[0], 90)
     broken = replace(kernel, ptx=kernel.ptx.replace("ld.global", "ld.nowhere"))
     with pytest.raises(PtxError, match=r"ptxas refuses the PTX for sm_80: .*nowhere"):
         assemble(broken)

@@ -9,14 +9,12 @@ import torch
 from forcing_kv.plugins.accuracy import float64_outputs, output_errors
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.cases import OpCase, cases_of
-from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION, op_module
+from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
 from forcing_kv.plugins.similarity_eviction.reference import select_segments
 
 
 def call_operator(case: OpCase, inputs):
-    outputs = getattr(op_module(case.spec, "torch_op"), case.spec.torch_name)(
-        *inputs, *case.arguments
-    )
+    outputs = getattr(case.spec.module("torch_op"), case.spec.torch_name)(*inputs, *case.arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -14,7 +14,6 @@ from forcing_kv.plugins.op_spec import DOMAIN, VERSION
 from forcing_kv.plugins.registry import (
     OPS,
     SIMILARITY_EVICTION,
-    op_module,
     register_tensorrt_plugins,
 )
 
@@ -198,7 +197,7 @@ def test_tactics_are_offered_in_the_network_s_types_and_launch(spec, plugin_of):
     assert [description.type for description in combination] == driven.types
     tactics = driven.tactics()
     assert 1 in tactics
-    every = op_module(spec, "kernel").TACTICS
+    every = spec.module("kernel").TACTICS
     assert sorted(tactics) == [n for n, tactic in enumerate(every, 1) if not tactic.torch_only]
     for number in (1, next(n for n, t in enumerate(every, 1) if not t.portable)):
         geometry, scalars, name, ptx = driven.launch(number)

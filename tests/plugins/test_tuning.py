@@ -21,9 +21,9 @@ ENTRY = TunedTactic(
 
 def test_committed_table_names_tactics_that_exist():
     pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
-    from forcing_kv.plugins.registry import OPS, op_module
+    from forcing_kv.plugins.registry import OPS
 
-    names = {s.name: {t.name for t in op_module(s, "kernel").TACTICS} for s in OPS}
+    names = {s.name: {t.name for t in s.module("kernel").TACTICS} for s in OPS}
     assert all(entry.tactic in names[entry.op] for entry in read_table().values())
 
 

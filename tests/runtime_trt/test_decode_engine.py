@@ -15,7 +15,7 @@ from host_cuda import HostCuda, HostEngine
 
 from forcing_kv.runtime_trt import open_decoder
 from forcing_kv.runtime_trt.backends.decode_graph import GraphDecodeRunner
-from forcing_kv.runtime_trt.decoder import VideoDecoder
+from forcing_kv.runtime_trt.decoder import VideoDecoder, follow_session
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     BundleError,
@@ -292,7 +292,7 @@ def test_too_little_memory_for_an_engine_is_named(deployment):
 
 def follow(deployment, kind="vae", backend="tensorrt"):
     manifest = read_manifest(deployment.bundle)
-    return open_decoder.follow_session(deployment.bundle, manifest, kind, backend, num_threads=1)
+    return follow_session(deployment.bundle, manifest, kind, backend, num_threads=1)
 
 
 def test_auto_follows_the_session_and_says_where_it_does_not(deployment, monkeypatch):

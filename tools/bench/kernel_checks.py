@@ -20,7 +20,6 @@ from torch import Tensor
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.launch import Tactic, default_tactic
-from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.triton_run import (
     compile_together,
     empty_outputs,
@@ -85,7 +84,7 @@ def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
     device_sm = 10 * major + minor
     every = []
     for case in CASES:
-        tactics = [t for t in op_module(case.spec, "kernel").TACTICS if t.runs_on(device_sm)]
+        tactics = [t for t in case.spec.module("kernel").TACTICS if t.runs_on(device_sm)]
         default = default_tactic(tactics, device_sm)
         every += [
             (rank, tactic is not default, case, dtype, tactic)

@@ -13,7 +13,6 @@ import torch
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.plugins.launch import Tactic
-from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.triton_run import (
     compile_together,
     empty_outputs,
@@ -107,7 +106,7 @@ class OpBench:
 
         spec = case.spec
         major, minor = torch.cuda.get_device_capability()
-        tactics = [t for t in op_module(spec, "kernel").TACTICS if t.runs_on(10 * major + minor)]
+        tactics = [t for t in spec.module("kernel").TACTICS if t.runs_on(10 * major + minor)]
         outputs = empty_outputs(spec, inputs, case.attributes)
         calls = [
             (spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.graphs import candidate_layout
-from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION, op_module
+from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
 from forcing_kv.runtime_trt.config import RolloutConfig
 
 Rows = list[Tensor]
@@ -25,7 +25,7 @@ class PlainEvict:
     ) -> tuple[Rows, Rows, Tensor, Tensor]:
         """Arguments and results as those of `EvictGraph`."""
         scoring = self._config.evicted_layers.index(1)
-        similarity = op_module(SEGMENT_SIMILARITY, "reference").segment_similarity
+        similarity = SEGMENT_SIMILARITY.module("reference").segment_similarity
         arguments = candidate_layout(self._config, 1).arguments()
         scores = similarity(hist_k[scoring], new_k[scoring], *arguments)
         dyn_k, dyn_v, kept = self._compact(scores, hist_k, hist_v, new_k, new_v)
@@ -45,7 +45,7 @@ class PlainEvict:
         return dyn_k, dyn_v
 
     def _compact(self, scores: Tensor, *rows: Rows) -> tuple[Any, Any, Tensor]:
-        eviction = op_module(SIMILARITY_EVICTION, "reference").similarity_eviction
+        eviction = SIMILARITY_EVICTION.module("reference").similarity_eviction
         layers, num_kept = self._config.evicted_layers, self._config.policy.num_kept_segments
         outputs = [
             eviction(
