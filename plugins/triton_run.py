@@ -17,6 +17,7 @@ from forcing_kv.plugins.op_spec import Attributes, OpSpec
 from forcing_kv.plugins.registry import op_module
 from forcing_kv.plugins.torch_library import output_dtype
 from forcing_kv.plugins.tuning import best_tactic
+from forcing_kv.runtime_trt.dtypes import dtype_name
 
 
 @cache
@@ -37,7 +38,7 @@ def problem_of(
     spec.check(shapes, attributes)
     compute = next(x for x, s in zip(inputs, spec.inputs, strict=True) if s.dtype == "T").dtype
     sizes = spec.read_sizes(shapes, attributes)
-    return Problem(sizes, attributes, str(compute).removeprefix("torch."), num_sms)
+    return Problem(sizes, attributes, dtype_name(compute), num_sms)
 
 
 def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, int]]:
