@@ -26,7 +26,8 @@ from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.engine import EagerBackend
 from forcing_kv.export.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.fp8_model import scale_of
-from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.session import Session

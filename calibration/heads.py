@@ -19,7 +19,8 @@ from forcing_kv.calibration.rollouts import (
     profile_heads,
     recorded_chunks,
 )
-from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DType
 
 HEADS_FILE = "heads.json"
 PICTURE_FILE = "heads.png"

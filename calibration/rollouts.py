@@ -14,7 +14,8 @@ from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import AttentionCall, eager_session
-from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
 from forcing_kv.runtime_trt.schedule import Schedule

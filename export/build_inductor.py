@@ -16,15 +16,11 @@ from forcing_kv.export.build import write_record
 from forcing_kv.export.bundle import replaced_folder
 from forcing_kv.export.bundle_weights import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.capture import GraphSource
-from forcing_kv.export.inductor_package import (
-    InductorOptions,
-    compile_package,
-    compile_sources,
-    torch_dtype,
-)
+from forcing_kv.export.inductor_package import InductorOptions, compile_package, compile_sources
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.planning import ENGINE_FOLDER
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
+from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.fp8 import check_sm
 from forcing_kv.runtime_trt.inductor_package import environment
@@ -136,10 +132,9 @@ def _compile_decoder(
 def _decoder_source(name: str, graph: GraphInfo, module: OnnxModule) -> GraphSource:
     device = next(module.buffers()).device
     latents, *state = (
-        torch.zeros(info.shape, dtype=torch_dtype(info.dtype),
-                    device=device)
+        torch.zeros(info.shape, dtype=getattr(torch, info.dtype), device=device)
         for info in graph.inputs
-    )  # fmt: skip
+    )
     inputs, outputs = (
         tuple(info.name for info in tensors) for tensors in (graph.inputs, graph.outputs)
     )
@@ -177,8 +172,7 @@ def _write_constants(
         pieces = _shared_pieces(name.removeprefix(MODEL_PREFIX), entries)
         if sum(piece.nbytes for piece in pieces) != value.nbytes:
             pieces = (small.add(_content(value)),)
-        dtype = str(value.dtype).removeprefix("torch.")
-        table[name] = ConstantEntry(tuple(value.shape), dtype, pieces)
+        table[name] = ConstantEntry(tuple(value.shape), dtype_name(value.dtype), pieces)
     write_table(folder / CONSTANTS_FILE, table)
 
 

@@ -21,6 +21,7 @@ from forcing_kv.export.fp8_model import quantize_
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
@@ -167,7 +168,7 @@ def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
 
     def infos(values: Any) -> tuple[TensorInfo, ...]:
         return tuple(
-            TensorInfo(value.name, tuple(value.shape.numpy()), value.dtype.name.lower())
+            TensorInfo(value.name, tuple(value.shape.numpy()), BY_ONNX[value.dtype.name].name)
             for value in values
         )
 

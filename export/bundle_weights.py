@@ -11,8 +11,9 @@ import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import quantize_
-from forcing_kv.export.stripped_weights import dtype_name, weight_entry
+from forcing_kv.export.stripped_weights import weight_entry
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, read_constants
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.runtime_trt.manifest import WEIGHT_FILE, Manifest
 
@@ -89,5 +90,5 @@ def _initializers(
 
 
 def _dtype(tensor: ir.TensorProtocol) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, dtype_name(tensor))
+    dtype: torch.dtype = getattr(torch, BY_ONNX[tensor.dtype.name].name)
     return dtype

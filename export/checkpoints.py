@@ -13,7 +13,7 @@ from torch import Tensor
 from forcing_kv.export.checkpoint_files import RawCheckpoint, Weights, read_checkpoint
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.lora import Adapter, adapter_from_tensors, check_adapter, read_adapter
-from forcing_kv.runtime_trt.config import ITEMSIZES, DType
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ModelShape
 
@@ -69,8 +69,8 @@ def load_model(
     Raises:
         InputError: missing, extra or mis-shaped keys, with the nearest names.
     """
-    if dtype not in ITEMSIZES:
-        raise InputError(f"dtype is {dtype!r}; allowed are {list(ITEMSIZES)}")
+    if dtype not in COMPUTE_DTYPES:
+        raise InputError(f"dtype is {dtype!r}; allowed are {list(COMPUTE_DTYPES)}")
     if isinstance(source, Path):
         source = CheckpointSource(source)
     checkpoint = read_checkpoint(source.path, source.weights)

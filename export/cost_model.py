@@ -12,7 +12,8 @@ from statistics import fmean
 
 from forcing_kv.export.devices import Device
 from forcing_kv.export.memory_model import NO_FP8, weight_counts
-from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.timeline import Timeline
@@ -56,7 +57,7 @@ def mean_frames(config: RolloutConfig, history: History) -> float:
 
 def attended_nbytes(config: RolloutConfig, history: History) -> int:
     """Bytes of K and V that one step attends to, own chunk included."""
-    row = config.model.head_dim * ITEMSIZES[config.dtype]
+    row = config.model.head_dim * DTYPES[config.dtype].nbytes
     return 2 * head_frames(config, history) * config.chunk.tokens_per_frame * row
 
 
@@ -90,7 +91,7 @@ def step_cost(
     """
     model, chunk, dtype = config.model, config.chunk, config.dtype
     num_tokens, dim, ffn = chunk.num_tokens, model.dim, model.ffn_dim
-    layers, size = model.num_layers, ITEMSIZES[dtype]
+    layers, size = model.num_layers, DTYPES[dtype].nbytes
     counts = weight_counts(model, fp8)
     weights = {part: count.nbytes(dtype) for part, count in counts.items()}
     rounded = {part: 2 * num_tokens * count.fp8 for part, count in counts.items()}

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from forcing_kv.runtime_trt.config import ITEMSIZES
 from forcing_kv.runtime_trt.console import print_json, progress, talk
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import read_manifest
 
@@ -31,8 +31,8 @@ def add_decoder(
     """Export a video decoder into a bundle, so that a video needs no torch."""
     if vae is None and tae is None:
         raise InputError("give --vae, --tae or both")
-    if dtype not in ITEMSIZES:
-        raise InputError(f"--dtype is {dtype!r}; give one of {list(ITEMSIZES)}")
+    if dtype not in COMPUTE_DTYPES:
+        raise InputError(f"--dtype is {dtype!r}; give one of {list(COMPUTE_DTYPES)}")
     manifest = read_manifest(bundle)
     from forcing_kv.export.decoders import add_decoder as export_decoder
     from forcing_kv.export.decoders import check_decoder_target
@@ -54,7 +54,7 @@ def add_decoder(
                 bar.advance()
 
             manifest = export_decoder(bundle, source, force=force, report=report)
-        state = sum(math.prod(shape) for shape in source.state_shapes) * ITEMSIZES[dtype]
+        state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
     if as_json:
         print_json(manifest.to_json()["decoders"])

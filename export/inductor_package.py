@@ -23,6 +23,7 @@ from forcing_kv.export.fp8 import compiler_body as fp8_body
 from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo, sha256_of
 
 PACKAGE_FILE = "package.pt2"
@@ -174,12 +175,5 @@ def _inputs_and_outputs(
 
 
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
-    """Name, shape and dtype as ONNX calls it."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorInfo(name, tuple(tensor.shape), "float" if dtype == "float32" else dtype)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """A dtype by its ONNX name, as `tensor_info` gives it."""
-    dtype: torch.dtype = getattr(torch, "float32" if name == "float" else name)
-    return dtype
+    """What a manifest says of a graph's input or output."""
+    return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))

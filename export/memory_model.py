@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 from forcing_kv.runtime_trt.buffers import ALIGNMENT
 from forcing_kv.runtime_trt.chunk_program import SLOTS
-from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Counts
 from forcing_kv.runtime_trt.layout import ModelShape
 
@@ -41,7 +42,7 @@ class WeightCount:
     def nbytes(self, dtype: DType) -> int:
         """Bytes of the part."""
         wide = self.compute - self.fp8
-        return wide * ITEMSIZES[dtype] + self.fp8 + self.float32 * FLOAT32_NBYTES
+        return wide * DTYPES[dtype].nbytes + self.fp8 + self.float32 * FLOAT32_NBYTES
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -96,7 +97,7 @@ def engine_nbytes(model: ModelShape, dtype: DType, fp8: Fp8Counts = NO_FP8) -> d
 def buffer_nbytes(config: RolloutConfig) -> dict[str, int]:
     """Bytes of every buffer that a session binds to its graphs, by purpose."""
     model, chunk, layers = config.model, config.chunk, config.model.num_layers
-    row = model.head_dim * ITEMSIZES[config.dtype]
+    row = model.head_dim * DTYPES[config.dtype].nbytes
     sizes = {f"K/V {kind}": 0 for kind in ("uncompressed", "static", "dynamic")}
     for layout in config.layouts:
         for group in layout.groups:
@@ -147,7 +148,7 @@ def replay_nbytes(config: RolloutConfig) -> int:
 
 def activation_nbytes(config: RolloutConfig) -> int:
     """Estimate of the scratch of one step: the widest point of a block, attention not unfolded."""
-    model, size = config.model, ITEMSIZES[config.dtype]
+    model, size = config.model, DTYPES[config.dtype].nbytes
     attention = 6 * model.dim  # residual, normed input, q, k, v and the output
     feed_forward = 2 * model.dim + model.ffn_dim
     islands = 2 * model.dim * FLOAT32_NBYTES  # a norm's input and output

@@ -17,13 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece
+from forcing_kv.runtime_trt.dtypes import BY_ONNX, dtype_name
 from forcing_kv.runtime_trt.errors import BundleError
-
-_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.INT64: torch.int64,
-}
 
 
 class OnnxModule(nn.Module):
@@ -93,9 +88,9 @@ class OnnxModule(nn.Module):
     ) -> None:
         """Keep a weight, and where the bundle has it."""
         piece = Piece(weights_file, external.offset or 0, external.length or external.nbytes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        entry = ConstantEntry(tuple(tensor.shape), dtype_name(tensor.dtype), (piece,))
         self._hold(name, _buffer_name(name), tensor)
-        self.entries[_buffer_name(name)] = ConstantEntry(tuple(tensor.shape), dtype, (piece,))
+        self.entries[_buffer_name(name)] = entry
 
     def forward(self, latents: Tensor, state: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Run the graph.
@@ -150,7 +145,7 @@ def _unary(function: Callable[[Any], Tensor]) -> _Operator:
 
 def _cast(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     value: Tensor = inputs[0]
-    return value.to(_DTYPES[ir.DataType(attributes["to"])])
+    return value.to(getattr(torch, BY_ONNX[ir.DataType(attributes["to"]).name].name))
 
 
 def _conv(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:

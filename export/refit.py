@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.export.stripped_weights import dtype_name, weight_entry
+from forcing_kv.export.stripped_weights import weight_entry
 from forcing_kv.runtime_trt.constant_table import map_constants
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 from forcing_kv.runtime_trt.refit import NamedWeight, refit
 from forcing_kv.runtime_trt.tensorrt_engine import EngineLog
@@ -99,5 +100,5 @@ def graph_weights(path: Path) -> dict[str, NamedWeight]:
             ((_, _, content),) = map_constants(path.parent, table)
         else:
             content = np.frombuffer(tensor.tobytes(), np.uint8)
-        found[name] = NamedWeight(name, dtype_name(tensor), prod(shape), content)
+        found[name] = NamedWeight(name, BY_ONNX[tensor.dtype.name].name, prod(shape), content)
     return found

@@ -17,7 +17,8 @@ from forcing_kv.export.fp8_model import scales_for
 from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
-from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.heads import read_heads

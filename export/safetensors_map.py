@@ -14,25 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forcing_kv.runtime_trt.dtypes import BY_SAFETENSORS
 from forcing_kv.runtime_trt.errors import InputError, require
 
 _LENGTH_NBYTES = 8
 _METADATA = "__metadata__"
-# The names are the format's: https://huggingface.co/docs/safetensors.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def map_safetensors(path: Path) -> dict[str, Tensor]:
@@ -56,9 +42,11 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     header.pop(_METADATA, None)
     if not header:
         return {}
-    unknown = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+    unknown = sorted({entry["dtype"] for entry in header.values()} - set(BY_SAFETENSORS))
     if unknown:
-        raise InputError(f"{path}: holds tensors of dtype {unknown}; known are {list(_DTYPES)}")
+        raise InputError(
+            f"{path}: holds tensors of dtype {unknown}; known are {list(BY_SAFETENSORS)}"
+        )
     data = np.memmap(path, np.uint8, "r", offset=_LENGTH_NBYTES + length)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -71,7 +59,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _tensor(content: Tensor, dtype: str, shape: list[int], begin: int, end: int) -> Tensor:
     """One tensor of the data [bytes]."""
-    item = _DTYPES[dtype]
+    item: torch.dtype = getattr(torch, BY_SAFETENSORS[dtype].name)
     part = content[begin:end]
     # PyTorch views only what is aligned to the item; the format does not promise that.
     return (part.clone() if begin % item.itemsize else part).view(item).view(shape)

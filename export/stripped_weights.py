@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import ForcingKvError
 
 
@@ -39,17 +40,7 @@ def shared_weights(path: Path) -> dict[str, ConstantEntry]:
 def weight_entry(tensor: ir.ExternalTensor, file: str, shape: tuple[int, ...]) -> ConstantEntry:
     """Where a tensor of a graph lies in its weight file, which is `file`."""
     piece = Piece(file, tensor.offset or 0, tensor.length or tensor.nbytes)
-    return ConstantEntry(shape, dtype_name(tensor), (piece,))
-
-
-def dtype_name(tensor: ir.TensorProtocol) -> str:
-    """Element type as torch and the manifest name it."""
-    name = tensor.dtype.name.lower()
-    return _TORCH_NAMES.get(name, name)
-
-
-_TORCH_NAMES = {"float": "float32", "float8e4m3fn": "float8_e4m3fn"}
-"""Element types that ONNX calls otherwise."""
+    return ConstantEntry(shape, BY_ONNX[tensor.dtype.name].name, (piece,))
 
 
 def mark_stripped(network: Any, path: Path) -> dict[str, ConstantEntry]:

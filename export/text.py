@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forcing_kv.export.checkpoint_files import read_tensor_file
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES
 from forcing_kv.runtime_trt.errors import InputError, require
 
 ORIGINAL_WEIGHTS = "models_t5_umt5-xxl-enc-*.*"
@@ -62,7 +63,7 @@ class TextEncoder:
         dtype: str = "bfloat16",
         device: str = "cpu",
     ) -> None:
-        if dtype not in ("float32", "float16", "bfloat16"):
+        if dtype not in COMPUTE_DTYPES:
             raise InputError(f"dtype is {dtype!r}; give float32, float16 or bfloat16")
         self.text_len = text_len
         self._device = torch.device(device)

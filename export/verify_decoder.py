@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forcing_kv.export.inductor_package import torch_dtype
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.verify_bundle import TensorCheck, allowed_error, error_of
 from forcing_kv.runtime_trt.decode_runner import (
@@ -60,7 +59,7 @@ class EagerDecodeRunner(DecodeRunner):
     def reset(self) -> None:
         """See base class."""
         for info in state_inputs(self._info.graphs[DECODE]):
-            dtype = torch.float32 if self._in_float32 else torch_dtype(info.dtype)
+            dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
             self._state[info.name] = torch.zeros(info.shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
@@ -120,7 +119,6 @@ def verify_decoder(
     """
     info = manifest.decoders[kind]
     (dtype,) = {port.dtype for port in state_inputs(info.graphs[DECODE])}
-    dtype = "float32" if dtype == "float" else dtype
     reference, same_dtype = (
         VideoDecoder(EagerDecodeRunner(bundle, info, in_float32=in_float32), info)
         for in_float32 in (True, False)

@@ -23,9 +23,9 @@ from forcing_kv.plugins.launch import (
     Tactic,
 )
 from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
-_TRITON_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
 _ALIGNMENT_BYTES = 16
 _NUM_HIDDEN = 2
 _PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\s+)?)?(\w+)")
@@ -110,7 +110,7 @@ def compile_kernel(
     takes_memory = bool(plan.scratch) or tactic.tma
     assert takes_memory == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
     assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
-    signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
+    signature = dict(zip(names, (f"*{DTYPES[dtype].triton}" for dtype in dtypes), strict=True))
     signature |= dict.fromkeys(plan.constants, "constexpr")
     # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
     aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(names))}

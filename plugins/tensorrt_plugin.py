@@ -25,6 +25,7 @@ from forcing_kv.plugins.launch import (
 )
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
 from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
 
@@ -146,12 +147,10 @@ class _PluginFunctions:
         self._kernels = kernels
         self._trt = require("tensorrt")
         self._trtp = require("tensorrt.plugin")
-        data_type = self._trt.DataType
         self._names = {
-            data_type.HALF: "float16",
-            data_type.BF16: "bfloat16",
-            data_type.FLOAT: "float32",
-            data_type.INT32: "int32",
+            getattr(self._trt.DataType, each.tensorrt): each.name
+            for each in DTYPES.values()
+            if each.plugin
         }
         self._types = {name: value for value, name in self._names.items()}
         # TensorRT hands the attributes by name to `describe` and by position to `aot_impl`.
@@ -185,8 +184,7 @@ class _PluginFunctions:
             inputs, attributes, (outputs,) = self._split(arguments)
             tensors = (*inputs, *outputs)
             dtypes, problem = self._problem(tensors, attributes)
-            names = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "int32": "INT32"}
-            types = ", ".join(names[dtype] for dtype in dtypes)
+            types = ", ".join(DTYPES[dtype].plugin for dtype in dtypes)
             tactics = self._kernels.offered(problem, dtypes)
             return [self._trtp.AutoTuneCombination(types, "LINEAR", tactics)]
 

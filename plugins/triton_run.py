@@ -15,6 +15,7 @@ from torch import Tensor
 from forcing_kv.plugins.launch import Launch, Problem, Tactic
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
 from forcing_kv.plugins.tuning import best_tactic
+from forcing_kv.runtime_trt.dtypes import dtype_name
 
 
 @cache
@@ -35,7 +36,7 @@ def problem_of(
     spec.check(shapes, attributes)
     compute = spec.compute_dtype([x.dtype for x in inputs])
     sizes = spec.read_sizes(shapes, attributes)
-    return Problem(sizes, attributes, str(compute).removeprefix("torch."), num_sms)
+    return Problem(sizes, attributes, dtype_name(compute), num_sms)
 
 
 def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, int]]:

@@ -12,20 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.cuda import Cuda
+from forcing_kv.runtime_trt.dtypes import DTYPES, widened
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 
 ALIGNMENT = 256
 """What TensorRT asks of a binding's address, and what cudaMalloc gives."""
-
-ITEMSIZES: Mapping[str, int] = {
-    "float": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1, "uint8": 1,
-}  # fmt: skip
-"""Bytes of one element, by the graphs' names of dtypes."""
-
-_NUMPY: Mapping[str, Any] = {
-    "float": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32,
-    "int64": np.int64, "bool": np.bool_, "uint8": np.uint8,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class BufferSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return prod(self.shape) * ITEMSIZES[self.dtype]
+        return prod(self.shape) * DTYPES[self.dtype].nbytes
 
     @property
     def padded_nbytes(self) -> int:
@@ -111,17 +102,15 @@ class DeviceMemory:
     def read(self, cuda: Cuda, name: str, stream: int) -> NDArray[Any]:
         """Copy a buffer to the host, bfloat16 as float32; waits for `stream`."""
         spec = self.plan.specs[name]
-        array = np.empty(spec.shape, _NUMPY[spec.dtype])
+        array = np.empty(spec.shape, DTYPES[spec.dtype].numpy)
         cuda.copy(array.ctypes.data, self.address(name), spec.nbytes, stream)
         cuda.synchronize(stream)
-        if spec.dtype == "bfloat16":
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array
+        return widened(array, spec.dtype)
 
     def write(self, cuda: Cuda, name: str, array: NDArray[Any], stream: int) -> None:
         """Copy an array of the buffer's shape to the device; waits for `stream`."""
         spec = self.plan.specs[name]
-        source = np.ascontiguousarray(array, _NUMPY[spec.dtype])
+        source = np.ascontiguousarray(array, DTYPES[spec.dtype].numpy)
         assert source.shape == spec.shape, f"{name}: {source.shape} given, {spec.shape} needed"
         cuda.copy(self.address(name), source.ctypes.data, spec.nbytes, stream)
         cuda.synchronize(stream)
@@ -145,7 +134,7 @@ class PinnedMirror:
         """Views of the pinned memory, by buffer name; dead after `close` of the owner."""
         for name in names:
             spec, offset = plan.specs[name], plan.offsets[name] - begin
-            view = memory[offset : offset + spec.nbytes].view(_NUMPY[spec.dtype])
+            view = memory[offset : offset + spec.nbytes].view(DTYPES[spec.dtype].numpy)
             self.arrays[name] = view.reshape(spec.shape)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from forcing_kv.runtime_trt.buffers import BufferSpec, DeviceMemory, MemoryPlan
-from forcing_kv.runtime_trt.config import ITEMSIZES, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.cuda import Cuda
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.graph_engine import SCRATCH, GraphEngine
 from forcing_kv.runtime_trt.layout import HeadGroup, HeadKind
 from forcing_kv.runtime_trt.manifest import GraphInfo
@@ -101,7 +102,7 @@ def commit_copies(variant: ChunkVariant, config: RolloutConfig) -> Iterator[RowC
 def _group_copies(
     plan: GroupPlan, group: HeadGroup, layer: int, part: str, config: RolloutConfig
 ) -> Iterator[RowCopy]:
-    row = config.model.head_dim * ITEMSIZES[config.dtype]
+    row = config.model.head_dim * DTYPES[config.dtype].nbytes
     frame = config.chunk.tokens_per_frame * row
     pool, new = f"hist_{part}.{layer}", f"new_{part}.{layer}"
     begin, pool_pitch = group.row_offset * row, group.rows_per_head * row

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import (
     CachePolicy,
@@ -20,9 +21,6 @@ from forcing_kv.runtime_trt.layout import (
     pool_nbytes,
 )
 from forcing_kv.runtime_trt.schedule import Schedule
-
-DType = Literal["float32", "float16", "bfloat16"]
-ITEMSIZES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class RolloutConfig:
                 f"chunk patch size {self.chunk.patch_size} differs from the model's "
                 f"{self.model.patch_size}"
             )
-        if self.dtype not in ITEMSIZES:
-            raise InputError(f"dtype is {self.dtype!r}; allowed are {list(ITEMSIZES)}")
+        if self.dtype not in COMPUTE_DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; allowed are {list(COMPUTE_DTYPES)}")
         check_policy(self.policy, self.partition, self.chunk)
 
     @cached_property
@@ -73,7 +71,7 @@ class RolloutConfig:
     @property
     def nbytes_kv(self) -> int:
         """Bytes of all K/V pools."""
-        return pool_nbytes(self.layouts, self.model.head_dim, ITEMSIZES[self.dtype])
+        return pool_nbytes(self.layouts, self.model.head_dim, DTYPES[self.dtype].nbytes)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

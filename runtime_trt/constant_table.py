@@ -34,7 +34,7 @@ class ConstantEntry:
 
     shape: tuple[int, ...]
     dtype: str
-    """As torch names it: float32, bfloat16, int32, ..."""
+    """Name in `DTYPES`."""
     pieces: tuple[Piece, ...]
 
     @property

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.inductor_package import InductorPackage
 from forcing_kv.runtime_trt.manifest import TensorInfo
@@ -15,13 +18,13 @@ from forcing_kv.runtime_trt.manifest import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-_INTERFACE_TYPES = {"float": "<f4", "float16": "<f2", "bfloat16": "<i2", "int32": "<i4"}
-"""Type strings of the CUDA array interface, which knows no bfloat16: its bits go as int16."""
-
 
 @dataclass(frozen=True)
 class _DeviceArray:
-    """Device memory of the runtime, shown to torch without a copy."""
+    """Device memory of the runtime, shown to torch without a copy.
+
+    The CUDA array interface has numpy's dtypes: bfloat16 goes as its bits.
+    """
 
     address: int
     info: TensorInfo
@@ -30,7 +33,7 @@ class _DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
             "shape": self.info.shape,
-            "typestr": _INTERFACE_TYPES[self.info.dtype],
+            "typestr": np.dtype(DTYPES[self.info.dtype].numpy).str,
             "data": (self.address, False),
             "strides": None,
             "version": 3,
@@ -73,7 +76,7 @@ class InductorEngine:
         if key not in self._views:
             torch = self._torch
             view: Tensor = torch.as_tensor(_DeviceArray(address, info), device=self._package.device)
-            self._views[key] = view.view(torch.bfloat16) if info.dtype == "bfloat16" else view
+            self._views[key] = view.view(getattr(torch, info.dtype))
         return self._views[key]
 
     @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.layout import from_mapping
@@ -23,11 +24,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One input or output of a graph."""
+    """One input or output of a graph.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    """Name in `DTYPES`."""
+
+    def __post_init__(self) -> None:
+        if self.dtype == "float":  # Bundles of 2026 have ONNX's word for it.
+            object.__setattr__(self, "dtype", "float32")
+        if self.dtype not in DTYPES:
+            raise InputError(f"{self.name}: dtype is {self.dtype!r}; allowed are {list(DTYPES)}")
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
 from forcing_kv.runtime_trt.errors import InputError
 
 Float32 = NDArray[np.float32]
 
 TENSOR = "prompt_embeds"
 FORMAT = "forcing_kv.prompts"
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_CODES = {DTYPES[name].safetensors: DTYPES[name] for name in COMPUTE_DTYPES}
 _MAX_HEADER_NBYTES = 1 << 20
 
 
@@ -82,7 +83,8 @@ def read_prompts(path: Path) -> PromptFile:
         header, data = _split(content)
         tensor = header[TENSOR]
         begin, end = tensor["data_offsets"]
-        stored = np.frombuffer(data[begin:end], np.dtype(_DTYPES[tensor["dtype"]]))
+        dtype = _CODES[tensor["dtype"]]
+        stored = np.frombuffer(data[begin:end], np.dtype(dtype.numpy).newbyteorder("<"))
         array = stored.reshape(tensor["shape"])
         metadata: Mapping[str, Any] = header.get("__metadata__", {})
         texts = json.loads(metadata.get("prompts", "[]"))
@@ -90,9 +92,7 @@ def read_prompts(path: Path) -> PromptFile:
         raise InputError(
             f"{path}: not a file of encoded prompts, or truncated ({error!r}); {remedy}"
         ) from error
-    if tensor["dtype"] == "BF16":
-        array = (array.astype("<u4") << 16).view("<f4")
-    embeds = array.astype(np.float32)
+    embeds = widened(array, dtype.name).astype(np.float32)
     embeds = embeds[None] if embeds.ndim == 2 else embeds
     if embeds.ndim != 3 or len(embeds) == 0 or not np.isfinite(embeds).all():
         raise InputError(

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TRT_DTYPES = {
-    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "int64": "INT64",
-    "bool": "BOOL", "uint8": "UINT8", "float8_e4m3fn": "FP8",
-}  # fmt: skip
-"""Names of dtypes as torch has them → TensorRT's."""
+from forcing_kv.runtime_trt.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -22,7 +18,7 @@ class NamedWeight:
 
     name: str
     dtype: str
-    """As torch names it: float32, bfloat16, ..."""
+    """Name in `DTYPES`."""
     count: int
     """Elements."""
     content: NDArray[np.uint8]
@@ -45,7 +41,7 @@ def refit(trt: Any, engine: Any, logger: Any, weights: Iterable[NamedWeight]) ->
     read = []  # TensorRT takes addresses, and reads them when it refits.
     for weight in weights:
         read.append(weight.content)
-        dtype = getattr(trt.DataType, TRT_DTYPES[weight.dtype])
+        dtype = getattr(trt.DataType, DTYPES[weight.dtype].tensorrt)
         given = trt.Weights(dtype, weight.content.ctypes.data, weight.count)
         if not refitter.set_named_weights(weight.name, given):
             return f"weight {weight.name} is refused"

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.constant_table import map_constants, read_table
+from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 from forcing_kv.runtime_trt.engine_record import EngineRecord, Flavour, weight_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.graph_engine import SCRATCH
 from forcing_kv.runtime_trt.jit_cache import JitCache
 from forcing_kv.runtime_trt.manifest import GraphInfo
-from forcing_kv.runtime_trt.refit import TRT_DTYPES, NamedWeight, refit
-
-_DTYPES = {trt: "float" if name == "float32" else name for name, trt in TRT_DTYPES.items()}
-"""TensorRT's names of dtypes → the manifest's."""
+from forcing_kv.runtime_trt.refit import NamedWeight, refit
 
 
 class EngineLog:
@@ -152,7 +150,8 @@ class LoadedPlans:
 
     def _description(self, engine: Any, tensor: str) -> tuple[tuple[int, ...], str]:
         dtype = engine.get_tensor_dtype(tensor).name
-        return tuple(engine.get_tensor_shape(tensor)), _DTYPES.get(dtype, dtype)
+        known = BY_TENSORRT[dtype].name if dtype in BY_TENSORRT else dtype
+        return tuple(engine.get_tensor_shape(tensor)), known
 
     def release(self) -> None:
         """Free device memory: engines before their runtime."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.config import ITEMSIZES, RolloutConfig
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.layout import pool_nbytes
 from forcing_kv.runtime_trt.session import Chunk
@@ -140,7 +141,7 @@ def kv_nbytes_by_kind(config: RolloutConfig) -> dict[str, int]:
     if config.policy.num_dynamic_frames == 0:
         return {"every": config.nbytes_kv}
     totals: dict[str, int] = {}
-    per_row = pool_nbytes(config.layouts[:1], config.model.head_dim, ITEMSIZES[config.dtype])
+    per_row = pool_nbytes(config.layouts[:1], config.model.head_dim, DTYPES[config.dtype].nbytes)
     per_row //= config.layouts[0].num_rows
     for layout in config.layouts:
         for group in layout.groups:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from forcing_kv.runtime_trt.config import ITEMSIZES
 from forcing_kv.runtime_trt.console import print_json
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.engine_record import check_engines
 from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
 from forcing_kv.runtime_trt.manifest import (
@@ -58,7 +58,7 @@ def _summary(manifest: Manifest) -> Any:
     dense = CachePolicy.dense(max(21, chunk.num_frames), chunk.num_frames)
     dense_rows = model.num_layers * model.num_heads * dense.num_static_frames
     dense_nbytes = 2 * dense_rows * chunk.tokens_per_frame * model.head_dim
-    dense_nbytes *= ITEMSIZES[config.dtype]
+    dense_nbytes *= DTYPES[config.dtype].nbytes
     table = _table(manifest.name, "what", "value")
     shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}"
     table.add_row("model", f"{shape}, ffn {model.ffn_dim}, text {model.text_len}x{model.text_dim}")
@@ -99,7 +99,7 @@ def _heads(manifest: Manifest) -> Any:
         for group in layout.groups:
             for position in range(group.first_head, group.first_head + group.num_heads):
                 marks[config.partition.head_order(layer)[position]] = group.kind[0].upper()
-        nbytes = pool_nbytes([layout], config.model.head_dim, ITEMSIZES[config.dtype])
+        nbytes = pool_nbytes([layout], config.model.head_dim, DTYPES[config.dtype].nbytes)
         heads = "".join(marks[head] for head in sorted(marks))
         table.add_row(str(layer), heads, str(layout.num_rows), f"{nbytes / 1e6:.3f}")
     return table

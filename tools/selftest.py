@@ -162,7 +162,8 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
 
     from forcing_kv.export.bundle import BundleLabels, export_bundle
     from forcing_kv.export.denoiser import CausalWanModel
-    from forcing_kv.runtime_trt.config import DType, RolloutConfig
+    from forcing_kv.runtime_trt.config import RolloutConfig
+    from forcing_kv.runtime_trt.dtypes import DType
     from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
     shape = ModelShape(4, dim=256, ffn_dim=512, num_heads=4, text_len=32, text_dim=64, freq_dim=64)

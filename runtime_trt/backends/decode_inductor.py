@@ -43,9 +43,7 @@ class InductorDecodeRunner(DecodeRunner):
         """See base class."""
         torch = self._torch
         self._state = {
-            info.name: torch.zeros(
-                info.shape, dtype=torch.float32 if info.dtype == "float" else torch.float16
-            )
+            info.name: torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
             for info in state_inputs(self._package.graphs[DECODE])
         }
 

@@ -18,10 +18,9 @@ from forcing_kv.runtime_trt.decode_runner import (
     next_state,
     state_inputs,
 )
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
 from forcing_kv.runtime_trt.manifest import GraphInfo
-
-_NUMPY_DTYPES = {"float": np.float32, "float16": np.float16}
 
 
 class OnnxRuntimeDecodeRunner(DecodeRunner):
@@ -54,7 +53,7 @@ class OnnxRuntimeDecodeRunner(DecodeRunner):
         values = require("onnxruntime").OrtValue
         self._state = {
             info.name: values.ortvalue_from_numpy(
-                np.zeros(info.shape, _NUMPY_DTYPES[info.dtype]), self._device, 0
+                np.zeros(info.shape, DTYPES[info.dtype].numpy), self._device, 0
             )
             for info in state_inputs(self._graphs[DECODE])
         }

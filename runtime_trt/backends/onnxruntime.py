@@ -16,12 +16,10 @@ from forcing_kv.runtime_trt.backends.base import (
     StepScalars,
     copy_rows,
 )
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
 from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest
 from forcing_kv.runtime_trt.timeline import ChunkPlan
-
-NUMPY_DTYPES = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
-"""Graph dtypes that this backend can run, by their ONNX names."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -141,7 +139,7 @@ class _BoundGraph:
         self._binding = self._session.io_binding()
         for info in (*graph.inputs, *graph.outputs):
             if info.name not in buffers:
-                buffers[info.name] = np.zeros(info.shape, NUMPY_DTYPES[info.dtype])
+                buffers[info.name] = np.zeros(info.shape, DTYPES[info.dtype].numpy)
         for info in graph.inputs:
             value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_input(info.name, value)

@@ -163,7 +163,7 @@ class _Engine:
         return self.tensors[name][0]
 
     def get_tensor_dtype(self, name):
-        names = {"float": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
         return SimpleNamespace(name=names[self.tensors[name][1]])
 
     def create_execution_context(self, strategy):

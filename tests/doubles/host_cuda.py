@@ -261,7 +261,7 @@ class HostEngine:
             self.fail_at = None
             raise RuntimeError(f"{graph} was made to fail")
         info, session = self._manifest.graphs[graph], self.shared["sessions"][graph]
-        dtypes = {"float": np.float32, "float16": np.float16, "int32": np.int32}
+        dtypes = {"float32": np.float32, "float16": np.float16, "int32": np.int32}
         assert bindings["scratch"] % 256 == 0
 
         def array(tensor):

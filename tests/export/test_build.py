@@ -21,6 +21,7 @@ from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
 from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import map_constants, read_constants, read_table
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import (
     BundleError,
     ForcingKvError,
@@ -29,7 +30,6 @@ from forcing_kv.runtime_trt.errors import (
 )
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.refit import TRT_DTYPES
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.tools.cli import COMMANDS, build_app
 
@@ -249,7 +249,7 @@ def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
                     held.add((layer.name, layer.weights.tobytes()))
             for name, entry, content in map_constants(path.parent, table):
                 assert (name, content.tobytes()) in held
-                dtype = getattr(trt.DataType, TRT_DTYPES[entry.dtype])
+                dtype = getattr(trt.DataType, DTYPES[entry.dtype].tensorrt)
                 weights = trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
                 assert weights.nbytes == content.nbytes
                 assert weights.numpy().tobytes() == content.tobytes()

@@ -30,11 +30,11 @@ from forcing_kv.export.stripped_weights import shared_weights
 from forcing_kv.export.verify_bundle import verify_bundle
 from forcing_kv.runtime_trt.backends import open_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Scales, LinearScales
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
-from forcing_kv.runtime_trt.refit import TRT_DTYPES
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.tools.cli import COMMANDS, build_app
 
@@ -256,7 +256,7 @@ def test_a_bundle_holds_8_bits_and_gives_them_back(bundle):
 def test_a_stripped_engine_could_be_given_the_weights(bundle):
     table = shared_weights(bundle / "graphs/step.onnx")
     assert "float8_e4m3fn" in {entry.dtype for entry in table.values()}
-    assert {entry.dtype for entry in table.values()} <= set(TRT_DTYPES)
+    assert all(DTYPES[entry.dtype].tensorrt for entry in table.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

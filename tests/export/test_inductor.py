@@ -77,7 +77,7 @@ def test_single_tensors_are_shown():
     config = RolloutConfig(
         shape, ChunkShape(3, 4, 6), CachePolicy(), HeadPartition(2, ((), (0,))), dtype="bfloat16"
     )
-    port = TensorInfo("prompt_embeds", (3, 4), "float")
+    port = TensorInfo("prompt_embeds", (3, 4), "float32")
     cross = torch.arange(8, dtype=torch.bfloat16)
 
     graphs = {

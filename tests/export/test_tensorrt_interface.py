@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 
 BUILDER_FILES = ("export/engine_builder.py", "export/stripped_weights.py", "export/refit.py")
 RUNTIME_FILES = (
@@ -117,10 +118,8 @@ def test_the_lists_above_are_of_the_sources(repository):
 
 @pytest.mark.parametrize("trt", ["tensorrt", "tensorrt_lean", "tensorrt_rtx"], indirect=True)
 def test_the_runtime_has_what_we_use(trt, repository):
-    from forcing_kv.runtime_trt.tensorrt_engine import _DTYPES
-
     names = names_in(repository, RUNTIME_FILES) | dotted(RUNTIME_MEMBERS)
-    names |= {f"DataType.{name}" for name in _DTYPES}
+    names |= {f"DataType.{name}" for name in BY_TENSORRT}
     names |= {f"ILogger.Severity.{name}" for name in ("INTERNAL_ERROR", "ERROR", "WARNING")}
     if trt.__name__ == "tensorrt_rtx":
         names |= dotted(RTX_RUNTIME_MEMBERS)

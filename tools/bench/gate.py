@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.config import DType
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import Workload
 

@@ -8,8 +8,7 @@ from math import prod
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.plugins.op_spec import TensorSpec
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, SEGMENT_SIMILARITY
-
-_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+from forcing_kv.runtime_trt.dtypes import DTYPES
 
 
 def flops(case: OpCase) -> int:
@@ -28,7 +27,7 @@ def traffic_nbytes(case: OpCase, dtype: str) -> int:
         case: the call.
         dtype: compute dtype.
     """
-    sizes, item = case.sizes, _NBYTES[dtype]
+    sizes, item = case.sizes, DTYPES[dtype].nbytes
     shapes = [tensor.shape(sizes) for tensor in case.spec.inputs]
     full = case.spec.read_sizes(shapes, case.attributes)
     if case.spec is SEGMENT_SIMILARITY:
@@ -41,7 +40,7 @@ def traffic_nbytes(case: OpCase, dtype: str) -> int:
         return 2 * (keys + sizes["H"] * sizes["N"]) * sizes["D"] * item
     dtypes = [{"T": dtype, "W": "float32"}.get(t.dtype, t.dtype) for t in _tensors(case)]
     return sum(
-        prod(shape) * _NBYTES[kind]
+        prod(shape) * DTYPES[kind].nbytes
         for shape, kind in zip([*shapes, *case.output_shapes()], dtypes, strict=True)
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from forcing_kv.runtime_trt.config import DType
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.measure import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.roofline import step_work
