@@ -16,6 +16,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import quantize_, scales_for
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.export.rewrite import share_weights
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
@@ -30,8 +31,6 @@ from forcing_kv.tools.digits.shipped import (
     encode_prompt,
 )
 
-DENSE_WINDOW = 21
-"""Frames that the dense row sees, as in Self Forcing."""
 FIRST_SEED = 1000
 """Seed of the first clip; each clip has its own, the same in every row."""
 
@@ -75,7 +74,7 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
     every_head = static.static_heads[:1]
     same_heads = HeadPartition(MODEL.num_heads, every_head + partition.static_heads[1:])
     return (
-        Row("dense", CachePolicy.dense(DENSE_WINDOW, CHUNK.num_frames), dynamic),
+        Row("dense", CachePolicy.dense(DENSE_WINDOW_FRAMES, CHUNK.num_frames), dynamic),
         Row("forcing-kv", POLICY, partition),
         Row("recency-only", recency, same_heads),
         Row("random segments", POLICY, partition, random_segments=True),
