@@ -22,6 +22,13 @@ WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
 WAN_14B = ModelShape(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
 """Wan2.1-T2V-14B."""
 
+DENSE_WINDOW_FRAMES = 21
+"""Frames that Self Forcing attends to uncompressed: seven chunks, the running one included."""
+PIXEL_FRAMES_PER_LATENT = 4
+"""Pixel frames that Wan's VAE makes of a latent frame, as every published FPS counts them."""
+FPS = 16
+"""Pixel frames per second of the videos that Wan was trained on."""
+
 UMT5 = "umt5-xxl"
 WAN_VAE = "wan-vae"
 
@@ -36,7 +43,7 @@ class Preset:
     model: ModelShape
     schedule: Schedule = field(default_factory=Schedule)
     policy: CachePolicy = field(default_factory=CachePolicy)
-    dense_window: int = 21
+    dense_window: int = DENSE_WINDOW_FRAMES
     """Frames that the uncompressed model attends to, sink and own chunk included."""
     dense_sink: int = 0
     """First frames of that window that stay."""
@@ -52,7 +59,7 @@ class Preset:
     """Score from which a head counts as static in the published partition."""
     text_encoder: str = UMT5
     decoder: str = WAN_VAE
-    fps: int = 16
+    fps: int = FPS
     """Pixel frames per second that the model was trained on."""
     download: str = ""
     """Command that fetches the checkpoint."""

@@ -25,8 +25,6 @@ FILES = (
     "summary.json",
 )  # fmt: skip
 BUNDLES = ("bundle-dense", "bundle-forcing-kv")
-DENSE_WINDOW = 21
-"""Latent frames that Self Forcing attends to."""
 
 
 def demo(
@@ -84,10 +82,11 @@ def _calibrate(work: Path, num_chunks: int, bar: Task) -> None:
 
 def _export(work: Path, bar: Task) -> None:
     from forcing_kv.export.bundle import export_bundle
+    from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
     from forcing_kv.export.request import ExportRequest, resolve
 
     requests = (
-        ExportRequest(dense_window=DENSE_WINDOW),
+        ExportRequest(dense_window=DENSE_WINDOW_FRAMES),
         ExportRequest(heads=work / "heads.json"),
     )
     for name, request in zip(BUNDLES, requests, strict=True):

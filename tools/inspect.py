@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.console import print_json
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.engine_record import check_engines
@@ -55,7 +56,7 @@ def _table(title: str, *columns: str) -> Any:
 def _summary(manifest: Manifest) -> Any:
     config = manifest.config
     model, chunk, policy = config.model, config.chunk, config.policy
-    dense = CachePolicy.dense(max(21, chunk.num_frames), chunk.num_frames)
+    dense = CachePolicy.dense(max(DENSE_WINDOW_FRAMES, chunk.num_frames), chunk.num_frames)
     dense_rows = model.num_layers * model.num_heads * dense.num_static_frames
     dense_nbytes = 2 * dense_rows * chunk.tokens_per_frame * model.head_dim
     dense_nbytes *= DTYPES[config.dtype].nbytes
@@ -79,7 +80,8 @@ def _summary(manifest: Manifest) -> Any:
     )
     table.add_row("K/V cache", f"{config.nbytes_kv / 1e6:.3f} MB allocated")
     table.add_row(
-        "dense 21-frame cache", f"{dense_nbytes / 1e6:.3f} MB (history alone, for comparison)"
+        f"dense {DENSE_WINDOW_FRAMES}-frame cache",
+        f"{dense_nbytes / 1e6:.3f} MB (history alone, for comparison)",
     )
     table.add_row("weights", f"{manifest.weights_nbytes / 1e6:.1f} MB")
     for key, value in manifest.provenance.items():

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from forcing_kv.export.memory_model import NO_FP8, all_fp8
 from forcing_kv.export.model_config import read_json
-from forcing_kv.export.presets import Preset, load_preset
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES, Preset, load_preset
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
@@ -20,8 +20,6 @@ from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.resolution import check_latent_size, parse_latent_size
 
 DEFAULT_MODEL = "self-forcing-1.3b"
-DENSE_WINDOW = 21
-"""Frames of the dense window that a bundle is compared with, as in Self Forcing."""
 
 PUBLISHED_STATIC_HEADS: Mapping[str, int] = MappingProxyType(
     {"self-forcing-1.3b": 134, "longlive-1.3b": 154, "krea-14b": 800}
@@ -128,7 +126,7 @@ def _of_bundle(bundle: Path) -> Subject:
     manifest = read_manifest(bundle)
     config = manifest.config
     frames = config.chunk.num_frames
-    dense = CachePolicy.dense(max(DENSE_WINDOW, frames), frames)
+    dense = CachePolicy.dense(max(DENSE_WINDOW_FRAMES, frames), frames)
     base = replace(config, policy=dense)
     fp8 = NO_FP8 if manifest.fp8 is None else manifest.fp8.counts
     return Subject(manifest.name, base, config.policy, "the bundle's", fp8)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.export.presets import FPS, PIXEL_FRAMES_PER_LATENT
 from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, follow_session, to_rgb8
 from forcing_kv.runtime_trt.errors import InputError
@@ -23,9 +24,6 @@ Uint8 = NDArray[np.uint8]
 DIGITS = "digits"
 """Kind of decoder of the small model's codec, which is no graph."""
 CHOICES = ("auto", "vae", "tae", "none")
-PIXEL_FRAMES_PER_LATENT = 4
-"""Of Wan's auto-encoders; the small model's codec makes one."""
-WAN_FPS = 16
 DIGITS_FPS = 8
 
 
@@ -171,10 +169,10 @@ def _kind(bundle: Path, manifest: Manifest, choice: str, out: Path) -> str | Non
 
 
 def pixel_frames_per_latent(manifest: Manifest) -> int:
-    """Pixel frames that a latent frame stands for, by which FPS are counted."""
+    """Pixel frames that a latent frame stands for: the small model's codec makes one."""
     return 1 if manifest.decoder == DIGITS else PIXEL_FRAMES_PER_LATENT
 
 
 def default_fps(manifest: Manifest) -> int:
     """Pixel frames per second that the model was trained on."""
-    return DIGITS_FPS if manifest.decoder == DIGITS else WAN_FPS
+    return DIGITS_FPS if manifest.decoder == DIGITS else FPS

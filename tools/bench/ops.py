@@ -15,10 +15,10 @@ from forcing_kv.export.presets import PRESETS, load_preset
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 if TYPE_CHECKING:
-    from forcing_kv.tools.bench.rows import Row
+    from forcing_kv.tools.bench.report.rows import Row
 
 
 def bench_ops(
@@ -52,20 +52,20 @@ def bench_ops(
         raise InputError(f"--dtype {dtype}: allowed are float16 and bfloat16")
     preset = load_preset(model)
     sizes = [parse_latent_size("--resolution", text) for text in resolution or ["480p"]]
-    workloads = [workload_of(preset, size, dynamic_heads) for size in sizes]
+    layers = [compressed_layer(preset, size, dynamic_heads) for size in sizes]
     _require_gpu()
     from forcing_kv.plugins import tuning
 
     if update_table and not os.access(tuning.TABLE, os.W_OK):
         raise InputError(f"--update-table: {tuning.TABLE} cannot be written to")
-    from forcing_kv.tools.bench.op_bench import OpBench
-    from forcing_kv.tools.bench.rows import append_row
+    from forcing_kv.tools.bench.kernels.bench import OpBench
+    from forcing_kv.tools.bench.report.rows import append_row
 
     bench = OpBench(dtype, warmup, iterations)
     rows: list[Row] = []
     try:
-        for workload in workloads:
-            for row in bench.rows(workload):
+        for layer in layers:
+            for row in bench.rows(layer):
                 rows.append(row)
                 if out is not None:
                     append_row(out, row)
@@ -102,7 +102,7 @@ def _print_rows(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from forcing_kv.tools.bench.report import OP_HEADER, op_cells
+    from forcing_kv.tools.bench.report.tables import OP_HEADER, op_cells
 
     out = Console(highlight=False)
     for label in dict.fromkeys(row.workload["model"] for row in rows):

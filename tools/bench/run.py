@@ -12,16 +12,17 @@ import numpy as np
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.layout import HeadPartition
 from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.tools.bench.measure import MeasureOptions, measure
-from forcing_kv.tools.bench.rows import Row
+from forcing_kv.tools.bench.measure.options import MeasureOptions
+from forcing_kv.tools.bench.measure.subject import measure
+from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
 from forcing_kv.tools.bench.workloads import (
-    PIXEL_FRAMES_PER_LATENT,
     Workload,
     check_fp8_dtype,
     random_prompt,
     workload,
 )
+from forcing_kv.tools.run_decode import pixel_frames_per_latent
 
 if TYPE_CHECKING:
     from forcing_kv.export.denoiser import CausalWanModel
@@ -152,7 +153,6 @@ def bundle_workload(bundle: Path) -> Workload:
         config,
         load,
         prompt,
-        # The digits codec has no temporal compression; Wan's VAE has four frames a latent.
-        1 if manifest.decoder == "digits" else PIXEL_FRAMES_PER_LATENT,
+        pixel_frames_per_latent(manifest),
         fp8=manifest.fp8 is not None,
     )

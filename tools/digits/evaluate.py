@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from forcing_kv.export.fp8_file import read_fp8
+from forcing_kv.export.origin import fp8_origin, heads_origin, warn_of_other
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
@@ -54,7 +56,7 @@ def evaluate_command(
     record = run_evaluation(checkpoint, heads, clips, long_clips, processes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    from forcing_kv.tools.digits.eval_report import draw_curves, print_table
+    from forcing_kv.tools.digits.evaluation.report import draw_curves, print_table
 
     draw_curves(record, out / "eval.png")
     print_table(record)
@@ -77,27 +79,36 @@ def run_evaluation(
         num_long_clips: clips of 60 frames.
         processes: single-threaded processes that generate.
     """
-    from forcing_kv.tools.digits.comparison import clips_of, compare, row_record, standard_rows
-    from forcing_kv.tools.digits.workers import run_jobs, split_jobs
+    from forcing_kv.tools.digits.evaluation.comparison import (
+        clips_of,
+        compare,
+        standard_variants,
+        variant_record,
+    )
+    from forcing_kv.tools.digits.evaluation.workers import run_jobs, split_jobs
 
-    rows = standard_rows(read_heads(heads, shipped.MODEL).partition)
-    record: dict[str, Any] = {
-        "model_sha256": sha256_of(checkpoint),
-        "heads_sha256": sha256_of(heads),
-    }
+    head_file, fp8_file = read_heads(heads, shipped.MODEL), read_fp8(shipped.FP8, shipped.MODEL)
+    variants = standard_variants(head_file.partition)
+    sha256 = sha256_of(checkpoint)
+    for origin in (
+        heads_origin(heads, head_file.model_sha256),
+        fp8_origin(shipped.FP8, fp8_file.model_sha256),
+    ):
+        warn_of_other(origin, checkpoint, lambda: sha256)
+    record: dict[str, Any] = {"model_sha256": sha256, "heads_sha256": head_file.sha256}
     for name, count, chunks in (
         ("short", num_clips, SHORT_CHUNKS),
         ("long", num_long_clips, LONG_CHUNKS),
     ):
         clips = clips_of(count)
-        jobs = [job for row in rows for job in split_jobs(row, clips, chunks)]
+        jobs = [job for each in variants for job in split_jobs(each, clips, chunks)]
         made = list(track(run_jobs(checkpoint, jobs, processes), name, len(jobs)))
-        latents = np.concatenate(made).reshape(len(rows), count, -1, *made[0].shape[2:])
-        results = compare(rows, clips, list(latents))
+        latents = np.concatenate(made).reshape(len(variants), count, -1, *made[0].shape[2:])
+        results = compare(variants, clips, list(latents))
         record[name] = {
             "num_clips": count,
             "num_frames": chunks * shipped.CHUNK.num_frames,
-            "rows": [row_record(result, clips, results[0]) for result in results],
+            "rows": [variant_record(result, clips, results[0]) for result in results],
         }
     record["goals"] = judge(record["short"]["rows"])
     return record

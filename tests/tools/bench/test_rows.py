@@ -10,16 +10,17 @@ import torch
 from typer import Exit
 from typer.testing import CliRunner
 
+from forcing_kv.export.cost_model import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.tools.bench import rows, suite
 from forcing_kv.tools.bench.cli import finish
-from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
-from forcing_kv.tools.bench.roofline import step_work
-from forcing_kv.tools.bench.rows import append_row, read_rows
-from forcing_kv.tools.bench.statistics import latency
-from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
-from forcing_kv.tools.bench.suite_items import SuiteItem, predict, suite_items
-from forcing_kv.tools.bench.workloads import mean_attended_frames, workload
+from forcing_kv.tools.bench.measure.summary import latency
+from forcing_kv.tools.bench.report import rows
+from forcing_kv.tools.bench.report.rows import append_row, read_rows
+from forcing_kv.tools.bench.report.tables import cells, latest, more_cells, write_report
+from forcing_kv.tools.bench.suite import runner as suite
+from forcing_kv.tools.bench.suite.items import SuiteItem, predict, suite_items
+from forcing_kv.tools.bench.suite.runner import SuiteOptions, run_suite, selected
+from forcing_kv.tools.bench.workloads import step_work, workload
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 
@@ -114,7 +115,7 @@ def test_items_are_ordered_and_predicted():
     # References are made by the first that needs them.
     assert predicted["480p/operators-graph"] > predicted["480p/operators"]
     assert predicted["1080p/eager-dense"] > predicted["480p/eager-dense"]
-    assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
+    assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "digits")))
 
 
 @pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "wan-1.3b")])
@@ -123,10 +124,23 @@ def test_suite_names_its_models(device, model):
         suite_items(device, model)
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("golden", "native", r"'golden' is unknown; choose one of \['wan-1.3b', 'digits'\]"),
+        ("digits", "480p", "has one size, native; found '480p'"),
+        ("wan-1.3b", "native", "choose one of .*1080p"),
+    ],
+)
+def test_a_model_or_size_that_is_not_there_is_refused(model, size, message):
+    with pytest.raises(InputError, match=message):
+        workload(model, size, "dense", "float32")
+
+
 def test_part_of_no_name_is_refused(tmp_path):
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("inductor", "4k"))
     with pytest.raises(InputError, match="--only 4k: no item has it in its name"):
-        selected(suite_items("cpu", "golden"), options)
+        selected(suite_items("cpu", "digits"), options)
 
 
 def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
@@ -144,7 +158,7 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
         suite.subprocess, "Popen", lambda command, **options: real(["sleep", "60"], **options)
     )
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
-    item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
+    item = SuiteItem("digits", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
     assert found.error == "not finished after 0 s"
     assert "cut_off" not in found.run
@@ -168,7 +182,7 @@ def test_suite_without_a_gpu_can_only_be_looked_at(tmp_path):
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "_WORKER", "forcing_kv.tools.bench.no_such_worker")
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
-    items = [SuiteItem("golden", "native", name, "cpu", "float32") for name in
+    items = [SuiteItem("digits", "native", name, "cpu", "float32") for name in
              ("eager-dense", "operators")]  # fmt: skip
     rows = list(run_suite(items, options, lambda _: None))
     assert [(each.subject, each.status) for each in rows] == [
@@ -182,14 +196,14 @@ def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
 def test_no_item_begins_without_time(tmp_path):
     said = []
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, budget_s=1.0)
-    item = SuiteItem("golden", "native", "eager-dense", "cpu", "float32")
+    item = SuiteItem("digits", "native", "eager-dense", "cpu", "float32")
     assert not list(run_suite([item], options, said.append))
     assert "left for the next call" in said[0]
 
 
 def test_suite_measures_every_subject_of_its_device():
     cuda = {item.subject for item in suite_items("cuda", "wan-1.3b") if item.kind == "subject"}
-    cpu = {item.subject for item in suite_items("cpu", "golden")}
+    cpu = {item.subject for item in suite_items("cpu", "digits")}
     assert {"eager-dense", "eager-forcing-kv", "inductor", "compile-dense-graph"} <= cuda
     assert {"onnxruntime", "eager-dense"} <= cpu
 
@@ -263,7 +277,7 @@ def test_work_of_a_step_at_480p():
     work = step_work(config)
     assert (work.linear_flop + work.cross_flop) / 1e12 == pytest.approx(12.15, abs=0.01)
     assert work.self_flop / 1e12 == pytest.approx(7.55, rel=0.01)
-    assert mean_attended_frames(config) == pytest.approx(5.61, abs=0.03)
+    assert mean_frames(config, steady_history(config)) == pytest.approx(5.61, abs=0.03)
     assert work.ideal_ms("NVIDIA H200") == pytest.approx(24.9, abs=0.2)
     assert work.ideal_ms("another") is None
 
