@@ -57,14 +57,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """One attribute of an operator."""
+    """One attribute of an operator; its reference says what it means."""
 
     name: str
     """Argument name."""
     kind: Literal["int", "float"]
     """Type of the value."""
-    meaning: str
-    """What it counts or scales."""
 
 
 @dataclass(frozen=True)
