@@ -22,10 +22,13 @@ from forcing_kv.export.denoiser import (
 )
 from forcing_kv.export.fusion import PLAIN, FusionOptions, time_tables
 from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.head_indexed_attention.torch_op import head_indexed_attention
-from forcing_kv.plugins.qk_norm_rope.torch_op import qk_norm_rope
-from forcing_kv.plugins.segment_similarity.torch_op import segment_similarity
-from forcing_kv.plugins.similarity_eviction.torch_op import similarity_eviction
+from forcing_kv.plugins.registry import (
+    HEAD_INDEXED_ATTENTION,
+    QK_NORM_ROPE,
+    SEGMENT_SIMILARITY,
+    SIMILARITY_EVICTION,
+)
+from forcing_kv.plugins.torch_library import OPERATORS
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.schedule import rope_table
 
@@ -147,7 +150,7 @@ class ChunkGraph(nn.Module):
         shape = self.config.model
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = qk_norm_rope(
+            q, k = OPERATORS[QK_NORM_ROPE](
                 q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin,
                 shape.num_heads, shape.eps,
             )  # fmt: skip
@@ -156,7 +159,7 @@ class ChunkGraph(nn.Module):
             new_v.append(v)
             if self._observer is not None:
                 self._observer(layer, q, k)
-            out = head_indexed_attention(
+            out = OPERATORS[HEAD_INDEXED_ATTENTION](
                 q, k, v, inputs.hist_k[layer], inputs.hist_v[layer],
                 self.get_buffer(f"head_offset_{layer}"), inputs.hist_len[layer], inputs.new_len,
                 self.config.layouts[layer].max_rows_per_head,
@@ -316,7 +319,7 @@ class EvictGraph(nn.Module):
     def score(self, hist_k: Sequence[Tensor], new_k: Sequence[Tensor]) -> list[Tensor]:
         """Scores [F, P] of layer 1, or of every evicted layer with `per_layer` selection."""
         return [
-            segment_similarity(hist_k[i], new_k[i], *astuple(self._candidates[layer]))
+            OPERATORS[SEGMENT_SIMILARITY](hist_k[i], new_k[i], *astuple(self._candidates[layer]))
             for i, layer in enumerate(self.config.evicted_layers)
             if self.config.policy.selection == "per_layer" or layer == 1
         ]
@@ -333,7 +336,7 @@ class EvictGraph(nn.Module):
         layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
         candidates = [astuple(self._candidates[layer]) for layer in layers]
         outputs = [
-            similarity_eviction(
+            OPERATORS[SIMILARITY_EVICTION](
                 scores[i if len(scores) > 1 else 0],
                 hist_k[i], hist_v[i], new_k[i], new_v[i], *candidates[i], num_kept,
             )

@@ -64,19 +64,7 @@ class CandidateLayout:
         return astuple(self)
 
 
-CANDIDATE_ATTRIBUTES = tuple(
-    AttributeSpec(name, "int", meaning)
-    for name, meaning in (
-        ("first_head", "first dynamic head"),
-        ("row_offset", "first pool row of the first dynamic head"),
-        ("rows_per_head", "pool rows of each dynamic head"),
-        ("sink_rows", "rows of a head before its local frames"),
-        ("temporal_frames", "local frames in the chain, T_d"),
-        ("tokens_per_frame", "tokens of one latent frame, T"),
-        ("num_segments", "segments of a frame, P"),
-    )
-)
-assert [a.name for a in CANDIDATE_ATTRIBUTES] == [f.name for f in fields(CandidateLayout)]
+CANDIDATE_ATTRIBUTES = tuple(AttributeSpec(field.name, "int") for field in fields(CandidateLayout))
 
 
 def candidate_sizes(

@@ -20,6 +20,7 @@ from torch import Tensor
 from forcing_kv.plugins.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
 from forcing_kv.plugins.registry import OPS
+from forcing_kv.plugins.torch_library import overload
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
@@ -33,7 +34,7 @@ torch/_inductor/codegen/cuda/device_op_overrides.py)."""
 
 def aten_bodies() -> Bodies:
     """Every operator in plain torch operators, without a host read."""
-    return {_operator(spec): _aten_body(spec) for spec in OPS}
+    return {overload(spec): _aten_body(spec) for spec in OPS}
 
 
 def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
@@ -50,18 +51,13 @@ def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
     unknown = sorted(set(tactics) - set(known))
     if unknown:
         raise InputError(f"tactics name unknown operators {unknown}; there are {known}")
-    return {_operator(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
+    return {overload(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
 
 
 def packaged_tactics(tactics: Sequence[Tactic]) -> list[Tactic]:
     """Those that AOTInductor of this PyTorch launches rightly."""
     lends = torch.torch_version.TorchVersion(torch.__version__) >= FIRST_TORCH_FOR_TMA
     return [tactic for tactic in tactics if lends or not tactic.tma]
-
-
-def _operator(spec: OpSpec) -> Any:
-    spec.module("torch_op")
-    return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
 
 
 def _aten_body(spec: OpSpec) -> Callable[..., Any]:

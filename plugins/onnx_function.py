@@ -9,8 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
-from forcing_kv.plugins.torch_library import PLUGIN_ATTRIBUTES
+from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, OpSpec
 
 
 def build_function(spec: OpSpec, body: str, opset: int) -> onnx.FunctionProto:

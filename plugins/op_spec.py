@@ -17,6 +17,13 @@ DOMAIN = "forcing_kv"
 VERSION = 1
 """Version of every operator in the ONNX domain and in the TensorRT registry."""
 
+PLUGIN_ATTRIBUTES: dict[str, int | str] = {
+    "plugin_namespace": DOMAIN,
+    "plugin_version": str(VERSION),
+    "aot": 1,
+}
+"""Node attributes by which TensorRT's ONNX parser finds a plugin with embedded kernels."""
+
 DType = Literal["T", "W", "float32", "int32"]
 """T is the compute dtype (float16, bfloat16 or float32); W is a weight's: T or float32."""
 
@@ -50,14 +57,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """One attribute of an operator."""
+    """One attribute of an operator; its reference says what it means."""
 
     name: str
     """Argument name."""
     kind: Literal["int", "float"]
     """Type of the value."""
-    meaning: str
-    """What it counts or scales."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from forcing_kv.plugins.launch import (
 )
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
 from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
+from forcing_kv.plugins.registry import OPS
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
@@ -137,6 +138,18 @@ def register_plugin(spec: OpSpec, device: TargetDevice, name: str | None = None)
     trtp.autotune(plugin_id)(functions.autotune())
     trtp.aot_impl(plugin_id)(functions.aot_impl())
     return plugin_id
+
+
+def register_tensorrt_plugins(device: TargetDevice) -> tuple[str, ...]:
+    """Register every operator in TensorRT, once per process, before an ONNX file is parsed.
+
+    Args:
+        device: the device that engines are built for.
+
+    Returns:
+        Identifiers of the plugins.
+    """
+    return tuple(register_plugin(spec, device) for spec in OPS)
 
 
 class _PluginFunctions:

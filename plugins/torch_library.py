@@ -1,4 +1,4 @@
-"""Makes opaque torch operators of the specifications, and ONNX nodes of the operators.
+"""Makes an opaque torch operator of every specification, and ONNX nodes of the operators.
 
 The operators have no in-place writes and no hidden state, so `torch.export` keeps each as a single
 node; a target then decomposes it as it likes.
@@ -11,18 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from forcing_kv.plugins.op_spec import DOMAIN, VERSION, OpSpec
+from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OpSpec
+from forcing_kv.plugins.registry import OPS
 from forcing_kv.plugins.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
-
-PLUGIN_ATTRIBUTES: dict[str, int | str] = {
-    "plugin_namespace": DOMAIN,
-    "plugin_version": str(VERSION),
-    "aot": 1,
-}
-"""Node attributes by which TensorRT's ONNX parser finds a plugin with embedded kernels."""
 
 
 def torch_schema(spec: OpSpec) -> str:
@@ -34,11 +28,12 @@ def torch_schema(spec: OpSpec) -> str:
     return f"({', '.join(inputs + attributes)}) -> {returns}"
 
 
-def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
-    """Define the torch operator of `spec`: the Triton kernel on CUDA, `reference` elsewhere.
+def _define(spec: OpSpec) -> CustomOpDef:
+    """Define the torch operator of `spec`: the Triton kernel on CUDA, the reference elsewhere.
 
     Shapes are checked when the operator is traced and when the kernel is launched.
     """
+    reference = getattr(spec.module("reference"), spec.torch_name)
     operator = torch.library.custom_op(
         f"{DOMAIN}::{spec.torch_name}", reference, mutates_args=(), schema=torch_schema(spec)
     )
@@ -58,7 +53,25 @@ def register(spec: OpSpec, reference: Callable[..., Any]) -> CustomOpDef:
     return operator
 
 
-def onnx_decomposition(spec: OpSpec) -> Callable[..., Any]:
+OPERATORS = {spec: _define(spec) for spec in OPS}
+"""Every operator as torch knows it, `torch.ops.forcing_kv.*`."""
+
+
+def overload(spec: OpSpec) -> Any:
+    """The operator as a traced graph names it, by which decompositions find it."""
+    return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
+
+
+def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Decompositions that turn each torch operator into one ONNX node of the custom domain.
+
+    Returns:
+        A table for `ExportedProgram.run_decompositions`; merge it with other decompositions.
+    """
+    return {overload(spec): _onnx_decomposition(spec) for spec in OPS}
+
+
+def _onnx_decomposition(spec: OpSpec) -> Callable[..., Any]:
     """Decomposition of the torch operator into one symbolic ONNX node of the custom domain."""
 
     def decompose(*arguments: Any) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 
+from forcing_kv.plugins import torch_library  # noqa: F401 - defines the torch operators
 from forcing_kv.plugins.registry import OPS
-from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_plugin
 
 
 def register_converters(device: TargetDevice) -> tuple[str, ...]:
@@ -30,8 +31,7 @@ def register_converters(device: TargetDevice) -> tuple[str, ...]:
     plugins = importlib.import_module("torch_tensorrt.dynamo.conversion.plugins")
     registered = []
     for spec in OPS:
-        spec.module("torch_op")
-        plugin_id = spec.module("trt").register(device, spec.torch_name)
+        plugin_id = register_plugin(spec, device, spec.torch_name)
         plugins.generate_plugin_converter(
             plugin_id, supports_dynamic_shapes=False, use_aot_if_available=True
         )

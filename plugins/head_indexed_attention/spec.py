@@ -31,7 +31,7 @@ SPEC = OpSpec(
         TensorSpec("new_len", ("1",), "int32"),
     ),
     outputs=(TensorSpec("out", ("N", "H", "D"), "T"),),
-    attributes=(AttributeSpec("max_history", "int", "largest history capacity of any head, rows"),),
+    attributes=(AttributeSpec("max_history", "int"),),
     tolerance="float",
     read_sizes=_read_sizes,
 )

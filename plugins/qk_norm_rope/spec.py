@@ -32,10 +32,7 @@ SPEC = OpSpec(
         TensorSpec("q_out", ("H", "N", "D"), "T"),
         TensorSpec("k_out", ("H", "N", "D"), "T"),
     ),
-    attributes=(
-        AttributeSpec("num_heads", "int", "attention heads, H"),
-        AttributeSpec("eps", "float", "epsilon of the RMS norm"),
-    ),
+    attributes=(AttributeSpec("num_heads", "int"), AttributeSpec("eps", "float")),
     tolerance="float",
     read_sizes=_read_sizes,
 )

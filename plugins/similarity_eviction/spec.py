@@ -34,7 +34,7 @@ SPEC = OpSpec(
         TensorSpec("dyn_v", ("G", "M*S", "D"), "T"),
         TensorSpec("kept", ("M",), "int32"),
     ),
-    attributes=(*CANDIDATE_ATTRIBUTES, AttributeSpec("num_kept", "int", "segments to keep, B * P")),
+    attributes=(*CANDIDATE_ATTRIBUTES, AttributeSpec("num_kept", "int")),
     tolerance="exact",
     read_sizes=_read_sizes,
 )

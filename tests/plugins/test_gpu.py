@@ -9,11 +9,8 @@ import torch
 from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.cases import OpCase, attention_case, candidate_case, norm_rope_case
 from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES
-from forcing_kv.plugins.registry import (
-    OPS,
-    SEGMENT_SIMILARITY,
-    SIMILARITY_EVICTION,
-)
+from forcing_kv.plugins.registry import OPS, SEGMENT_SIMILARITY, SIMILARITY_EVICTION
+from forcing_kv.plugins.torch_library import OPERATORS
 
 pytestmark = pytest.mark.gpu
 
@@ -144,7 +141,7 @@ def test_embedded_ptx_gives_the_same_numbers(large, dtype, sm, check):
 def test_operator_runs_its_kernel_and_accepts_strided_inputs(spec, strided, sm, check):
     case = next(case for case in LARGE if case.spec is spec)
     inputs = case.build(torch.bfloat16, device="cuda")
-    operator = getattr(spec.module("torch_op"), spec.torch_name)
+    operator = OPERATORS[spec]
     outputs = operator(*(strided(x) for x in inputs), *case.arguments)
     check(case, inputs, outputs if isinstance(outputs, tuple) else (outputs,))
 

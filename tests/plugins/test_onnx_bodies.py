@@ -10,14 +10,13 @@ ort = pytest.importorskip("onnxruntime")
 from op_cases import cases_of  # noqa: E402
 
 from forcing_kv.plugins.cases import OpCase  # noqa: E402
-from forcing_kv.plugins.op_spec import DOMAIN, VERSION  # noqa: E402
+from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION  # noqa: E402
 from forcing_kv.plugins.registry import (  # noqa: E402
     OPS,
     OPSET,
-    onnx_decompositions,
     onnx_functions,
 )
-from forcing_kv.plugins.torch_library import PLUGIN_ATTRIBUTES  # noqa: E402
+from forcing_kv.plugins.torch_library import OPERATORS, onnx_decompositions  # noqa: E402
 
 ELEMENT_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -96,7 +95,7 @@ def test_body_is_flat_and_declares_every_attribute(spec):
 class OneOperator(torch.nn.Module):
     def __init__(self, case: OpCase) -> None:
         super().__init__()
-        self.operator = getattr(case.spec.module("torch_op"), case.spec.torch_name)
+        self.operator = OPERATORS[case.spec]
         self.arguments = case.arguments
 
     def forward(self, *inputs):

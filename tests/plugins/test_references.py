@@ -12,10 +12,11 @@ from forcing_kv.plugins.candidates import CandidateLayout
 from forcing_kv.plugins.cases import OpCase
 from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
 from forcing_kv.plugins.similarity_eviction.reference import select_segments
+from forcing_kv.plugins.torch_library import OPERATORS
 
 
 def call_operator(case: OpCase, inputs):
-    outputs = getattr(case.spec.module("torch_op"), case.spec.torch_name)(*inputs, *case.arguments)
+    outputs = OPERATORS[case.spec](*inputs, *case.arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -12,11 +12,7 @@ from op_cases import cases_of
 
 from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN, VERSION
-from forcing_kv.plugins.registry import (
-    OPS,
-    SIMILARITY_EVICTION,
-    register_tensorrt_plugins,
-)
+from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
 
 SM, NUM_SMS = 90, 132
 
@@ -40,7 +36,7 @@ def trt(tmp_path_factory):
             pytest.skip(f"needs {reason}")
         stubs.load(tmp_path_factory.mktemp("stubs"))
     tensorrt = pytest.importorskip("tensorrt")
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+    from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_tensorrt_plugins
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
@@ -261,7 +257,7 @@ def test_signatures_follow_the_specification(spec, trt):
 
 
 def test_registering_twice_is_refused(trt):
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+    from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_tensorrt_plugins
 
     with pytest.raises(ValueError, match="already has"):
         register_tensorrt_plugins(TargetDevice(SM, NUM_SMS))
