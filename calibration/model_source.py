@@ -16,8 +16,8 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.request import ExportRequest, resolve_model
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.layout import ChunkShape, ModelShape
-from forcing_kv.runtime_trt.manifest import sha256_of
 from forcing_kv.runtime_trt.prompt_file import read_prompts
 from forcing_kv.runtime_trt.schedule import Schedule
 

@@ -23,10 +23,10 @@ from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.planning import BuildPlan, GraphBuild, record_of
 from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.engine_record import weight_table
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
     read_manifest,
-    sha256_of,
 )
 
 Report = Callable[[str, str, float], None]

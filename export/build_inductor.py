@@ -23,8 +23,9 @@ from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_ta
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.fp8 import check_sm
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.inductor_package import environment
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest, sha256_of
+from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest
 
 CONSTANTS_FILE = "constants.json"
 SMALL_FILE = "constants.bin"

@@ -25,6 +25,7 @@ from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.manifest import (
     GRAPH_FOLDER,
     MANIFEST_FILE,
@@ -32,7 +33,6 @@ from forcing_kv.runtime_trt.manifest import (
     GraphInfo,
     Manifest,
     TensorInfo,
-    sha256_of,
 )
 
 Report = Callable[[str], None]

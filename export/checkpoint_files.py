@@ -20,7 +20,7 @@ from torch import Tensor
 from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
 from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import sha256_of
+from forcing_kv.runtime_trt.hashes import sha256_of
 
 Weights = Literal["auto", "ema", "plain"]
 """Which of the state dicts that a trainer saved side by side."""

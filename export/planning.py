@@ -14,12 +14,8 @@ from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
 from forcing_kv.runtime_trt.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
-from forcing_kv.runtime_trt.manifest import (
-    GraphInfo,
-    Manifest,
-    read_manifest,
-    sha256_of,
-)
+from forcing_kv.runtime_trt.hashes import is_intact
+from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, read_manifest
 
 BUILD_VERSION = 2
 """Raised when the same inputs give other engines, or plugins have other tactics."""
@@ -211,7 +207,7 @@ def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
     changed = {
         PurePath(file).name.partition(".")[0]
         for file, sha256 in record["files"].items()
-        if not (bundle / file).is_file() or sha256_of(bundle / file) != sha256
+        if not is_intact(bundle / file, sha256)
     }
     return {
         name: detail for name, detail in record.get("details", {}).items() if name not in changed

@@ -22,9 +22,9 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
-from forcing_kv.runtime_trt.manifest import sha256_of
 from forcing_kv.runtime_trt.resolution import check_latent_size
 from forcing_kv.runtime_trt.schedule import Schedule
 

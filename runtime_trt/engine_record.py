@@ -14,12 +14,12 @@ from typing import Any
 from forcing_kv.runtime_trt.chunk_program import plan_memory
 from forcing_kv.runtime_trt.cuda import DeviceInfo
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.manifest import (
     DecoderInfo,
     GraphInfo,
     Manifest,
     graph_info,
-    sha256_of,
 )
 
 
@@ -282,7 +282,7 @@ def check_plans(record: EngineRecord) -> None:
     """
     plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
     files = {**record.content["files"], **plans}
-    _check_hashes(record.bundle, files, record.build_command)
+    check_hashes(record.bundle, files, "it was built", record.build_command)
 
 
 def check_engines(bundle: Path, manifest: Manifest) -> None:
@@ -293,19 +293,7 @@ def check_engines(bundle: Path, manifest: Manifest) -> None:
     """
     for content in manifest.engines:
         for part in (content, *content.get("decoders", {}).values()):
-            _check_hashes(bundle, part["files"], rebuild_command(bundle, content))
-
-
-def _check_hashes(bundle: Path, files: Mapping[str, str], command: str) -> None:
-    for file, sha256 in files.items():
-        path = bundle / file
-        if not path.is_file():
-            raise BundleError(f"{path}: missing; {command}")
-        if (found := sha256_of(path)) != sha256:
-            raise BundleError(
-                f"{path}: altered since it was built (sha256 {found[:12]}... found, "
-                f"{sha256[:12]}... recorded); {command}"
-            )
+            check_hashes(bundle, part["files"], "it was built", rebuild_command(bundle, content))
 
 
 def weight_table(plan: str) -> str:

@@ -13,6 +13,7 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.layout import from_mapping
 
 MANIFEST_FILE = "manifest.json"
@@ -104,12 +105,6 @@ class Manifest:
         """Plain data, schema version first."""
         data = {**asdict(self), "config": self.config.to_json()}
         return {"schema_version": SCHEMA_VERSION, **data}
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -241,7 +236,8 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
         BundleError: a file is missing or altered.
     """
     wanted = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
-    _check_hashes(bundle, {**wanted, WEIGHT_FILE: manifest.weights_sha256}, "fkv export")
+    wanted[WEIGHT_FILE] = manifest.weights_sha256
+    check_hashes(bundle, wanted, "export", "make it again with `fkv export`")
 
 
 def check_decoder_files(bundle: Path, decoder: DecoderInfo) -> None:
@@ -252,17 +248,4 @@ def check_decoder_files(bundle: Path, decoder: DecoderInfo) -> None:
     """
     wanted = {graph.file: graph.sha256 for graph in decoder.graphs.values()}
     wanted[decoder.weights_file] = decoder.weights_sha256
-    _check_hashes(bundle, wanted, "fkv add-decoder --force")
-
-
-def _check_hashes(bundle: Path, wanted: Mapping[str, str], command: str) -> None:
-    for file, sha256 in wanted.items():
-        path = bundle / file
-        if not path.is_file():
-            raise BundleError(f"{path}: missing; make it again with `{command}`")
-        found = sha256_of(path)
-        if found != sha256:
-            raise BundleError(
-                f"{path}: altered since export (sha256 {found[:12]}... found, {sha256[:12]}... "
-                f"recorded); make it again with `{command}`"
-            )
+    check_hashes(bundle, wanted, "export", "make it again with `fkv add-decoder --force`")

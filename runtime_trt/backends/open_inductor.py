@@ -10,10 +10,11 @@ from forcing_kv.runtime_trt.backends.base import Backend
 from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table
-from forcing_kv.runtime_trt.errors import BundleError, require
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
 from forcing_kv.runtime_trt.layout import from_mapping
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo, sha256_of
+from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +48,7 @@ def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:
     """
     device = record["environment"]["device"]
     check_environment(record["environment"], device)
-    for file, sha256 in record["files"].items():
-        path = bundle / file
-        if not path.is_file() or sha256_of(path) != sha256:
-            raise BundleError(f"{path}: missing or altered since it was built; {REBUILD}")
+    check_hashes(bundle, record["files"], "it was built", REBUILD)
     graphs = {name: _graph_info(info, name) for name, info in record["graphs"].items()}
     constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
     (path,) = {bundle / info.file for info in graphs.values()}

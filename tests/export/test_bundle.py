@@ -22,8 +22,9 @@ from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest, sha256_of
+from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
 
 SHAPE = ModelShape(

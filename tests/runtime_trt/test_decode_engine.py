@@ -22,7 +22,8 @@ from forcing_kv.runtime_trt.errors import (
     ForcingKvError,
     InputError,
 )
-from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
+from forcing_kv.runtime_trt.hashes import sha256_of
+from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
 
 
 class StrictEngine(HostEngine):

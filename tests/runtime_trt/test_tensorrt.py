@@ -20,8 +20,9 @@ from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
 from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.jit_cache import JitCache
-from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest, sha256_of
+from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
 from forcing_kv.runtime_trt.session import Session
 
 

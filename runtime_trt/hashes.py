@@ -1,0 +1,43 @@
+"""Hashes of files, and the one check of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from forcing_kv.runtime_trt.errors import BundleError
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has that hash."""
+    return path.is_file() and sha256_of(path) == sha256
+
+
+def check_hashes(folder: Path, wanted: Mapping[str, str], since: str, remedy: str) -> None:
+    """Compare files with their recorded hashes.
+
+    Args:
+        folder: what the names are relative to.
+        wanted: hash by file.
+        since: when they were recorded, such as `export`.
+        remedy: what to do about a file that differs.
+
+    Raises:
+        BundleError: one is missing or altered.
+    """
+    for file, sha256 in wanted.items():
+        path = folder / file
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; {remedy}")
+        if (found := sha256_of(path)) != sha256:
+            raise BundleError(
+                f"{path}: altered since {since} (sha256 {found[:12]}... found, {sha256[:12]}... "
+                f"recorded); {remedy}"
+            )
