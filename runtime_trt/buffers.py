@@ -18,13 +18,14 @@ ALIGNMENT = 256
 """What TensorRT asks of a binding's address, and what cudaMalloc gives."""
 
 ITEMSIZES: Mapping[str, int] = {
-    "float": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1, "uint8": 1,
+    "float": 4, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "bool": 1,
+    "uint8": 1,
 }  # fmt: skip
 """Bytes of one element, by the graphs' names of dtypes."""
 
 _NUMPY: Mapping[str, Any] = {
-    "float": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32,
-    "int64": np.int64, "bool": np.bool_, "uint8": np.uint8,
+    "float": np.float32, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16,
+    "int32": np.int32, "int64": np.int64, "bool": np.bool_, "uint8": np.uint8,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from forcing_kv.runtime_trt.backends.base import Backend, ChunkPositions
 from forcing_kv.runtime_trt.layout import CachePolicy
 from forcing_kv.runtime_trt.ports import (
     kv_name,
@@ -16,6 +17,7 @@ from forcing_kv.runtime_trt.ports import (
     ports_by_name,
     split_name,
 )
+from forcing_kv.runtime_trt.timeline import Timeline
 
 NEW = """new_k.0 3x18x8 float32, new_k.1 3x18x8 float32,
          new_v.0 3x18x8 float32, new_v.1 3x18x8 float32"""
@@ -118,6 +120,28 @@ def test_pools_are_inputs_of_the_step(tiny_config):
     assert [pool.name for pool in pools] == ["hist_k.0", "hist_k.1", "hist_v.0", "hist_v.1"]
     assert set(pools) < set(ports(tiny_config)["step"].inputs)
     assert sum(4 * np.prod(pool.shape) for pool in pools) == tiny_config.nbytes_kv
+
+
+@pytest.mark.parametrize("clean_graph", [False, True])
+def test_the_host_fills_every_small_input(tiny_config, clean_graph):
+    """What a backend computes for a pass has the names, shapes and dtypes that graphs take."""
+
+    class Filled(Backend):
+        name = "filled"
+        set_prompt = run_step = run_evict = commit = close = None
+
+    backend = Filled(tiny_config)
+    plan = Timeline(tiny_config.policy, tiny_config.chunk.num_frames).advance()
+    positions = ChunkPositions.of(plan, tiny_config)
+    x = np.zeros(tiny_config.latent_shape, np.float32)
+    for time_tables in (False, True):
+        graphs = ports(tiny_config, time_tables=time_tables, clean_graph=clean_graph)
+        for scalars in (*backend.step_scalars, backend.clean_scalars):
+            filled = backend.pass_inputs(x, None, scalars, positions)
+            for port in graphs["clean" if clean_graph else "step"].inputs:
+                if port.family is None:
+                    array = filled[port.name]
+                    assert (array.shape, array.dtype.name) == (port.shape, port.dtype), port.name
 
 
 def test_binding_gives_lists_where_a_graph_takes_one_tensor_a_layer(tiny_config):
