@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.export.graphs import CleanGraph, EvictGraph, PromptGraph, StepGraph
 from forcing_kv.runtime_trt.config import RolloutConfig
-
-INDEX_SEPARATOR = "."
-"""Per-layer tensors are named `hist_k.0`, `hist_k.1`, ..."""
+from forcing_kv.runtime_trt.ports import Port
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,6 @@ class GraphSource:
         """Trace the module with fixed shapes."""
         with torch.no_grad():
             return torch.export.export(self.module, self.arguments, strict=False)
-
-
-def per_layer(name: str, layers: Sequence[int]) -> tuple[str, ...]:
-    """Names of one tensor a layer."""
-    return tuple(f"{name}{INDEX_SEPARATOR}{layer}" for layer in layers)
 
 
 def graph_sources(
@@ -60,76 +53,23 @@ def graph_sources(
         fuse_qkv_(model)
     if fusion.gelu:
         fuse_gelu_(model)
-    layers = range(config.model.num_layers)
-    shape, chunk, dtype = config.model, config.chunk, model.dtype
-    text_rows = fusion.text_rows or shape.text_len
-    cross = (shape.num_heads, text_rows, shape.head_dim)
-
-    def pools(chosen: Sequence[int]) -> list[Tensor]:
-        rows = [config.layouts[layer].num_rows for layer in chosen]
-        return [small(count, shape.head_dim, dtype=dtype) for count in rows]
-
-    def stacks(size: tuple[int, ...], chosen: Sequence[int]) -> list[Tensor]:
-        return [small(*size, dtype=dtype) for _ in chosen]
-
-    def small(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(size, dtype=dtype, device=model.patch_embedding.weight.device)
-
-    yield GraphSource(
-        "prompt",
-        PromptGraph(model),
-        (small(text_rows, shape.text_dim),),
-        ("prompt_embeds",),
-        per_layer("cross_k", layers) + per_layer("cross_v", layers),
-    )
-    latents, temporal = config.latent_shape, (chunk.num_frames, shape.rope_pairs[0])
-    time = {"time_sinusoid": small(1, shape.freq_dim)}
-    if fusion.time_tables:
-        time = {"step_index": small(1, dtype=torch.int32)}
-    noise = {"sigma": small(1), "next_sigma": small(1)}
-    positions = {
-        "rope_cos": small(*temporal),
-        "rope_sin": small(*temporal),
-        "hist_len": small(shape.num_layers, shape.num_heads, dtype=torch.int32),
-        "new_len": small(1, dtype=torch.int32),
+    modules: Mapping[str, Callable[[], nn.Module]] = {
+        "prompt": lambda: PromptGraph(model),
+        "step": lambda: StepGraph(model, config, fusion=fusion),
+        "clean": lambda: CleanGraph(model, config, fusion=fusion),
+        "evict": lambda: EvictGraph(config),
     }
-    text = {} if fusion.text_rows is None else {"text_bias": small(text_rows)}
-    new_names = (*per_layer("new_k", layers), *per_layer("new_v", layers))
+    device = model.patch_embedding.weight.device
+    for name, graph in fusion.ports(config).items():
+        zeros = {port.name: _zeros(port, device) for port in graph.inputs}
+        yield GraphSource(
+            name,
+            modules[name]().to(device),
+            graph.bind(zeros),
+            tuple(port.name for port in graph.inputs),
+            tuple(port.name for port in graph.outputs),
+        )
 
-    def pass_source(name: str, module: nn.Module, single: dict[str, Tensor], read: Sequence[int],
-                    outputs: tuple[str, ...]) -> GraphSource:  # fmt: skip
-        """A pass that reads the pools and the text of the layers in `read`."""
-        listed = {
-            "hist_k": pools(read),
-            "hist_v": pools(read),
-            "cross_k": stacks(cross, read),
-            "cross_v": stacks(cross, read),
-        }
-        names = [label for key in listed for label in per_layer(key, read)]
-        arguments = (*single.values(), *listed.values(), *text.values())
-        return GraphSource(name, module, arguments, (*single, *names, *text), outputs)
 
-    x, eps = {"x": small(*latents)}, {"eps": small(*latents)}
-    step = StepGraph(model, config, fusion=fusion).to(model.patch_embedding.weight.device)
-    outputs = ("x0", "x_next", *(() if fusion.clean_graph else new_names))
-    yield pass_source("step", step, {**x, **eps, **time, **noise, **positions}, layers, outputs)
-    if fusion.clean_graph:
-        clean = CleanGraph(model, config, fusion=fusion).to(step.get_buffer("spatial_cos").device)
-        yield pass_source("clean", clean, {**x, **time, **positions}, layers[:-1], new_names)
-    chosen = config.evicted_layers
-    if not chosen:
-        return
-    new = (shape.num_heads, chunk.num_tokens, shape.head_dim)
-    evict_inputs = {
-        "hist_k": pools(chosen),
-        "hist_v": pools(chosen),
-        "new_k": stacks(new, chosen),
-        "new_v": stacks(new, chosen),
-    }
-    yield GraphSource(
-        "evict",
-        EvictGraph(config),
-        tuple(evict_inputs.values()),
-        tuple(name for key in evict_inputs for name in per_layer(key, chosen)),
-        (*per_layer("dyn_k", chosen), *per_layer("dyn_v", chosen), "scores", "kept"),
-    )
+def _zeros(port: Port, device: torch.device) -> Tensor:
+    return torch.zeros(port.shape, dtype=getattr(torch, port.dtype), device=device)

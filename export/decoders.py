@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forcing_kv.export.bundle import Report, graph_info, write_manifest
-from forcing_kv.export.capture import GraphSource, per_layer
+from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.runtime_trt.decode_runner import NEW_STATE, STATE
 from forcing_kv.runtime_trt.errors import InputError
@@ -26,6 +26,7 @@ from forcing_kv.runtime_trt.manifest import (
     Manifest,
     read_manifest,
 )
+from forcing_kv.runtime_trt.ports import port_name
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,20 @@ class DecoderSource:
         """The graphs for latent frames of [C, h, w]."""
         latents = torch.zeros(1, *latent_shape)
         layers = range(len(self.state_shapes))
-        inputs = ("latents", *per_layer(STATE, layers))
-        outputs = ("frames", *per_layer(NEW_STATE, layers))
+        inputs = ("latents", *_numbered(STATE, layers))
+        outputs = ("frames", *_numbered(NEW_STATE, layers))
         found = [GraphSource("decode", self.decode, (latents, self.new_state()), inputs, outputs)]
         if self.decode_first is not None:
-            outputs = ("frames", *per_layer(NEW_STATE, self.first_states))
+            outputs = ("frames", *_numbered(NEW_STATE, self.first_states))
             first = GraphSource(
                 "decode_first", self.decode_first, (latents,), ("latents",), outputs
             )
             found.append(first)
         return found
+
+
+def _numbered(stem: str, states: Iterable[int]) -> tuple[str, ...]:
+    return tuple(port_name(stem, state) for state in states)
 
 
 def add_decoder(

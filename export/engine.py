@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
@@ -22,6 +23,7 @@ from forcing_kv.runtime_trt.backends.base import (
     copy_rows,
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.ports import kv_name, kv_names, pool_ports, ports
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
@@ -78,34 +80,41 @@ class EagerBackend(Backend):
         sorted_model = sorted_model.cast_(self.dtype).to(self.device).eval()
         self.model = sorted_model
         """What runs: heads in exported order, weights in the compute dtype."""
-        self._prompt = PromptGraph(sorted_model)
-        self._step = StepGraph(
-            sorted_model, config, None if observer is None else self._observe
-        ).to(self.device)
+        step = StepGraph(sorted_model, config, None if observer is None else self._observe)
         self._evict = EvictGraph(config)
+        self._modules: dict[str, Callable[..., Any]] = {
+            "prompt": PromptGraph(sorted_model),
+            "step": step.to(self.device),
+            "evict": self._evict,
+        }
         self._select = select
         self._observer = observer
         self._running: tuple[ChunkPlan, int] | None = None
-        self.hist_k, self.hist_v = (
-            [
-                torch.zeros(
-                    layout.num_rows, config.model.head_dim, dtype=self.dtype, device=self.device
-                )
-                for layout in config.layouts
-            ]
-            for _ in range(2)
-        )
-        self._cross: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._new: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._dynamic: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._ports = ports(config)
+        self.tensors: dict[str, Tensor] = {
+            port.name: torch.zeros(port.shape, dtype=getattr(torch, port.dtype), device=self.device)
+            for port in pool_ports(config)
+        }
+        """Inputs and outputs of the graphs by name: pools, text and the last pass's results."""
 
     def _tensor(self, array: NDArray[Any] | Tensor) -> Tensor:
         return torch.as_tensor(array, device=self.device)
 
+    def _put(self, tensors: Mapping[str, NDArray[Any] | Tensor]) -> None:
+        self.tensors |= {name: self._tensor(value) for name, value in tensors.items()}
+
+    def _run(self, graph: str) -> None:
+        self._keep(graph, self._modules[graph](*self._ports[graph].bind(self.tensors)))
+
+    def _keep(self, graph: str, outputs: Any) -> None:
+        names = (port.name for port in self._ports[graph].outputs)
+        self.tensors |= zip(names, tree_leaves(outputs), strict=True)
+
     @torch.inference_mode()
     def set_prompt(self, prompt_embeds: Float32) -> None:
         """See base class."""
-        self._cross = self._prompt(self._tensor(prompt_embeds))
+        self._put({"prompt_embeds": prompt_embeds})
+        self._run("prompt")
 
     @torch.inference_mode()
     def run_step(
@@ -113,23 +122,12 @@ class EagerBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         """See base class; returns tensors on the device."""
         self._running = (positions.plan, scalars.index)
-        self._new = ([], [])  # The last step's rows: freed before this step makes as many.
-        x = self._tensor(x)
-        noise = torch.zeros_like(x) if eps is None else self._tensor(eps)
-        small = (
-            scalars.time_sinusoid,
-            scalars.sigma,
-            scalars.next_sigma,
-            positions.rope_cos,
-            positions.rope_sin,
-            positions.hist_len,
-            positions.new_len,
-        )
-        inputs = [self._tensor(array) for array in small]
-        x0, x_next, *self._new = self._step(
-            x, noise, *inputs, self.hist_k, self.hist_v, *self._cross
-        )
-        return x0, x_next
+        # The last step's rows: freed before this step makes as many.
+        for name in kv_names("new", range(self.config.model.num_layers)):
+            self.tensors.pop(name, None)
+        self._put(self.pass_inputs(x, eps, scalars, positions))
+        self._run("step")
+        return self.tensors["x0"], self.tensors["x_next"]
 
     def to_host(self, x: Tensor) -> Float32:
         """See base class."""
@@ -138,23 +136,21 @@ class EagerBackend(Backend):
     @torch.inference_mode()
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """See base class."""
-        layers = self.config.evicted_layers
-        chosen = [[rows[i] for i in layers] for rows in (self.hist_k, self.hist_v, *self._new)]
-        dyn_k, dyn_v, scores, kept = self._evict(*chosen)
+        self._run("evict")
+        scores, kept = self.tensors["scores"], self.tensors["kept"]
         if self._select is not None:
             kept = self._tensor(self._select(scores.cpu().numpy()))
             forced = torch.ones_like(scores).flatten()
             forced[kept.long()] = -1.0
-            dyn_k, dyn_v, _ = self._evict.compact([forced.view_as(scores)], *chosen)
-        self._dynamic = (dyn_k, dyn_v)
-        self._scores: Float32 = scores.cpu().numpy()
-        return self._scores, kept.cpu().numpy()
+            rows: Any = self._ports["evict"].bind(self.tensors)
+            dyn_k, dyn_v, _ = self._evict.compact([forced.view_as(scores)], *rows)
+            self._keep("evict", (dyn_k, dyn_v, scores, kept))
+        return scores.cpu().numpy(), kept.cpu().numpy()
 
     @torch.inference_mode()
     def commit(self, plan: ChunkPlan) -> None:
         """See base class."""
-        copy_rows(plan, self.config, self.hist_k, self._new[0], self._dynamic[0])
-        copy_rows(plan, self.config, self.hist_v, self._new[1], self._dynamic[1])
+        copy_rows(plan, self.config, self.tensors)
 
     def _observe(self, layer: int, q: Tensor, k: Tensor) -> None:
         assert self._observer is not None
@@ -162,9 +158,10 @@ class EagerBackend(Backend):
         plan, step = self._running
         frames = tuple(range(plan.first_frame, plan.first_frame + plan.num_frames))
         tokens, order = self.config.chunk.tokens_per_frame, self.config.partition.head_order(layer)
+        history_name = kv_name("hist", "k", layer)
         for group in self.config.layouts[layer].groups:
             history = plan.groups[group.kind].history
-            pool = self.hist_k[layer][group.rows].view(group.num_heads, -1, k.shape[-1])
+            pool = self.tensors[history_name][group.rows].view(group.num_heads, -1, k.shape[-1])
             own = k[group.heads, : plan.num_frames * tokens]
             keys = torch.cat([pool[:, : len(history) * tokens], own], dim=1)
             heads = order[group.heads]
@@ -175,25 +172,11 @@ class EagerBackend(Backend):
 
     def close(self) -> None:
         """Drop buffers."""
-        self.hist_k, self.hist_v = [], []
-        self._cross = self._new = self._dynamic = ([], [])
+        self.tensors.clear()
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         """See base class; float32."""
-        stem, _, index = name.partition(".")
-        kind, _, part = stem.rpartition("_")
-        if stem == "scores":
-            return self._scores
-        stacks = {"cross": self._cross, "new": self._new, "dyn": self._dynamic}
-        layer = int(index)
-        if kind == "dyn":
-            layer = self.config.evicted_layers.index(layer)
-        return stacks[kind]["kv".index(part)][layer].float().cpu().numpy()
-
-    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """See base class; float32."""
-        k, v = self.hist_k[layer], self.hist_v[layer]
-        return k.float().cpu().numpy(), v.float().cpu().numpy()
+        return self.tensors[name].float().cpu().numpy()
 
 
 def eager_session(model: CausalWanModel, config: RolloutConfig, **options: Any) -> Session:

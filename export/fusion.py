@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.rewrite import linear_of
+from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.ports import GraphPorts, ports
 from forcing_kv.runtime_trt.schedule import Schedule, time_sinusoid
 from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
 
@@ -31,8 +33,7 @@ class FusionOptions:
     qkv: bool = False
     """One matrix product for self-attention's q, k and v."""
     time_tables: bool = False
-    """Time embeddings of every step from a table: the step input `time_sinusoid` [1, freq_dim]
-    becomes `step_index` [1] int32."""
+    """Time embeddings of every step from a table, told by the step's index."""
     clean_graph: bool = False
     """A fourth graph `clean` for the clean pass, cut after the last layer's K and V; `step` then
     returns x0 and x_next alone."""
@@ -54,6 +55,15 @@ class FusionOptions:
                 f"text_rows is {self.text_rows}; give {MAX_PAD_ROWS + 1} to {text_len} (text_len), "
                 "or none to keep every row"
             )
+
+    def ports(self, config: RolloutConfig) -> dict[str, GraphPorts]:
+        """Inputs and outputs of the graphs."""
+        return ports(
+            config,
+            time_tables=self.time_tables,
+            clean_graph=self.clean_graph,
+            text_rows=self.text_rows,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for an engine record."""

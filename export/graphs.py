@@ -1,5 +1,7 @@
 """The graphs that are exported: prompt, step and evict, and on request clean. All are functional.
 
+Their inputs and outputs are described in `runtime_trt.ports`.
+
 Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, R pool rows.
 """
 
@@ -44,7 +46,7 @@ class PromptGraph(nn.Module):
         self.model = model
 
     def forward(self, prompt_embeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Embed [text_len, text_dim]; returns cross_k and cross_v, [H, text_len, D] a layer."""
+        """Embed a prompt; returns cross_k and cross_v."""
         context = self.model.embed_text(prompt_embeds)
         pairs = [block.cross_attn.context_kv(context) for block in self.model.layers]
         return [k.contiguous() for k, _ in pairs], [v.contiguous() for _, v in pairs]
@@ -55,20 +57,15 @@ class ChunkInputs:
     """What a pass over the chunk reads beside its latents and its time."""
 
     rope_cos: Tensor
-    """[F, temporal pairs] float32."""
     rope_sin: Tensor
     hist_len: Tensor
-    """[L, H] int32, valid history rows of every head."""
     new_len: Tensor
-    """[1] int32, valid rows of the chunk."""
     hist_k: Sequence[Tensor]
-    """Per layer [R, D], compute dtype."""
     hist_v: Sequence[Tensor]
     cross_k: Sequence[Tensor]
-    """Per layer [H, text rows, D], compute dtype."""
     cross_v: Sequence[Tensor]
     text_bias: Tensor | None = None
-    """[text rows] float32, added to the scores of folded text; None for plain text."""
+    """None for text that is not folded."""
 
 
 class ChunkGraph(nn.Module):
@@ -202,25 +199,8 @@ class StepGraph(ChunkGraph):
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | tuple[Tensor, Tensor]:
         """Run one step.
 
-        Args:
-            x: [F, C, h, w] float32, noisy latents.
-            eps: [F, C, h, w] float32, noise for the next step's input.
-            time: sinusoid [1, freq_dim] float32, or with time tables the step [1] int32.
-            sigma: [1] float32, noise level of x.
-            next_sigma: [1] float32, noise level of the next step's input.
-            rope_cos: see `ChunkInputs`, as are the others.
-            rope_sin: see `ChunkInputs`.
-            hist_len: see `ChunkInputs`.
-            new_len: see `ChunkInputs`.
-            hist_k: see `ChunkInputs`.
-            hist_v: see `ChunkInputs`.
-            cross_k: see `ChunkInputs`.
-            cross_v: see `ChunkInputs`.
-            text_bias: see `ChunkInputs`.
-
-        Returns:
-            x0 and x_next [F, C, h, w] float32; then, unless there is a clean graph for them, new_k
-            and new_v per layer [H, N, D].
+        `time` is the sinusoid, or with time tables the index of the step. Where there is a clean
+        graph for new_k and new_v, x0 and x_next are returned alone.
         """
         inputs = ChunkInputs(
             rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
@@ -256,10 +236,7 @@ class CleanGraph(ChunkGraph):
         cross_v: Sequence[Tensor],
         text_bias: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute new_k and new_v per layer [H, N, D] of clean latents; arguments as `StepGraph`.
-
-        Pools and text of the last layer are not needed and not given.
-        """
+        """Compute new_k and new_v of clean latents; pools and text of the last layer stay out."""
         inputs = ChunkInputs(
             rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
         )
@@ -296,15 +273,9 @@ class EvictGraph(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Select and compact.
 
-        Args:
-            hist_k: [R, D] of each evicted layer, in the order of `config.evicted_layers`.
-            hist_v: same.
-            new_k: [H, N, D] of each evicted layer, from the clean pass.
-            new_v: same.
-
-        Returns:
-            dyn_k and dyn_v per evicted layer [dynamic heads, B * T, D]; scores [F, P] float32 and
-            kept [B * P] int32 of layer 1 (with `per_layer` selection too).
+        Lists hold the evicted layers alone, in the order of `config.evicted_layers`; new_k and
+        new_v are the clean pass's. Scores and kept are those of layer 1, with `per_layer` selection
+        too.
         """
         scores = self.score(hist_k, new_k)
         dyn_k, dyn_v, kept = self.compact(scores, hist_k, hist_v, new_k, new_v)

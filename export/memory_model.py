@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import MappingProxyType
 
-from forcing_kv.runtime_trt.buffers import ALIGNMENT
-from forcing_kv.runtime_trt.chunk_program import SLOTS
+from forcing_kv.runtime_trt.buffers import BufferSpec
+from forcing_kv.runtime_trt.chunk_program import plan_memory
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Counts
 from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.ports import Family, ports
+from forcing_kv.runtime_trt.timeline import KINDS
 
 FLOAT32_NBYTES = 4
 OVERHEAD_NBYTES = 1_000_000_000
@@ -94,38 +95,31 @@ def engine_nbytes(model: ModelShape, dtype: DType, fp8: Fp8Counts = NO_FP8) -> d
     return sizes
 
 
+_PURPOSES: Mapping[Family | None, str] = {
+    "new": "K/V of the chunk",
+    "dyn": "K/V of the eviction",
+    "cross": "K/V of the text",
+    None: "inputs and outputs",
+}
+
+
 def buffer_nbytes(config: RolloutConfig) -> dict[str, int]:
     """Bytes of every buffer that a session binds to its graphs, by purpose."""
-    model, chunk, layers = config.model, config.chunk, config.model.num_layers
-    row = model.head_dim * DTYPES[config.dtype].nbytes
-    sizes = {f"K/V {kind}": 0 for kind in ("uncompressed", "static", "dynamic")}
+    row = config.model.head_dim * DTYPES[config.dtype].nbytes
+    sizes = {f"K/V {kind}": 0 for kind in KINDS}
     for layout in config.layouts:
         for group in layout.groups:
             sizes[f"K/V {group.kind}"] += 2 * group.num_rows * row
         # A layer that keeps nothing still has one row, so that no binding is empty.
         unowned = layout.num_rows - sum(group.num_rows for group in layout.groups)
         sizes[f"K/V {layout.groups[0].kind}"] += 2 * unowned * row
-    sizes["K/V of the chunk"] = 2 * layers * model.num_heads * chunk.num_tokens * row
-    kept = config.policy.num_dynamic_frames * chunk.tokens_per_frame
-    evicted = sum(len(config.partition.dynamic_heads(layer)) for layer in config.evicted_layers)
-    sizes["K/V of the eviction"] = 2 * evicted * kept * row
-    sizes["K/V of the text"] = 2 * layers * model.num_heads * model.text_len * row
-    sizes["inputs and outputs"] = FLOAT32_NBYTES * _num_small(config)
+    sizes |= dict.fromkeys(_PURPOSES.values(), 0)
+    graphs = ports(config).values()
+    for port in {port for graph in graphs for port in (*graph.inputs, *graph.outputs)}:
+        if port.family != "hist":
+            nbytes = BufferSpec(port.name, port.shape, port.dtype).nbytes
+            sizes[_PURPOSES[port.family]] += nbytes
     return sizes
-
-
-def _num_small(config: RolloutConfig) -> int:
-    """Elements of the float32 and int32 inputs and outputs of the graphs."""
-    model, policy = config.model, config.policy
-    frames, channels, height, width = config.latent_shape
-    latents = 4 * frames * channels * height * width  # x, eps, x0, x_next
-    scalars = model.freq_dim + 3  # the sinusoid, two noise levels, the valid new rows
-    rope = 2 * frames * model.rope_pairs[0]
-    lengths = model.num_layers * model.num_heads
-    prompt = model.text_len * model.text_dim
-    selection = frames * policy.num_segments + policy.num_kept_segments
-    selection *= bool(config.evicted_layers)
-    return latents + scalars + rope + lengths + prompt + selection
 
 
 def replay_nbytes(config: RolloutConfig) -> int:
@@ -134,16 +128,8 @@ def replay_nbytes(config: RolloutConfig) -> int:
     Every step has latents and scalars of its own, for addresses are fixed, and two sets of results
     wait for their copy to the host. Buffers start on multiples of 256 bytes, which is not counted.
     """
-    steps, latents = config.schedule.num_steps, prod(config.latent_shape)
-    # x0 of every pass but one; re-noise, zeros for none; the noise and the two that x alternates.
-    extra_latents = steps + max(1, steps - 1) + 1
-    scalars = steps * (config.model.freq_dim + 2)
-    results = [latents]
-    if config.evicted_layers:
-        policy = config.policy
-        results += [config.chunk.num_frames * policy.num_segments, policy.num_kept_segments]
-    held = sum(-(-FLOAT32_NBYTES * size // ALIGNMENT) * ALIGNMENT for size in results)
-    return FLOAT32_NBYTES * (extra_latents * latents + scalars) + len(SLOTS) * held
+    specs = plan_memory(config, ports(config), scratch_nbytes=0).specs.values()
+    return sum(spec.nbytes for spec in specs) - sum(buffer_nbytes(config).values())
 
 
 def activation_nbytes(config: RolloutConfig) -> int:

@@ -28,6 +28,7 @@ from forcing_kv.plugins.op_spec import DOMAIN
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import LayerLayout
+from forcing_kv.runtime_trt.ports import split_name
 
 ATTENTION_OPSET = 23
 """First version of the standard domain with `Attention`; nothing else that we use differs."""
@@ -56,7 +57,8 @@ def fuse_attention(model: ir.Model, config: RolloutConfig) -> int:
         hist_k = node.inputs[3]
         assert hist_k is not None
         assert hist_k.name is not None, "the pool is a graph input"
-        layer = int(hist_k.name.rpartition(".")[2])
+        _, layer = split_name(hist_k.name)
+        assert layer is not None, f"{hist_k.name} is the pool of a layer"
         function = attention_function(config.layouts[layer], layer, config)
         node.op_type = function.name
         for name in list(node.attributes):

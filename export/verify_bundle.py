@@ -13,10 +13,11 @@ squares, and a free rollout, whose videos drift apart, is judged by all of its c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,11 +34,15 @@ from forcing_kv.runtime_trt.backends.base import (
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import HeadPartition
-from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.noise import draw_noise
+from forcing_kv.runtime_trt.ports import ports, split_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
 from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
+
+_Owner = TypeVar("_Owner", bound=Hashable)
+_T = TypeVar("_T")
 
 SLACK = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Allowed share of a tensor's largest value beside the yardstick: 2 roundings of the dtype, and for
@@ -154,9 +159,9 @@ def verify_bundle(
     reference = EagerBackend(dequantized(model).float(), float32, device)
     same_dtype = reference if report.exact else EagerBackend(model, config, device)
     prompt = _prompt(config, seed, backend.num_text_rows)
-    lockstep = _Lockstep(manifest, reference, same_dtype, backend, report)
-    report.tensors = lockstep.run(prompt, num_chunks, seed)
-    sessions = [Session(each) for each in (reference, same_dtype, backend)]
+    backends = (reference, same_dtype, backend)
+    report.tensors = _Lockstep(backends, report).run(prompt, num_chunks, seed)
+    sessions = _once_each(backends, Session)
     report.rollout = list(_rollout(sessions, report, prompt, num_chunks, seed))
     return report
 
@@ -172,30 +177,30 @@ def _prompt(config: RolloutConfig, seed: int, num_rows: int) -> Float32:
     return prompt
 
 
+def _once_each(owners: Sequence[_Owner], work: Callable[[_Owner], _T]) -> list[_T]:
+    """What `work` makes of each owner; one that is there twice works once."""
+    made = {owner: work(owner) for owner in dict.fromkeys(owners)}
+    return [made[owner] for owner in owners]
+
+
 class _Lockstep:
-    """Runs every pass on all backends with the reference's latents."""
+    """Runs every pass on all backends with the reference's latents.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        reference: Backend,
-        same_dtype: Backend,
-        backend: Backend,
-        report: BundleReport,
-    ) -> None:
-        self._manifest, self._report = manifest, report
-        self._reference, self._same_dtype, self._backend = reference, same_dtype, backend
+    Args:
+        backends: the reference, eager of the same dtype (maybe the same), and the one to check.
+        report: gets notes.
+    """
+
+    def __init__(self, backends: tuple[Backend, Backend, Backend], report: BundleReport) -> None:
+        self._backends, self._report = backends, report
+        self._reference, _, self._backend = backends
+        self._ports = ports(self._backend.config)
         self._worst: dict[tuple[str, str], TensorCheck] = {}
-
-    @property
-    def _all(self) -> list[Backend]:
-        return list(dict.fromkeys((self._reference, self._same_dtype, self._backend)))
 
     def run(self, prompt: Float32, num_chunks: int, seed: int) -> list[TensorCheck]:
         """Roll out, comparing every output of every graph; the worst of each, worst first."""
         config = self._backend.config
-        for backend in self._all:
-            backend.set_prompt(prompt)
+        _once_each(self._backends, methodcaller("set_prompt", prompt))
         self._compare("prompt", 0, None)
         timeline = Timeline(config.policy, config.chunk.num_frames)
         for _ in range(num_chunks):
@@ -203,8 +208,7 @@ class _Lockstep:
             self._chunk(plan, seed)
             if plan.evict and not self._evict(plan):
                 break
-            for backend in self._all:
-                backend.commit(plan)
+            _once_each(self._backends, methodcaller("commit", plan))
         return sorted(self._worst.values(), key=lambda check: check.ratio, reverse=True)
 
     def _chunk(self, plan: ChunkPlan, seed: int) -> None:
@@ -215,38 +219,31 @@ class _Lockstep:
         for i, scalars in enumerate(self._reference.step_scalars):
             last = i + 1 == num_steps
             eps = None if last else draw_noise(seed, plan.index, i + 1, config.latent_shape)
-            x0, x_next = self._step(plan, x, eps, scalars, positions)
+            x0, x_next = self._step(x, eps, scalars, positions)
             x = x0 if last else x_next
-        self._step(plan, x, None, self._reference.clean_scalars, positions)
+        self._step(x, None, self._reference.clean_scalars, positions)
 
     def _step(
-        self,
-        plan: ChunkPlan,
-        x: Float32,
-        eps: Float32 | None,
-        scalars: StepScalars,
-        positions: ChunkPositions,
+        self, x: Float32, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
         """One pass everywhere; returns the reference's x0 and x_next."""
-        results = {}
-        for backend in self._all:
-            found = backend.run_step(x, eps, scalars, positions)
-            results[id(backend)] = [backend.to_host(array) for array in found]
-        clean = scalars.index == self._backend.config.schedule.num_steps
+
+        def run(backend: Backend) -> tuple[Float32, Float32]:
+            x0, x_next = backend.run_step(x, eps, scalars, positions)
+            return backend.to_host(x0), backend.to_host(x_next)
+
+        made = _once_each(self._backends, run)
+        chunk, step = positions.plan.index, scalars.index
+        clean = step == self._backend.config.schedule.num_steps
         if not clean:
-            for name, i in (("x0", 0), ("x_next", 1)):
-                arrays = [
-                    results[id(b)][i] for b in (self._reference, self._same_dtype, self._backend)
-                ]
-                self._note("step", name, plan.index, scalars.index, arrays)
-        self._compare("step", plan.index, scalars.index, "clean" if clean else "step")
-        x0, x_next = results[id(self._reference)]
-        return x0, x_next
+            for name, arrays in zip(("x0", "x_next"), zip(*made, strict=True), strict=True):
+                self._note("step", name, chunk, step, arrays)
+        self._compare("step", chunk, step, "clean" if clean else "step")
+        return made[0]
 
     def _evict(self, plan: ChunkPlan) -> bool:
         """Score and select everywhere; False where the caches would now differ."""
-        kept = {id(backend): backend.run_evict()[1] for backend in self._all}
-        selections = [kept[id(b)] for b in (self._reference, self._same_dtype, self._backend)]
+        selections = [kept for _, kept in _once_each(self._backends, methodcaller("run_evict"))]
         if np.array_equal(selections[1], selections[2]):
             if np.array_equal(selections[0], selections[1]):
                 self._compare("evict", plan.index, None)
@@ -273,28 +270,24 @@ class _Lockstep:
             ran: which of an engine's graphs ran in its place; one may return less.
         """
         left = self._backend.outputs_of(ran or graph)
-        for info in self._manifest.graphs[graph].outputs:
-            if info.name in ("x0", "x_next", "kept"):
+        for port in self._ports[graph].outputs:
+            if port.name in ("x0", "x_next", "kept"):
                 continue
-            if left is not None and info.name not in left:
+            if left is not None and port.name not in left:
                 continue
-            arrays = [
-                backend.read_tensor(info.name)
-                for backend in (self._reference, self._same_dtype, self._backend)
-            ]
+            arrays = [backend.read_tensor(port.name) for backend in self._backends]
             if graph == "prompt":
                 # An engine that folds the padding of prompts leaves out its last rows.
                 num_rows = arrays[-1].shape[1]
                 arrays = [array[:, :num_rows] for array in arrays]
-            self._note(graph, info.name, chunk, step, arrays)
+            self._note(graph, port.name, chunk, step, arrays)
 
     def _note(
-        self, graph: str, name: str, chunk: int, step: int | None, arrays: list[NDArray[Any]]
+        self, graph: str, name: str, chunk: int, step: int | None, arrays: Sequence[NDArray[Any]]
     ) -> None:
         reference, yardstick, found = (array.astype(np.float64) for array in arrays)
         allowed = allowed_error(reference, yardstick, self._report.dtype, fp8=self._report.fp8)
-        _, _, index = name.partition(".")
-        layer = int(index) if index else None
+        _, layer = split_name(name)
         error = error_of(found, reference, fp8=self._report.fp8)
         check = TensorCheck(graph, name, layer, chunk, step, error, allowed)
         before = self._worst.get((graph, name))
@@ -322,17 +315,18 @@ def _rollout(
     sessions: list[Session], report: BundleReport, prompt: Float32, num_chunks: int, seed: int
 ) -> Iterator[TensorCheck]:
     """Latents of every chunk, each backend on its own."""
-    different = list({id(session.backend): session for session in sessions}.values())
-    for session in different:
+
+    def begin(session: Session) -> None:
         session.reset()
         session.set_prompt(prompt)
+
+    def latents(session: Session) -> NDArray[Any]:
+        return session.generate_chunk(seed=seed).latents.astype(np.float64)
+
+    _once_each(sessions, begin)
     made: list[list[NDArray[Any]]] = []
     for chunk in range(num_chunks):
-        latents: Mapping[int, NDArray[Any]] = {
-            id(session.backend): session.generate_chunk(seed=seed).latents.astype(np.float64)
-            for session in different
-        }
-        made.append([latents[id(session.backend)] for session in sessions])
+        made.append(_once_each(sessions, latents))
         judged = made if report.fp8 else made[-1:]
         reference, yardstick, found = (np.stack(arrays) for arrays in zip(*judged, strict=True))
         allowed = allowed_error(reference, yardstick, report.dtype, fp8=report.fp8)

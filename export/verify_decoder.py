@@ -29,6 +29,7 @@ from forcing_kv.runtime_trt.decode_runner import (
 from forcing_kv.runtime_trt.decoder import VideoDecoder
 from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
 from forcing_kv.runtime_trt.noise import draw_noise
+from forcing_kv.runtime_trt.ports import split_name
 
 NUM_FRAMES = 5
 """Latent frames decoded: the first one, and both sets of state twice."""
@@ -131,9 +132,8 @@ def verify_decoder(
         made = [_outputs(each, latents) for each in decoders]
         for name in made[0]:
             wanted, yardstick, found = (outputs[name].astype(np.float64) for outputs in made)
-            _, _, index = name.partition(".")
             check = TensorCheck(
-                kind, name, int(index) if index else None, frame, None,
+                kind, name, split_name(name)[1], frame, None,
                 error_of(found, wanted), allowed_error(wanted, yardstick, dtype),
             )  # fmt: skip
             if name not in worst or check.ratio > worst[name].ratio:

@@ -9,7 +9,7 @@ comes back to the first pattern after at most W chunks, so it has at most W + W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from forcing_kv.runtime_trt.buffers import BufferSpec, DeviceMemory, MemoryPlan
@@ -17,18 +17,25 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.graph_engine import SCRATCH, GraphEngine
-from forcing_kv.runtime_trt.layout import HeadGroup, HeadKind
+from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.manifest import GraphInfo
-from forcing_kv.runtime_trt.timeline import ChunkPlan, FrameCopy, GroupPlan, Timeline
+from forcing_kv.runtime_trt.moves import HeadRows, moves
+from forcing_kv.runtime_trt.ports import (
+    PARTS,
+    POSITIONS,
+    STEP_SCALARS,
+    GraphLike,
+    Part,
+    kv_name,
+    ports_by_name,
+)
+from forcing_kv.runtime_trt.timeline import ChunkPlan, GroupPlan, Timeline
 
 Mark = Callable[[str], None]
 """Told the name of each part of a chunk when all of it is enqueued: steps, clean, evict, commit."""
 
 NO_NOISE = "eps/none"
 """Re-noise of the last step and of the clean pass: zeros, times a noise level of zero."""
-
-STEP_SCALARS = ("time_sinusoid", "step_index", "sigma", "next_sigma")
-"""Inputs that differ from step to step and never change; a graph takes those that it needs."""
 
 SLOTS = ("slot/0", "slot/1")
 """Where results wait for their copy to the host while the next chunk runs."""
@@ -91,46 +98,23 @@ class RowCopy:
 
 def commit_copies(variant: ChunkVariant, config: RolloutConfig) -> Iterator[RowCopy]:
     """The copies of a commit, in the order in which they must run."""
-    groups = dict(variant.groups)
-    for layer, layout in enumerate(config.layouts):
-        for group in layout.groups:
-            if group.capacity_frames:
-                for part in "kv":
-                    yield from _group_copies(groups[group.kind], group, layer, part, config)
-
-
-def _group_copies(
-    plan: GroupPlan, group: HeadGroup, layer: int, part: str, config: RolloutConfig
-) -> Iterator[RowCopy]:
     row = config.model.head_dim * DTYPES[config.dtype].nbytes
-    frame = config.chunk.tokens_per_frame * row
-    pool, new = f"hist_{part}.{layer}", f"new_{part}.{layer}"
-    begin, pool_pitch = group.row_offset * row, group.rows_per_head * row
-    new_begin, new_pitch = group.first_head * config.chunk.num_tokens * row, (
-        config.chunk.num_tokens * row
-    )  # fmt: skip
 
-    def copies(runs: Sequence[FrameCopy], source: str, offset: int, pitch: int) -> list[RowCopy]:
-        return [
-            RowCopy(
-                pool, begin + run.destination * frame, pool_pitch,
-                source, offset + run.source * frame, pitch, run.count * frame, group.num_heads,
-            )
-            for run in runs
-        ]  # fmt: skip
+    def end(rows: HeadRows, part: Part, layer: int) -> tuple[str, int, int]:
+        """Buffer, offset and pitch."""
+        name = kv_name(rows.family, part, layer)
+        return name, (rows.first_row + rows.offset) * row, rows.pitch * row
 
-    yield from copies(plan.moves, pool, begin, pool_pitch)
-    yield from copies(plan.writes, new, new_begin, new_pitch)
-    if plan.dynamic_slot is not None and layer in config.evicted_layers:
-        selected = FrameCopy(0, plan.dynamic_slot, config.policy.num_dynamic_frames)
-        pitch = config.policy.num_dynamic_frames * frame
-        yield from copies((selected,), f"dyn_{part}.{layer}", 0, pitch)
+    for move in moves(dict(variant.groups), config):
+        for part in PARTS:
+            target, source = (end(rows, part, move.layer) for rows in (move.target, move.source))
+            yield RowCopy(*target, *source, move.num_rows * row, move.num_heads)
 
 
 def upload_names(config: RolloutConfig) -> tuple[str, ...]:
     """Buffers that one pinned copy fills for every chunk."""
     eps = [f"eps/{i}" for i in range(max(1, config.schedule.num_steps - 1))]
-    return ("noise", *eps, "rope_cos", "rope_sin", "hist_len", "new_len")
+    return ("noise", *eps, *POSITIONS)
 
 
 def result_names(config: RolloutConfig) -> tuple[str, ...]:
@@ -144,14 +128,19 @@ def x0_name(step: int) -> str:
     return f"x0/{step}"
 
 
-def scalar_names(graphs: Mapping[str, GraphInfo]) -> tuple[str, ...]:
+def step_name(scalar: str, step: int) -> str:
+    """Buffer that holds one of `STEP_SCALARS` of a denoise step; n is the clean pass."""
+    return f"{scalar}/{step}"
+
+
+def scalar_names(graphs: Mapping[str, GraphLike]) -> tuple[str, ...]:
     """Those of `STEP_SCALARS` that the step graph takes."""
-    inputs = {info.name for info in graphs["step"].inputs}
+    inputs = {port.name for port in graphs["step"].inputs}
     return tuple(name for name in STEP_SCALARS if name in inputs)
 
 
 def plan_memory(
-    config: RolloutConfig, graphs: Mapping[str, GraphInfo], scratch_nbytes: int
+    config: RolloutConfig, graphs: Mapping[str, GraphLike], scratch_nbytes: int
 ) -> MemoryPlan:
     """Lay out every buffer of a session.
 
@@ -161,9 +150,8 @@ def plan_memory(
         scratch_nbytes: largest scratch of any graph.
     """
     known = {
-        info.name: BufferSpec(info.name, tuple(info.shape), info.dtype)
-        for graph in graphs.values()
-        for info in (*graph.inputs, *graph.outputs)
+        name: BufferSpec(name, tuple(port.shape), port.dtype)
+        for name, port in ports_by_name(graphs).items()
     }
     steps = config.schedule.num_steps
     aliases = {
@@ -172,7 +160,7 @@ def plan_memory(
         **{x0_name(i): "x0" for i in range(steps + 1)},
     }
     for name in scalar_names(graphs):
-        aliases |= {f"{name}/{i}": name for i in range(steps + 1)}
+        aliases |= {step_name(name, i): name for i in range(steps + 1)}
     specs = {name: replace(known[like], name=name) for name, like in aliases.items()}
     replaced = {"x", "eps", "x0", "x_next", *STEP_SCALARS}
     specs |= {name: spec for name, spec in known.items() if name not in replaced}
@@ -248,7 +236,7 @@ class ChunkProgram:
             self.step(stream, index, x, NO_NOISE, "x/0")
 
     def _pass(self, graph: str, stream: int, index: int, names: Mapping[str, str]) -> None:
-        wanted = {**{name: f"{name}/{index}" for name in STEP_SCALARS}, **names}
+        wanted = {**{name: step_name(name, index) for name in STEP_SCALARS}, **names}
         tensors = self._tensors[graph]
         own = {key: self._memory.address(name) for key, name in wanted.items() if key in tensors}
         self._engine.enqueue(graph, self._bindings[graph] | own, stream)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.ports import split_name
 
 Float32 = NDArray[np.float32]
 
@@ -57,7 +58,7 @@ class DecodeRunner(ABC):
 
 def state_inputs(graph: GraphInfo) -> tuple[TensorInfo, ...]:
     """The states that a decode graph takes."""
-    return tuple(info for info in graph.inputs if info.name.startswith(f"{STATE}."))
+    return tuple(info for info in graph.inputs if split_name(info.name)[0] == STATE)
 
 
 def next_state(name: str) -> str:
@@ -72,13 +73,10 @@ def check_decoder_graphs(info: DecoderInfo, where: str) -> None:
         BundleError: what is wrong.
     """
 
-    def states(graph: GraphInfo, part: str) -> set[tuple[str, tuple[int, ...]]]:
+    def states(graph: GraphInfo, part: str) -> set[tuple[int | None, tuple[int, ...]]]:
         tensors = graph.inputs if part == STATE else graph.outputs
-        return {
-            (tensor.name.removeprefix(part), tensor.shape)
-            for tensor in tensors
-            if tensor.name.startswith(f"{part}.")
-        }
+        named = ((*split_name(tensor.name), tensor.shape) for tensor in tensors)
+        return {(index, shape) for stem, index, shape in named if stem == part}
 
     decode, first = info.graphs.get(DECODE), info.graphs.get(DECODE_FIRST)
     fits = decode is not None and states(decode, NEW_STATE) == states(decode, STATE)

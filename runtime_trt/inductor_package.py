@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.ports import split_name
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +141,9 @@ def _grouped(names: list[str], tensors: Mapping[str, Tensor]) -> list[Any]:
     """
     arguments: dict[str, Any] = {}
     for name in names:
-        stem, _, index = name.partition(".")
-        if index:
-            arguments.setdefault(stem, []).append(tensors[name].contiguous())
-        else:
+        stem, index = split_name(name)
+        if index is None:
             arguments[stem] = tensors[name].contiguous()
+        else:
+            arguments.setdefault(stem, []).append(tensors[name].contiguous())
     return list(arguments.values())

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.ports import PortLike, ports
 
 MANIFEST_FILE = "manifest.json"
 GRAPH_FOLDER = "graphs"
@@ -212,21 +214,24 @@ def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
 
 
 def _check_graphs(config: RolloutConfig, graphs: Mapping[str, GraphInfo]) -> None:
-    """Refuse graphs that were exported for another policy, partition or size."""
-    needed = {"prompt", "step"} | ({"evict"} if config.evicted_layers else set())
-    if set(graphs) != needed:
+    """Refuse graphs that were exported for another policy, partition, size or dtype."""
+    needed = ports(config)
+    if set(graphs) != set(needed):
         raise InputError(f"graphs are {sorted(graphs)}; the policy needs {sorted(needed)}")
-    shapes = {info.name: info.shape for info in graphs["step"].inputs}
-    wanted: dict[str, tuple[int, ...]] = {"x": config.latent_shape}
-    for layer, layout in enumerate(config.layouts):
-        for name in ("hist_k", "hist_v"):
-            wanted[f"{name}.{layer}"] = (layout.num_rows, config.model.head_dim)
-    for name, shape in wanted.items():
-        if shapes.get(name) != shape:
-            raise InputError(
-                f"graphs.step: input {name} has shape {shapes.get(name)}, but the configuration "
-                f"needs {shape}"
-            )
+    for name, graph in needed.items():
+        for kind in ("inputs", "outputs"):
+            found = [_described(port) for port in getattr(graphs[name], kind)]
+            wanted = [_described(port) for port in getattr(graph, kind)]
+            for place, (has, needs) in enumerate(zip_longest(found, wanted, fillvalue="nothing")):
+                if has != needs:
+                    raise InputError(
+                        f"graphs.{name}.{kind}[{place}] is {has}, but the configuration needs "
+                        f"{needs}"
+                    )
+
+
+def _described(port: PortLike) -> str:
+    return f"{port.name} {list(port.shape)} {port.dtype}"
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:

@@ -15,6 +15,8 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.moves import HeadRows, RowMove, moves
+from forcing_kv.runtime_trt.ports import PARTS, POSITIONS, STEP_SCALARS, kv_name, kv_names
 from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
@@ -33,6 +35,16 @@ class StepScalars:
     """[1]: noise level of the step's input."""
     next_sigma: Float32
     """[1]: noise level of the next step's input; 0 after the last."""
+
+    @property
+    def step_index(self) -> NDArray[np.int32]:
+        """[1]: `index`."""
+        return np.asarray([self.index], np.int32)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By port name."""
+        return {name: getattr(self, name) for name in STEP_SCALARS}
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,19 @@ class _DoneChunk(PendingChunk):
     def result(self) -> ChunkResult:
         """See base class."""
         return self._result
+
+
+class _Clock:
+    """Wall-clock time of the parts of a chunk."""
+
+    def __init__(self) -> None:
+        self.timings_ms: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def mark(self, part: str) -> None:
+        """End of a part, and begin of the next."""
+        now = perf_counter()
+        self.timings_ms[part], self._last = 1e3 * (now - self._last), now
 
 
 class Backend(ABC):
@@ -134,16 +159,17 @@ class Backend(ABC):
         """Copy dynamic, local and sink rows into the pools as the plan says."""
 
     @abstractmethod
-    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """K and V pool [R, D] of `layer`, copied to the host (for checks)."""
-
-    @abstractmethod
     def close(self) -> None:
         """Release engines and buffers; may be called twice."""
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         """Input or output of a graph by its manifest name, copied to the host (for checks)."""
         raise NotImplementedError(f"{self.name} does not show single tensors")
+
+    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V pool [R, D] of `layer`, copied to the host (for checks)."""
+        k, v = (self.read_tensor(name) for name in kv_names("hist", [layer]))
+        return k, v
 
     def outputs_of(self, graph: str) -> Collection[str] | None:
         """Outputs that a graph leaves in memory (for checks); None if those of the bundle's graph.
@@ -177,29 +203,38 @@ class Backend(ABC):
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """Denoise one chunk, run the clean pass, evict and commit."""
-        plan = request.plan
+        plan, clock = request.plan, _Clock()
         positions = ChunkPositions.of(plan, self.config)
-        start = perf_counter()
+        x0, x0_steps = self._run_steps(request, positions)
+        latents = self.to_host(x0)
+        clock.mark("steps")
+        self.run_step(x0, None, self.clean_scalars, positions)
+        clock.mark("clean")
+        scores, kept = self.run_evict() if plan.evict else (None, None)
+        clock.mark("evict")
+        self.commit(plan)
+        clock.mark("commit")
+        return ChunkResult(latents, clock.timings_ms, x0_steps, scores, kept)
+
+    def _run_steps(
+        self, request: ChunkRequest, positions: ChunkPositions
+    ) -> tuple[Any, list[Float32] | None]:
+        """Last x0 as the backend's own; and x0 of every step, if the request asks for it."""
         x: Any = request.noise
         x0_steps = []
-        for i, scalars in enumerate(self.step_scalars):
-            last = i + 1 == len(self.step_scalars)
-            x0, x = self.run_step(x, None if last else request.eps[i], scalars, positions)
+        for scalars, eps in zip(self.step_scalars, (*request.eps, None), strict=True):
+            x0, x = self.run_step(x, eps, scalars, positions)
             if request.keep_x0:
                 x0_steps.append(self.to_host(x0))
-        result = ChunkResult(self.to_host(x0), x0_steps=x0_steps if request.keep_x0 else None)
-        after_steps = perf_counter()
-        self.run_step(x0, None, self.clean_scalars, positions)
-        after_clean = perf_counter()
-        if plan.evict:
-            result.scores, result.kept = self.run_evict()
-        after_evict = perf_counter()
-        self.commit(plan)
-        marks = (start, after_steps, after_clean, after_evict, perf_counter())
-        names = ("steps", "clean", "evict", "commit")
-        for name, begin, end in zip(names, marks, marks[1:], strict=False):
-            result.timings_ms[name] = 1e3 * (end - begin)
-        return result
+        return x0, x0_steps if request.keep_x0 else None
+
+    def pass_inputs(
+        self, x: Any, eps: Any, scalars: StepScalars, positions: ChunkPositions
+    ) -> dict[str, Any]:
+        """What a pass over a chunk reads beside pools and text, by port name."""
+        if eps is None:
+            eps = np.zeros(self.config.latent_shape, np.float32)
+        return {"x": x, "eps": eps, **scalars.arrays, **positions.arrays}
 
     def recache(self, request: ChunkRequest) -> None:
         """Re-encode clean latents at t = 0 with the current prompt, and commit their rows."""
@@ -221,6 +256,11 @@ class ChunkPositions:
     new_len: NDArray[np.int32]
     """[1]: valid rows of the chunk itself."""
 
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By port name."""
+        return {name: getattr(self, name) for name in POSITIONS}
+
     @classmethod
     def of(cls, plan: ChunkPlan, config: RolloutConfig) -> ChunkPositions:
         """Positions of `plan`; they depend on nothing else."""
@@ -237,35 +277,33 @@ class ChunkPositions:
         return cls(plan, cos, sin, hist_len, np.asarray([plan.num_frames * tokens], np.int32))
 
 
-def copy_rows(
-    plan: ChunkPlan, config: RolloutConfig, pools: list[Any], new: list[Any], dynamic: list[Any]
-) -> None:
-    """Commit one of K and V with array slices (numpy arrays and torch tensors alike).
+def copy_rows(plan: ChunkPlan, config: RolloutConfig, tensors: Mapping[str, Any]) -> None:
+    """Commit with array slices (dense numpy arrays and torch tensors alike).
 
     Args:
         plan: the chunk's plan.
         config: rollout configuration.
-        pools: for each layer the pool [R, D], modified.
-        new: for each layer the chunk's rows [H, F*T, D].
-        dynamic: for each evicted layer its segments [dynamic heads, B*T, D]; read if `plan.evict`.
+        tensors: by port name the pools, modified, the chunk's rows and, if the plan evicts, the
+            selected segments.
     """
-    tokens = config.chunk.tokens_per_frame
-    by_layer = dict(zip(config.evicted_layers, dynamic, strict=False))
-    for layer, layout in enumerate(config.layouts):
-        for group in layout.groups:
-            todo = plan.groups[group.kind]
-            if group.capacity_frames == 0:
-                continue
-            rows = pools[layer][group.rows].reshape(group.num_heads, -1, config.model.head_dim)
-            own = new[layer][group.heads]
-            for copies, source in ((todo.moves, rows), (todo.writes, own)):
-                for copy in copies:
-                    begin, end = copy.source * tokens, (copy.source + copy.count) * tokens
-                    target = copy.destination * tokens
-                    rows[:, target : target + end - begin] = source[:, begin:end]
-            if todo.dynamic_slot is not None and layer in by_layer:
-                target = todo.dynamic_slot * tokens
-                rows[:, target : target + by_layer[layer].shape[1]] = by_layer[layer]
+    for move in moves(plan.groups, config):
+        for part in PARTS:
+            source, target = (
+                _rows(tensors[kv_name(rows.family, part, move.layer)], rows, move)
+                for rows in (move.source, move.target)
+            )
+            target[...] = source
+
+
+def _rows(array: Any, rows: HeadRows, move: RowMove) -> Any:
+    """View [heads, rows, D] of what a move reads or writes."""
+    if array.ndim == 2:
+        block = array[rows.first_row : rows.first_row + move.num_heads * rows.pitch]
+        heads = block.reshape(move.num_heads, rows.pitch, -1)
+    else:
+        first = rows.first_row // rows.pitch
+        heads = array[first : first + move.num_heads]
+    return heads[:, rows.offset : rows.offset + move.num_rows]
 
 
 def outputs_of(graphs: Mapping[str, GraphInfo], graph: str) -> Collection[str]:

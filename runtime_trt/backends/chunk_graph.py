@@ -30,6 +30,7 @@ from forcing_kv.runtime_trt.chunk_program import (
     expected_variants,
     result_names,
     scalar_names,
+    step_name,
     upload_names,
     x0_name,
 )
@@ -40,6 +41,7 @@ from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.graph import CapturedGraph, capture
 from forcing_kv.runtime_trt.graph_engine import GraphEngine
 from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.ports import pool_ports
 from forcing_kv.runtime_trt.text_fold import fold_text
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
@@ -119,9 +121,7 @@ class ChunkGraphBackend(Backend):
     def _write_constants(self) -> None:
         for scalars in (*self.step_scalars, self.clean_scalars):
             for name in scalar_names(self._graph_infos):
-                index = np.asarray([scalars.index], np.int32)
-                value = index if name == "step_index" else getattr(scalars, name)
-                self._write(f"{name}/{scalars.index}", value)
+                self._write(step_name(name, scalars.index), scalars.arrays[name])
 
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
@@ -211,8 +211,8 @@ class ChunkGraphBackend(Backend):
         arrays["noise"][...] = request.noise
         for i, eps in enumerate(request.eps):
             arrays[f"eps/{i}"][...] = eps
-        for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
-            arrays[name][...] = getattr(positions, name)
+        for name, value in positions.arrays.items():
+            arrays[name][...] = value
         target = self.memory.address(upload_names(self.config)[0])
         self._cuda.copy(target, slot.upload.address, slot.upload.nbytes, self._stream)
         self._cuda.record(slot.events["uploaded"], self._stream)
@@ -278,9 +278,9 @@ class ChunkGraphBackend(Backend):
         """
         self._enter()
         self._waiting.clear()
-        for name, spec in self.memory.plan.specs.items():
-            if name.startswith("hist_") and name != "hist_len":
-                self._cuda.fill(self.memory.address(name), 0, spec.nbytes, self._stream)
+        for port in pool_ports(self.config):
+            nbytes = self.memory.plan.specs[port.name].nbytes
+            self._cuda.fill(self.memory.address(port.name), 0, nbytes, self._stream)
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
         """See base class."""
@@ -301,8 +301,8 @@ class ChunkGraphBackend(Backend):
         self._enter()
         self._write("noise", x)
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
-        for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
-            self._write(name, getattr(positions, name))
+        for name, value in positions.arrays.items():
+            self._write(name, value)
         if scalars.index == self.clean_scalars.index:
             self._program.clean(self._stream, "noise")
         else:
@@ -320,10 +320,6 @@ class ChunkGraphBackend(Backend):
         self._enter()
         self._program.commit(self._stream, ChunkVariant.of(plan, self.config, recache=False))
         self._cuda.synchronize(self._stream)
-
-    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """See base class; bfloat16 as float32."""
-        return self.read_tensor(f"hist_k.{layer}"), self.read_tensor(f"hist_v.{layer}")
 
     def sibling(self) -> ChunkGraphBackend:
         """See base class."""

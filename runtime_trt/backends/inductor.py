@@ -23,6 +23,7 @@ from forcing_kv.runtime_trt.backends.base import (
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.inductor_package import InductorPackage
+from forcing_kv.runtime_trt.ports import pool_ports
 from forcing_kv.runtime_trt.text_fold import fold_text
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
@@ -46,12 +47,10 @@ class InductorBackend(Backend):
         self.package = package
         self.tensors: dict[str, Tensor] = {}
         """Inputs and outputs by name: pools, text and the last pass's results."""
-        dtype = getattr(self._torch, config.dtype)
-        for part in "kv":
-            for layer, layout in enumerate(config.layouts):
-                self.tensors[f"hist_{part}.{layer}"] = self._torch.zeros(
-                    layout.num_rows, config.model.head_dim, dtype=dtype, device=package.device
-                )
+        for port in pool_ports(config):
+            self.tensors[port.name] = self._torch.zeros(
+                port.shape, dtype=getattr(self._torch, port.dtype), device=package.device
+            )
 
     def _put(self, **arrays: Any) -> None:
         for name, array in arrays.items():
@@ -88,18 +87,7 @@ class InductorBackend(Backend):
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Tensor, Tensor]:
         """See base class; returns tensors on the device."""
-        self._put(
-            x=x,
-            eps=np.zeros(self.config.latent_shape, np.float32) if eps is None else eps,
-            time_sinusoid=scalars.time_sinusoid,
-            step_index=np.asarray([scalars.index], np.int32),
-            sigma=scalars.sigma,
-            next_sigma=scalars.next_sigma,
-            rope_cos=positions.rope_cos,
-            rope_sin=positions.rope_sin,
-            hist_len=positions.hist_len,
-            new_len=positions.new_len,
-        )
+        self._put(**self.pass_inputs(x, eps, scalars, positions))
         if scalars.index == self.clean_scalars.index and "clean" in self.package.graphs:
             self._run("clean")
             return self.tensors["x"], self.tensors["x"]
@@ -113,18 +101,8 @@ class InductorBackend(Backend):
 
     def commit(self, plan: ChunkPlan) -> None:
         """See base class."""
-        layers, evicted = range(self.config.model.num_layers), self.config.evicted_layers
-        for part in "kv":
-            pools = [self.tensors[f"hist_{part}.{layer}"] for layer in layers]
-            new = [self.tensors[f"new_{part}.{layer}"] for layer in layers]
-            chosen = evicted if plan.evict else ()
-            dynamic = [self.tensors[f"dyn_{part}.{layer}"] for layer in chosen]
-            with self._torch.inference_mode():
-                copy_rows(plan, self.config, pools, new, dynamic)
-
-    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """See base class; float32."""
-        return self.read_tensor(f"hist_k.{layer}"), self.read_tensor(f"hist_v.{layer}")
+        with self._torch.inference_mode():
+            copy_rows(plan, self.config, self.tensors)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         """See base class; 16-bit floats as float32."""

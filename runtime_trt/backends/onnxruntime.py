@@ -49,17 +49,6 @@ class OnnxRuntimeBackend(Backend):
             name: _BoundGraph(bundle, name, graph, self.buffers, num_threads)
             for name, graph in manifest.graphs.items()
         }
-        layers = range(manifest.config.model.num_layers)
-        self._pools = {
-            part: [self.buffers[f"hist_{part}.{layer}"] for layer in layers] for part in "kv"
-        }
-        self._new = {
-            part: [self.buffers[f"new_{part}.{layer}"] for layer in layers] for part in "kv"
-        }
-        self._dynamic = {
-            part: [self.buffers[f"dyn_{part}.{layer}"] for layer in self.config.evicted_layers]
-            for part in "kv"
-        }
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
         """See base class."""
@@ -70,18 +59,11 @@ class OnnxRuntimeBackend(Backend):
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
         """See base class; returns the output buffers themselves."""
-        buffers = self.buffers
-        buffers["x"][...] = x
-        buffers["eps"][...] = 0 if eps is None else eps
-        buffers["time_sinusoid"][...] = scalars.time_sinusoid
-        buffers["sigma"][...] = scalars.sigma
-        buffers["next_sigma"][...] = scalars.next_sigma
-        buffers["rope_cos"][...] = positions.rope_cos
-        buffers["rope_sin"][...] = positions.rope_sin
-        buffers["hist_len"][...] = positions.hist_len
-        buffers["new_len"][...] = positions.new_len
+        for name, value in self.pass_inputs(x, eps, scalars, positions).items():
+            if name in self.buffers:
+                self.buffers[name][...] = value
         self._graphs["step"].run()
-        return buffers["x0"], buffers["x_next"]
+        return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """See base class."""
@@ -90,12 +72,7 @@ class OnnxRuntimeBackend(Backend):
 
     def commit(self, plan: ChunkPlan) -> None:
         """See base class."""
-        for part in "kv":
-            copy_rows(plan, self.config, self._pools[part], self._new[part], self._dynamic[part])
-
-    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """See base class."""
-        return self._pools["k"][layer].copy(), self._pools["v"][layer].copy()
+        copy_rows(plan, self.config, self.buffers)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         """See base class."""
@@ -105,8 +82,6 @@ class OnnxRuntimeBackend(Backend):
         """Release sessions and buffers."""
         self._graphs.clear()
         self.buffers.clear()
-        for rows in (self._pools, self._new, self._dynamic):
-            rows.clear()
 
 
 class _BoundGraph:

@@ -11,6 +11,7 @@ from forcing_kv.export.graphs import EvictGraph
 from forcing_kv.runtime_trt.backends.base import ChunkPositions, copy_rows
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.ports import kv_names
 from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
 
 MODEL = ModelShape(3, dim=12, ffn_dim=4, num_heads=3, text_len=1, text_dim=1, freq_dim=2)
@@ -57,7 +58,19 @@ class Pools:
         return rows, kept
 
     def commit(self, plan: ChunkPlan, new, dynamic):
-        copy_rows(plan, self.config, self.rows, new, dynamic)
+        """Commits keys; values are the keys' negatives, and stay so."""
+        layers = range(MODEL.num_layers)
+        tensors = {}
+        for family, chosen, keys in (
+            ("hist", layers, self.rows),
+            ("new", layers, new),
+            ("dyn", self.config.evicted_layers if plan.evict else (), dynamic),
+        ):
+            values = [-rows for rows in keys]
+            tensors |= zip(kv_names(family, chosen), (*keys, *values), strict=True)
+        copy_rows(plan, self.config, tensors)
+        for keys, values in (kv_names("hist", [layer]) for layer in layers):
+            assert torch.equal(tensors[values], -tensors[keys])
 
 
 def check_copies(plan: ChunkPlan, config: RolloutConfig):

@@ -407,13 +407,7 @@ def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
     if config.switchable:
         plans += [timeline.switch_prompt(), timeline.advance(), timeline.advance()]
     for plan in plans:
-        for part in "kv":
-            copy_rows(
-                plan, config,
-                [wanted[f"hist_{part}.{layer}"] for layer in layers],
-                [wanted[f"new_{part}.{layer}"] for layer in layers],
-                [wanted[f"dyn_{part}.{layer}"] for layer in config.evicted_layers],
-            )  # fmt: skip
+        copy_rows(plan, config, wanted)
         for copy in commit_copies(ChunkVariant.of(plan, config, recache=False), config):
             source, target = (
                 buffers[name].reshape(-1).view(np.uint8) for name in (copy.source, copy.target)

@@ -129,7 +129,14 @@ def test_a_missing_onnxruntime_is_named(monkeypatch, tiny_bundle):
 
 
 def test_a_bfloat16_bundle_is_refused_with_the_remedy(copied_bundle):
-    edit(copied_bundle, lambda data: data["config"].update(dtype="bfloat16"))
+    def change(data):
+        data["config"]["dtype"] = "bfloat16"
+        for graph in data["graphs"].values():
+            for port in (*graph["inputs"], *graph["outputs"]):
+                if port["name"].split(".")[0][-2:] in ("_k", "_v"):
+                    port["dtype"] = "bfloat16"
+
+    edit(copied_bundle, change)
     with pytest.raises(BackendUnavailableError, match=r"bfloat16.*--dtype float32"):
         Session.open(copied_bundle, backend="onnxruntime")
 
@@ -150,9 +157,59 @@ def test_a_manifest_that_does_not_fit_its_graphs_is_refused(copied_bundle, chang
         read_manifest(copied_bundle)
 
 
-def test_graphs_that_do_not_fit_the_manifest_are_refused(copied_bundle):
-    """As after a swap of graphs together with their hashes."""
-    edit(copied_bundle, lambda data: data["graphs"]["step"]["inputs"][2].update(name="renamed"))
+@pytest.mark.parametrize(
+    ("graph", "kind", "place", "change", "told"),
+    [
+        ("step", "inputs", 2, {"name": "time"}, r"is time \[1, 8\] .*needs time_sinusoid \[1, 8\]"),
+        ("step", "inputs", 7, {"shape": [2, 4]}, r"is hist_len \[2, 4\] .*needs hist_len \[2, 3\]"),
+        ("step", "outputs", 1, {"dtype": "float16"}, r"is x_next .* float16, .*needs x_next .*32"),
+        ("prompt", "inputs", 0, {"shape": [4, 5]}, r"is prompt_embeds \[4, 5\].*needs .* \[3, 5\]"),
+        ("prompt", "outputs", 3, {"name": "cross_v.2"}, r"is cross_v\.2 .*needs cross_v\.1 "),
+        ("evict", "outputs", 3, {"dtype": "int64"}, r"is kept \[6\] int64,.*needs kept .* int32"),
+    ],
+)  # fmt: skip
+def test_any_port_that_is_not_the_configuration_s_is_named(
+    copied_bundle, graph, kind, place, change, told
+):
+    edit(copied_bundle, lambda data: data["graphs"][graph][kind][place].update(change))
+    with pytest.raises(BundleError, match=rf"graphs\.{graph}\.{kind}\[{place}\] {told}.*export"):
+        read_manifest(copied_bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda ports: ports.pop(), r"outputs\[3\] is nothing, .*needs kept"),
+        (lambda ports: ports.append(ports[0]), r"outputs\[4\] is dyn_k\.1 .*needs nothing"),
+        (lambda ports: ports.reverse(), r"outputs\[0\] is kept .*needs dyn_k\.1"),
+    ],
+)
+def test_missing_and_further_ports_are_named(copied_bundle, change, told):
+    edit(copied_bundle, lambda data: change(data["graphs"]["evict"]["outputs"]))
+    with pytest.raises(BundleError, match=told):
+        read_manifest(copied_bundle)
+
+
+@pytest.mark.parametrize("word", ["float", "float32"])
+def test_both_words_for_float32_are_read(copied_bundle, word):
+    def change(data):
+        for graph in data["graphs"].values():
+            for port in (*graph["inputs"], *graph["outputs"]):
+                if port["dtype"] in ("float", "float32"):
+                    port["dtype"] = word
+
+    edit(copied_bundle, change)
+    with Session.open(copied_bundle, backend="onnxruntime") as session:
+        assert session.config.dtype == "float32"
+
+
+def test_a_graph_that_does_not_fit_the_manifest_is_refused(copied_bundle):
+    """A swap of graphs together with their hashes."""
+    shutil.copy(copied_bundle / "graphs/evict.onnx", copied_bundle / "graphs/step.onnx")
+    edit(
+        copied_bundle,
+        lambda data: data["graphs"]["step"].update(sha256=data["graphs"]["evict"]["sha256"]),
+    )
     with pytest.raises(BundleError, match=r"step.*differ from the manifest.*export"):
         Session.open(copied_bundle, backend="onnxruntime")
 

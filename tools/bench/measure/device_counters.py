@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from forcing_kv.runtime_trt.ports import kv_names
 from forcing_kv.runtime_trt.session import Session
 
 
@@ -45,11 +46,13 @@ def kv_nbytes(session: Session) -> dict[str, int]:
     else:
         layers = range(session.config.model.num_layers)
         history, own, selected = (
-            sum(_buffer_nbytes(backend, f"{name}_{part}.{i}") for part in "kv" for i in chosen)
-            for name, chosen in (
-                ("hist", layers), ("new", layers), ("dyn", session.config.evicted_layers)
+            sum(_buffer_nbytes(backend, name) for name in names)
+            for names in (
+                kv_names("hist", layers),
+                kv_names("new", layers),
+                kv_names("dyn", session.config.evicted_layers),
             )
-        )  # fmt: skip
+        )
         own += selected
     return {"kv_history_nbytes": history, "kv_nbytes": history + own}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import HeadKind
+from forcing_kv.runtime_trt.ports import pool_ports
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
 
@@ -40,14 +41,12 @@ class History(Protocol):
 
 def empty_pools(config: RolloutConfig, device: torch.device) -> dict[str, list[Tensor]]:
     """Packed pools [R, D] of every layer."""
-    dtype = getattr(torch, config.dtype)
-    return {
-        part: [
-            torch.zeros(layout.num_rows, config.model.head_dim, dtype=dtype, device=device)
-            for layout in config.layouts
-        ]
-        for part in "kv"
-    }
+    pools = [
+        torch.zeros(port.shape, dtype=getattr(torch, port.dtype), device=device)
+        for port in pool_ports(config)
+    ]
+    num_layers = config.model.num_layers
+    return {"k": pools[:num_layers], "v": pools[num_layers:]}
 
 
 class DenseHistory:

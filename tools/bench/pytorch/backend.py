@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from forcing_kv.runtime_trt.backends.base import (
     copy_rows,
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.ports import POSITIONS, kv_names, ports, ports_by_name
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 from forcing_kv.tools.bench.pytorch.attention import empty_pools
 from forcing_kv.tools.bench.pytorch.evict import PlainEvict
@@ -99,8 +101,8 @@ class TorchBackend(Backend):
         self._inputs = self._new_inputs()
         self._scalars = [
             {
-                name: torch.as_tensor(getattr(scalars, name), device=self.device)
-                for name in ("time_sinusoid", "sigma", "next_sigma")
+                name: torch.as_tensor(array, device=self.device)
+                for name, array in scalars.arrays.items()
             }
             for scalars in (*self.step_scalars, self.clean_scalars)
         ]
@@ -120,17 +122,19 @@ class TorchBackend(Backend):
 
     def _new_inputs(self) -> _Inputs:
         config = self.config
-        latents, draws = config.latent_shape, config.schedule.num_steps - 1
+        known, draws = ports_by_name(ports(config)), config.schedule.num_steps - 1
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+        def zeros(name: str, *draws: int) -> Tensor:
+            port = known[name]
+            dtype: torch.dtype = getattr(torch, port.dtype)
+            return torch.zeros((*draws, *port.shape), dtype=dtype, device=self.device)
 
-        temporal = (config.chunk.num_frames, config.model.rope_pairs[0])
-        heads = (config.model.num_layers, config.model.num_heads)
         return _Inputs(
-            zeros(*latents), zeros(max(1, draws), *latents), zeros(*temporal), zeros(*temporal),
-            zeros(*heads, dtype=torch.int32), zeros(1, dtype=torch.int32), zeros(*latents),
-        )  # fmt: skip
+            noise=zeros("x"),
+            eps=zeros("eps", max(1, draws)),
+            latents=zeros("x0"),
+            **{name: zeros(name) for name in POSITIONS},
+        )
 
     @torch.inference_mode()
     def set_prompt(self, prompt_embeds: Float32) -> None:
@@ -178,8 +182,8 @@ class TorchBackend(Backend):
         inputs.noise.copy_(torch.from_numpy(request.noise))
         if len(request.eps):
             inputs.eps.copy_(torch.from_numpy(request.eps))
-        for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
-            getattr(inputs, name).copy_(torch.from_numpy(getattr(positions, name)))
+        for name, array in positions.arrays.items():
+            getattr(inputs, name).copy_(torch.from_numpy(array))
 
     def _forward(self, x: Tensor, eps: Tensor, step: int, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
         inputs, scalars = self._inputs, self._scalars[step]
@@ -233,10 +237,16 @@ class TorchBackend(Backend):
     def _store(self, plan: ChunkPlan) -> None:
         if self._options.style == "dense":
             return
-        for part, new, dynamic in zip(
-            "kv", self._parts.made.new, self._parts.made.dynamic, strict=True
-        ):
-            copy_rows(plan, self.config, self.pools[part], new, dynamic)
+        config, made = self.config, self._parts.made
+        layers = range(config.model.num_layers)
+        tensors: dict[str, Tensor] = {}
+        tensors |= zip(kv_names("hist", layers), chain(*self.pools.values()), strict=True)
+        tensors |= zip(kv_names("new", layers), chain(*made.new), strict=True)
+        if plan.evict:
+            tensors |= zip(
+                kv_names("dyn", config.evicted_layers), chain(*made.dynamic), strict=True
+            )
+        copy_rows(plan, config, tensors)
 
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
