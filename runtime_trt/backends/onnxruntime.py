@@ -60,7 +60,7 @@ class OnnxRuntimeBackend(Backend):
     ) -> tuple[Float32, Float32]:
         """See base class; returns the output buffers themselves."""
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
-            if name in self.buffers:
+            if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
         self._graphs["step"].run()
         return self.buffers["x0"], self.buffers["x_next"]

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.dtypes import DType
+from forcing_kv.runtime_trt.ports import port_name, split_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import Workload
 
@@ -133,8 +134,8 @@ class References:
             made = self._make(dtype, forced)
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {"latents": made.latents}
-            arrays |= {f"scores.{i}": scores for i, scores in made.scores.items()}
-            arrays |= {f"kept.{i}": kept for i, kept in made.kept.items()}
+            arrays |= {port_name("scores", i): scores for i, scores in made.scores.items()}
+            arrays |= {port_name("kept", i): kept for i, kept in made.kept.items()}
             partial = path.with_name(f".{path.name}")
             np.savez(partial, **arrays)
             partial.replace(path)
@@ -168,7 +169,8 @@ class References:
 
 
 def _numbered(data: Any, name: str) -> dict[int, Any]:
-    return {int(key.partition(".")[2]): data[key] for key in data if key.startswith(f"{name}.")}
+    keys = {key: split_name(key) for key in data}
+    return {i: data[key] for key, (stem, i) in keys.items() if stem == name and i is not None}
 
 
 def check(found: RolloutResult, references: References) -> GateResult:
