@@ -12,13 +12,11 @@ from statistics import fmean
 
 from forcing_kv.export.devices import Device
 from forcing_kv.export.memory_model import NO_FP8, weight_counts
+from forcing_kv.export.presets import PIXEL_FRAMES_PER_LATENT
 from forcing_kv.runtime_trt.config import ITEMSIZES, DType, RolloutConfig
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.layout import HeadKind
 from forcing_kv.runtime_trt.timeline import Timeline
-
-PIXEL_FRAMES_PER_LATENT = 4
-"""One latent frame of the Wan VAE decodes to four pixel frames."""
 
 History = Mapping[HeadKind, int]
 """Frames of rows that a head of each kind sees, its own chunk not counted."""
@@ -31,12 +29,24 @@ def histories(config: RolloutConfig, num_chunks: int) -> list[History]:
     return [{kind: g.history_frames for kind, g in plan.groups.items()} for plan in plans]
 
 
-def steady_history(config: RolloutConfig) -> History:
-    """What heads see once nothing changes any more."""
+def _until_steady(config: RolloutConfig) -> list[History]:
+    """What heads see before each chunk, up to one where nothing changes any more."""
     policy, frames = config.policy, config.chunk.num_frames
     filled = -(-(policy.num_sink_frames + policy.warmup_frames) // frames)
     # Two chunks after the warm-up the first selection is in place.
-    return histories(config, policy.last_warmup_chunk + filled + 4)[-1]
+    return histories(config, policy.last_warmup_chunk + filled + 4)
+
+
+def steady_history(config: RolloutConfig) -> History:
+    """What heads see once nothing changes any more."""
+    return _until_steady(config)[-1]
+
+
+def first_steady_chunk(config: RolloutConfig) -> int:
+    """First chunk from which on every chunk sees as many rows."""
+    seen = _until_steady(config)
+    changing = [index for index, history in enumerate(seen) if history != seen[-1]]
+    return max(changing, default=-1) + 1
 
 
 def head_frames(config: RolloutConfig, history: History) -> int:
@@ -80,55 +90,84 @@ class PartCost:
         return max(arithmetic, self.nbytes / (device.bandwidth_gbps * 1e6))
 
 
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step by what is multiplied; a multiply-add is two.
+
+    Norms, gates and rotations count as fused into their neighbours.
+    """
+
+    self_attention: float
+    """Attention to history and own chunk, the mean over chunks."""
+    text_attention: float
+    """Attention to the text."""
+    projections: float
+    """q, k, v and output of self-attention."""
+    text_projections: float
+    """q and output of cross-attention, whose k and v are made once a prompt."""
+    feed_forward: float
+    patches: float
+    """Patch embedding and head."""
+    time_embedding: float
+
+
+def step_flops(config: RolloutConfig, history: Sequence[History]) -> StepFlops:
+    """FLOPs of one step, the mean over chunks with these histories."""
+    model, chunk = config.model, config.chunk
+    num_tokens, dim = chunk.num_tokens, model.dim
+    square = 2 * model.num_layers * num_tokens * dim**2
+    return StepFlops(
+        self_attention=4 * num_tokens * attended_keys(config, history) * model.head_dim,
+        text_attention=4 * model.num_layers * num_tokens * model.text_len * dim,
+        projections=4 * square,
+        text_projections=2 * square,
+        feed_forward=4 * model.num_layers * num_tokens * dim * model.ffn_dim,
+        patches=4 * num_tokens * dim * model.patch_size**2 * model.in_channels,
+        time_embedding=2 * dim * (model.freq_dim + 7 * dim),
+    )
+
+
+def attended_keys(config: RolloutConfig, history: Sequence[History]) -> float:
+    """Keys that all heads of all layers attend to, the mean over chunks with these histories."""
+    return fmean(head_frames(config, each) for each in history) * config.chunk.tokens_per_frame
+
+
 def step_cost(
     config: RolloutConfig, history: Sequence[History], fp8: Fp8Counts = NO_FP8
 ) -> tuple[PartCost, ...]:
     """FLOPs and bytes of one step by part, the mean over chunks with these histories.
 
-    A multiply-add is two FLOPs. Norms, gates and rotations count as fused into their neighbours;
-    so does rounding to FP8, whose smaller activations are counted as if they were not smaller.
+    Rounding to FP8 counts as fused, and smaller activations as if they were not smaller.
     """
-    model, chunk, dtype = config.model, config.chunk, config.dtype
-    num_tokens, dim, ffn = chunk.num_tokens, model.dim, model.ffn_dim
+    model, dtype = config.model, config.dtype
+    num_tokens, dim = config.chunk.num_tokens, model.dim
     layers, size = model.num_layers, ITEMSIZES[dtype]
-    counts = weight_counts(model, fp8)
-    weights = {part: count.nbytes(dtype) for part, count in counts.items()}
-    rounded = {part: 2 * num_tokens * count.fp8 for part, count in counts.items()}
+    flops = step_flops(config, history)
     stream = layers * num_tokens * dim * size
-    frames = fmean(head_frames(config, each) for each in history)
-    keys = frames * chunk.tokens_per_frame
     text = 2 * layers * dim * model.text_len * size
     patch = model.patch_size**2 * model.in_channels
-    time = dim * (model.freq_dim + 7 * dim)
-    cross = layers * (4 * num_tokens * dim**2 + 4 * num_tokens * model.text_len * dim)
+    keys = attended_keys(config, history)
+    # What is read and written beside the weights.
+    moved = {
+        "projections": (flops.projections, 8 * stream),
+        "cross-attention": (flops.text_projections + flops.text_attention, text + 6 * stream),
+        "feed-forward": (flops.feed_forward, stream * (2 + 2 * model.ffn_dim / dim)),
+        "embeddings and head": (
+            flops.patches + flops.time_embedding,
+            2 * num_tokens * (dim * size + patch * 4),
+        ),
+    }
+    counts = weight_counts(model, fp8)
+    attention = PartCost(
+        "self-attention", flops.self_attention, 2 * keys * model.head_dim * size + 2 * stream
+    )
     return (
-        PartCost(
-            "self-attention",
-            4 * num_tokens * keys * model.head_dim,
-            2 * keys * model.head_dim * size + 2 * stream,
-        ),
-        PartCost(
-            "projections",
-            8 * layers * num_tokens * dim**2,
-            weights["projections"] + 8 * stream,
-            rounded["projections"],
-        ),
-        PartCost(
-            "cross-attention",
-            cross,
-            weights["cross-attention"] + text + 6 * stream,
-            rounded["cross-attention"],
-        ),
-        PartCost(
-            "feed-forward",
-            4 * layers * num_tokens * dim * ffn,
-            weights["feed-forward"] + stream * (2 + 2 * ffn / dim),
-            rounded["feed-forward"],
-        ),
-        PartCost(
-            "embeddings and head",
-            4 * num_tokens * dim * patch + 2 * time,
-            weights["embeddings and head"] + 2 * num_tokens * (dim * size + patch * 4),
+        attention,
+        *(
+            PartCost(
+                part, work, counts[part].nbytes(dtype) + nbytes, 2 * num_tokens * counts[part].fp8
+            )
+            for part, (work, nbytes) in moved.items()
         ),
     )
 

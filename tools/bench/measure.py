@@ -23,7 +23,6 @@ from forcing_kv.tools.bench.device_counters import (
     reset_peak_memory,
 )
 from forcing_kv.tools.bench.gate import References, check, roll_out
-from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import (
     Row,
     describe_environment,
@@ -32,7 +31,7 @@ from forcing_kv.tools.bench.rows import (
 )
 from forcing_kv.tools.bench.statistics import latency, summary
 from forcing_kv.tools.bench.subjects import LoadClock, Subject
-from forcing_kv.tools.bench.workloads import Workload
+from forcing_kv.tools.bench.workloads import Workload, step_work
 
 MEASURE_SEED = 9
 NUM_NOISES = 4

@@ -14,8 +14,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
+from forcing_kv.export.cost_model import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.bench.workloads import Workload, mean_attended_frames
+from forcing_kv.tools.bench.workloads import Workload
 
 SCHEMA = 1
 Status = Literal["ok", "gate_failed", "failed"]
@@ -136,7 +137,7 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
         "pixel_frames_per_chunk": workload.pixel_frames,
         "static_heads": static,
         "dynamic_heads": total - static,
-        "attended_frames": round(mean_attended_frames(config), 4),
+        "attended_frames": round(mean_frames(config, steady_history(config)), 4),
         "cache_policy": asdict(config.policy),
     }
 

@@ -16,12 +16,12 @@ from forcing_kv.tools.bench.measure import MeasureOptions, measure
 from forcing_kv.tools.bench.rows import Row
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
 from forcing_kv.tools.bench.workloads import (
-    PIXEL_FRAMES_PER_LATENT,
     Workload,
     check_fp8_dtype,
     random_prompt,
     workload,
 )
+from forcing_kv.tools.run_decode import pixel_frames_per_latent
 
 if TYPE_CHECKING:
     from forcing_kv.export.denoiser import CausalWanModel
@@ -152,7 +152,6 @@ def bundle_workload(bundle: Path) -> Workload:
         config,
         load,
         prompt,
-        # The digits codec has no temporal compression; Wan's VAE has four frames a latent.
-        1 if manifest.decoder == "digits" else PIXEL_FRAMES_PER_LATENT,
+        pixel_frames_per_latent(manifest),
         fp8=manifest.fp8 is not None,
     )

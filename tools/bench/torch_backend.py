@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from forcing_kv.export.cost_model import first_steady_chunk
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
 from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
@@ -124,6 +125,7 @@ class TorchBackend(Backend):
         self.forced = forced or {}
         self._options = options
         self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._first_steady = first_steady_chunk(config)
         self._captured: dict[Hashable, _Captured] = {}
         self._seen: set[Hashable] = set()
         self._graph_pool: Any = None
@@ -276,7 +278,7 @@ class TorchBackend(Backend):
         """Whether every later chunk sees as many rows; only those are worth compiling for."""
         if self._history is None:
             return True
-        return plan.index >= first_steady_chunk(self.config)
+        return plan.index >= self._first_steady
 
     def _denoise(self, plan: ChunkPlan, keep: bool) -> None:
         inputs = self._inputs
@@ -347,14 +349,6 @@ class TorchBackend(Backend):
         self._cross, self._made = ([], []), _Made()
         for pools in self.pools.values():
             pools.clear()
-
-
-def first_steady_chunk(config: RolloutConfig) -> int:
-    """First chunk from which on every chunk sees as many rows."""
-    policy, frames = config.policy, config.chunk.num_frames
-    selecting = policy.num_dynamic_frames > 0
-    filled = -(-(policy.num_sink_frames + policy.warmup_frames) // frames)
-    return max(policy.last_warmup_chunk + 1 + selecting, filled)
 
 
 def _kind_of(plan: ChunkPlan) -> Hashable:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from forcing_kv.export.presets import load_preset
 from forcing_kv.plugins import tuning
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.measure import MeasureOptions, measure
 from forcing_kv.tools.bench.rows import Row, append_row, describe_environment, describe_workload
 from forcing_kv.tools.bench.subjects import subject
 from forcing_kv.tools.bench.suite_items import SuiteItem
-from forcing_kv.tools.bench.workloads import LATENT_SIZES
 from forcing_kv.tools.op_workload import workload_of
 
 TACTICS = "tactics.json"
@@ -84,7 +84,7 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
 
     bench = OpBench(item.dtype, warmup=5, iterations=30, commit=commit)
     folder.mkdir(parents=True, exist_ok=True)
-    workload = workload_of(load_preset(OPS_PRESET), LATENT_SIZES[item.size])
+    workload = workload_of(load_preset(OPS_PRESET), RESOLUTIONS[item.size])
     for row in bench.rows(workload):
         yield row
         # After every row, for the item may be stopped before its end.

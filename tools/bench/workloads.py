@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.export.cost_model import steady_history, step_flops
+from forcing_kv.export.devices import MEASURED_TFLOPS
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES, PIXEL_FRAMES_PER_LATENT, WAN_1_3B
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -24,20 +28,8 @@ if TYPE_CHECKING:
 
 PolicyName = Literal["forcing-kv", "dense"]
 
-PIXEL_FRAMES_PER_LATENT = 4
-"""Pixel frames of one latent frame, as in every published FPS."""
-
-WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
-"""Wan2.1-T2V-1.3B."""
-
-LATENT_SIZES = {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
-"""Latent rows and columns."""
-
 NUM_STATIC_HEADS = 134
 """Static heads of the published Self Forcing partition; the other 226 are dynamic."""
-
-DENSE_WINDOW_FRAMES = 21
-"""Self Forcing's window: seven chunks, the running one included."""
 
 SPREAD_SEED = 20260509
 """Seed of the spread of static heads over layers."""
@@ -77,6 +69,48 @@ class Workload:
         return replace(self, config=replace(self.config, dtype=dtype))
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """Floating-point operations of one forward over a chunk in steady state.
+
+    The time embedding is not counted: it is one row.
+    """
+
+    linear_flop: float
+    """Every matrix product with weights."""
+    cross_flop: float
+    """Attention to the text."""
+    self_flop: float
+    """Attention to history and own chunk."""
+    fp8_flop: float = 0.0
+    """Those products with weights that are in FP8."""
+
+    @property
+    def total_flop(self) -> float:
+        """All of it."""
+        return self.linear_flop + self.cross_flop + self.self_flop
+
+    def ideal_ms(self, device: str) -> float | None:
+        """Time at the device's measured matrix rate; None where that is not known.
+
+        FP8 products count as twice as fast, as NVIDIA specifies them.
+        """
+        peak = MEASURED_TFLOPS.get(device)
+        return None if peak is None else (self.total_flop - self.fp8_flop / 2) / peak / 1e9
+
+
+def step_work(config: RolloutConfig, *, fp8: bool = False) -> StepWork:
+    """Count the work of a steady denoise step, linear layers of the blocks in FP8 or not."""
+    flops = step_flops(config, [steady_history(config)])
+    blocks = flops.projections + flops.text_projections + flops.feed_forward
+    return StepWork(
+        linear_flop=blocks + flops.patches,
+        cross_flop=flops.text_attention,
+        self_flop=flops.self_attention,
+        fp8_flop=blocks if fp8 else 0.0,
+    )
+
+
 def workload(
     model: str, size: str, policy: PolicyName, dtype: DType, *, fp8: bool = False
 ) -> Workload:
@@ -91,8 +125,8 @@ def workload(
     if policy not in ("forcing-kv", "dense"):
         raise InputError(f"policy {policy!r} is unknown; choose forcing-kv or dense")
     if model == "wan-1.3b":
-        if size not in LATENT_SIZES:
-            raise InputError(f"size {size!r} is unknown; choose one of {list(LATENT_SIZES)}")
+        if size not in RESOLUTIONS:
+            raise InputError(f"size {size!r} is unknown; choose one of {list(RESOLUTIONS)}")
         return _wan(size, policy, dtype)
     if size != "native":
         raise InputError(f"the {model} model has one size, native; found {size!r}")
@@ -146,36 +180,18 @@ def spread_partition(shape: ModelShape, num_static: int, seed: int) -> HeadParti
     )
 
 
-def mean_attended_frames(config: RolloutConfig) -> float:
-    """Frames of keys that a head attends to in a steady chunk, own chunk included, on average."""
-    policy, frames = config.policy, config.chunk.num_frames
-    seen = 0.0
-    for layout in config.layouts:
-        for group in layout.groups:
-            local = policy.local_frames(group.kind, warmup=False)
-            selected = policy.num_dynamic_frames if group.kind == "dynamic" else 0
-            seen += group.num_heads * (policy.num_sink_frames + local + selected + frames)
-    return seen / (config.model.num_layers * config.model.num_heads)
-
-
-def dense_policy(chunk_frames: int) -> CachePolicy:
-    """Self Forcing's dense window."""
-    return CachePolicy.dense(DENSE_WINDOW_FRAMES, chunk_frames)
-
-
 def _policy(
     policy: PolicyName, own: CachePolicy, partition: HeadPartition, chunk: ChunkShape
 ) -> tuple[CachePolicy, HeadPartition]:
     if policy == "forcing-kv":
         return own, partition
     layers = partition.num_layers
-    return dense_policy(chunk.num_frames), HeadPartition.uniform(
-        layers, partition.num_heads, static=True
-    )
+    dense = CachePolicy.dense(DENSE_WINDOW_FRAMES, chunk.num_frames)
+    return dense, HeadPartition.uniform(layers, partition.num_heads, static=True)
 
 
 def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
-    chunk = ChunkShape(3, *LATENT_SIZES[size])
+    chunk = ChunkShape(3, *RESOLUTIONS[size])
     partition = spread_partition(WAN_1_3B, NUM_STATIC_HEADS, SPREAD_SEED)
     config = RolloutConfig(
         WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
@@ -184,7 +200,7 @@ def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
     def decoders(device: str) -> Iterable[PixelDecoder]:
         from forcing_kv.tools.bench.pixel_decoders import random_decoders
 
-        return random_decoders(WAN_1_3B.in_channels, LATENT_SIZES[size], device)
+        return random_decoders(WAN_1_3B.in_channels, RESOLUTIONS[size], device)
 
     return Workload(
         "wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B),

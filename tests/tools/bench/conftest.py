@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.tools.bench.rows import Row
-from forcing_kv.tools.bench.workloads import Workload, dense_policy, random_prompt
+from forcing_kv.tools.bench.workloads import Workload, random_prompt
 
 SHAPE = ModelShape(2, 32, 48, 4, in_channels=4, text_len=12, text_dim=16, freq_dim=16)
 CHUNK = ChunkShape(3, 4, 6)
@@ -26,7 +27,10 @@ def tiny():
     def make(policy: str = "forcing-kv") -> Workload:
         own, heads = CachePolicy(num_segments=3), HeadPartition(4, ((), (0, 2)))
         if policy == "dense":
-            own, heads = dense_policy(3), HeadPartition.uniform(2, 4, static=True)
+            own, heads = (
+                CachePolicy.dense(DENSE_WINDOW_FRAMES, 3),
+                HeadPartition.uniform(2, 4, static=True),
+            )
         config = RolloutConfig(SHAPE, CHUNK, own, heads, Schedule((1000, 500)))
         return Workload(
             "tiny", "native", policy, config, tiny_model, lambda: random_prompt(SHAPE, 5)

@@ -74,7 +74,7 @@ def device(monkeypatch):
         op_bench, "describe_environment", lambda _, commit: describe_environment("cpu", commit)
     )
     # Frames of 6 tokens instead of 1560.
-    monkeypatch.setitem(worker.LATENT_SIZES, "480p", (4, 6))
+    monkeypatch.setattr(worker, "RESOLUTIONS", {"480p": (4, 6)})
     return made
 
 

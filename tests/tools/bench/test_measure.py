@@ -11,6 +11,7 @@ import torch
 from host_cuda import HostCuda, HostEngine
 
 from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.cost_model import first_steady_chunk
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.memory_model import buffer_nbytes
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
@@ -18,7 +19,7 @@ from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure import MeasureOptions, measure
 from forcing_kv.tools.bench.pixel_decoders import PixelDecoder, random_decoders
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
-from forcing_kv.tools.bench.torch_backend import TorchBackend, TorchOptions, first_steady_chunk
+from forcing_kv.tools.bench.torch_backend import TorchBackend, TorchOptions
 
 
 @pytest.fixture

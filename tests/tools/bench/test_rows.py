@@ -10,16 +10,16 @@ import torch
 from typer import Exit
 from typer.testing import CliRunner
 
+from forcing_kv.export.cost_model import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench import rows, suite
 from forcing_kv.tools.bench.cli import finish
 from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
-from forcing_kv.tools.bench.roofline import step_work
 from forcing_kv.tools.bench.rows import append_row, read_rows
 from forcing_kv.tools.bench.statistics import latency
 from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
 from forcing_kv.tools.bench.suite_items import SuiteItem, predict, suite_items
-from forcing_kv.tools.bench.workloads import mean_attended_frames, workload
+from forcing_kv.tools.bench.workloads import step_work, workload
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 
@@ -263,7 +263,7 @@ def test_work_of_a_step_at_480p():
     work = step_work(config)
     assert (work.linear_flop + work.cross_flop) / 1e12 == pytest.approx(12.15, abs=0.01)
     assert work.self_flop / 1e12 == pytest.approx(7.55, rel=0.01)
-    assert mean_attended_frames(config) == pytest.approx(5.61, abs=0.03)
+    assert mean_frames(config, steady_history(config)) == pytest.approx(5.61, abs=0.03)
     assert work.ideal_ms("NVIDIA H200") == pytest.approx(24.9, abs=0.2)
     assert work.ideal_ms("another") is None
 
