@@ -74,8 +74,9 @@ def _round_down(value: float, dtype: str) -> float:
         rounded = np.float16(value)
         above = float(rounded) > value
         return float(np.nextafter(rounded, np.float16(-np.inf)) if above else rounded)
-    # bfloat16 is the upper half of a float32: cutting it off rounds towards zero.
-    bits = np.float32(value).view(np.uint32) & np.uint32(0xFFFF0000)
+    # bfloat16 is the upper half of a float32: cutting it off rounds towards zero. That is above a
+    # negative value, and above a positive one that float32 has rounded up.
+    bits = np.float32(value).view(np.int32) & np.int32(-0x10000)
     if float(bits.view(np.float32)) > value:
-        bits += np.uint32(0x10000)
+        bits += np.int32(0x10000 if value < 0 else -0x10000)
     return float(bits.view(np.float32))

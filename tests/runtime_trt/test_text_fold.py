@@ -23,6 +23,27 @@ def test_biases_add_up_and_are_exact(count, dtype):
         assert dtype != "bfloat16" or not bits & 0xFFFF
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_each_bias_is_the_largest_that_weighs_no_more_than_is_left(dtype):
+    # In float32 the logarithm of 938 rounds up to a value of bfloat16.
+    for count in range(1, 4097):
+        left = float(count)
+        for bias in pad_biases(count, dtype):
+            assert bias <= math.log(left) < next_above(bias, dtype), count
+            left -= math.exp(bias)
+
+
+def next_above(value: float, dtype: str) -> float:
+    """The value of `dtype` that follows."""
+    if dtype == "float16":
+        return float(np.nextafter(np.float16(value), np.float16(np.inf)))
+    if value == 0:
+        return float(np.finfo(np.float32).tiny)
+    step = 1 if value > 0 else -1
+    bits = int(np.float32(value).view(np.uint32)) + step * 0x10000
+    return float(np.uint32(bits).view(np.float32))
+
+
 def test_no_padding_needs_no_bias():
     assert pad_biases(0, "bfloat16") == []
     embeds, bias = fold_text(np.ones((8, 4), np.float32), 8, "float32")
