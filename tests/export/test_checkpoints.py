@@ -178,6 +178,18 @@ def test_longlive_base_and_adapter_merge_exactly(tmp_path, weights, factors):
     assert_equal(load_model(half, SHAPE), merged(weights, factors, 0.5))
 
 
+def test_the_alpha_of_the_file_wins(tmp_path, weights, factors):
+    base = causal_forcing(tmp_path, weights)
+    stated = dict(list(factors.items())[:2])
+    alphas = {f"base_model.model.{layer}.alpha": torch.tensor(2.0 * RANK) for layer in stated}
+    torch.save(peft_file(factors) | alphas, tmp_path / "lora.pt")
+    unstated = {layer: pair for layer, pair in factors.items() if layer not in stated}
+    for given, scale in ((None, 1.0), (RANK / 2, 0.5)):
+        source = CheckpointSource(base, lora=tmp_path / "lora.pt", lora_alpha=given)
+        wanted = merged(merged(weights, stated, 2.0), unstated, scale)
+        assert_equal(load_model(source, SHAPE), wanted)
+
+
 def test_raven_adapter_files_merge_exactly(tmp_path, weights, factors):
     base = raven(tmp_path, weights)
     save_file(peft_file(factors), tmp_path / "cmgrpo_raven_lora.safetensors")

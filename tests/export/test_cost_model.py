@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from forcing_kv.export.capture import graph_sources
 from forcing_kv.export.cost_model import (
+    PartCost,
     attended_nbytes,
     fps_bound,
     head_frames,
@@ -24,6 +25,7 @@ from forcing_kv.export.devices import DEVICES, find_device
 from forcing_kv.export.inductor_package import tensor_info
 from forcing_kv.export.memory_model import (
     MemoryCost,
+    all_fp8,
     buffer_nbytes,
     engine_nbytes,
     num_parameters,
@@ -234,6 +236,34 @@ def test_a_slower_bus_or_unit_never_makes_a_step_faster():
     best = DEVICES["h200"]
     for slower in (replace(best, tflops_16bit=99), replace(best, bandwidth_gbps=99)):
         assert fps_bound(config, parts, slower) < fps_bound(config, parts, best)
+
+
+def test_fp8_flops_are_those_of_the_rounded_products():
+    config = self_forcing("480p")
+    model, tokens, history = config.model, config.chunk.num_tokens, [steady_history(config)]
+    square = 2 * model.num_layers * tokens * model.dim**2
+    parts = {part.name: part for part in step_cost(config, history, all_fp8(model))}
+    assert {name: part.fp8_flops for name, part in parts.items()} == {
+        "self-attention": 0,
+        "projections": 4 * square,
+        "cross-attention": 2 * square,
+        "feed-forward": parts["feed-forward"].flops,
+        "embeddings and head": 0,
+    }
+    assert parts["projections"].flops == 4 * square
+    some = step_cost(config, history, {"ffn.0": 3, "cross_attn.o": 1})
+    assert [part.fp8_flops for part in some] == [
+        0, 0, 2 * tokens * model.dim**2, 3 * 2 * tokens * model.dim * model.ffn_dim, 0
+    ]  # fmt: skip
+    assert [part.flops for part in some] == [part.flops for part in parts.values()]
+
+
+def test_half_of_the_products_in_fp8_take_three_quarters_of_the_time():
+    device = DEVICES["h200"]
+    wide, mixed = PartCost("", 8e12, 0), PartCost("", 8e12, 0, fp8_flops=4e12)
+    assert mixed.ideal_ms(device, "bfloat16") == pytest.approx(
+        0.75 * wide.ideal_ms(device, "bfloat16")
+    )
 
 
 def test_fit():
