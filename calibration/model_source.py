@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,10 +85,10 @@ def load_checkpoint(request: ExportRequest, prompt_embeds: Path) -> ModelSource:
 
     Args:
         request: model, checkpoint, size, schedule and dtype; the rest is not read.
-        prompt_embeds: see `read_prompt_embeds`.
+        prompt_embeds: see `read_prompts`.
     """
     preset, source, _ = resolve_model(request)
-    prompts = read_prompt_embeds(prompt_embeds, preset.model)
+    prompts = _named_prompts(prompt_embeds, preset.model)
     return ModelSource(
         source.path.stem,
         load_model(source, preset.model, request.dtype),
@@ -101,43 +99,12 @@ def load_checkpoint(request: ExportRequest, prompt_embeds: Path) -> ModelSource:
     )
 
 
-def read_prompt_embeds(path: Path, shape: ModelShape) -> dict[str, NDArray[np.float32]]:
-    """Read prompt embeddings: a file of `fkv encode-prompt`, or `.npz` or `.npy` arrays.
-
-    Args:
-        path: `.safetensors` of encoded prompts, `.npz` with one array a prompt, or `.npy`: arrays
-            [text_len, text_dim], or [prompts, text_len, text_dim], floating point.
-        shape: the model.
-
-    Raises:
-        InputError: unreadable, of another shape or dtype, or not finite.
-    """
-    arrays = _read_arrays(path)
-    prompts: dict[str, NDArray[np.float32]] = {}
-    for name, array in arrays.items():
-        stack = array if array.ndim == 3 else array[None]
-        size = (shape.text_len, shape.text_dim)
-        floating = np.issubdtype(array.dtype, np.floating)
-        if not (stack.shape[1:] == size and floating and np.isfinite(stack).all()):
-            raise InputError(
-                f"{path}: {name} is {array.dtype} of shape {list(array.shape)}; needed are finite "
-                f"floats of shape {list(size)}, or a stack of such"
-            )
-        for place, embeds in enumerate(stack):
-            key = name if len(stack) == 1 else f"{name}[{place}]"
-            prompts[key] = embeds.astype(np.float32)
-    return prompts
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    if path.suffix == ".safetensors":
-        content = read_prompts(path)
-        names = [text or f"{path.stem}[{i}]" for i, text in enumerate(content.prompts)]
-        return dict(zip(names, content.embeds, strict=True))
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: cannot be read as .safetensors, .npz or .npy ({error})"
-        ) from error
+def _named_prompts(path: Path, shape: ModelShape) -> dict[str, NDArray[np.float32]]:
+    """Encoded prompts by their text, or by their place in the file where that holds none."""
+    content = read_prompts(path, (shape.text_len, shape.text_dim))
+    many = len(content.prompts) > 1
+    names = (
+        text or (f"{path.stem}[{place}]" if many else path.stem)
+        for place, text in enumerate(content.prompts)
+    )
+    return dict(zip(names, content.embeds, strict=True))

@@ -1,13 +1,15 @@
-"""Files of encoded prompts: safetensors, read and written with numpy alone.
+"""Files of encoded prompts, read and written with numpy alone: safetensors, or plain arrays.
 
-Layout: an unsigned 64-bit little-endian header length, a JSON header, the raw tensors. The one
-tensor is `prompt_embeds` [prompts, text_len, text_dim]; the metadata holds the texts.
+Layout of safetensors: an unsigned 64-bit little-endian header length, a JSON header, the raw
+tensors. The one tensor is `prompt_embeds` [prompts, text_len, text_dim]; the metadata holds the
+texts.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +66,56 @@ def write_prompts(path: Path, content: PromptFile) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_prompts(path: Path) -> PromptFile:
-    """Read encoded prompts: this project's files, or any safetensors file with `prompt_embeds`.
+def read_prompts(path: Path, size: tuple[int, int] | None = None) -> PromptFile:
+    """Read encoded prompts: this project's files, others with `prompt_embeds`, or plain arrays.
 
     Args:
-        path: `.safetensors` file; the tensor may be float32, float16 or bfloat16.
+        path: `.safetensors` with a tensor of float32, float16 or bfloat16; or `.npy`, or `.npz`
+            with arrays of any name: floats [text_len, text_dim], or [prompts, text_len, text_dim].
+        size: text_len and text_dim that are needed; None takes any.
 
     Raises:
-        InputError: missing, truncated, malformed, of another dtype or rank, or not finite.
+        InputError: missing, truncated, malformed, of another dtype, rank or size, or not finite.
     """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path, size)
+    _check_array(content.embeds, f"{path}: {TENSOR}", size)
+    return content
+
+
+def _check_array(array: NDArray[Any], name: str, size: tuple[int, int] | None) -> None:
+    floating = np.issubdtype(array.dtype, np.floating) and array.ndim in (2, 3) and array.size > 0
+    if floating and np.isfinite(array).all() and size in (None, array.shape[-2:]):
+        return
+    needed = "[text_len, text_dim]" if size is None else str(list(size))
+    raise InputError(
+        f"{name} is {array.dtype} of shape {list(array.shape)}; needed are finite floats of shape "
+        f"{needed}, or a stack of such; encode the prompts with `fkv encode-prompt`"
+    )
+
+
+def _read_arrays(path: Path, size: tuple[int, int] | None) -> PromptFile:
+    """Prompts of a `.npy` file, without texts, or of a `.npz` file, by the names of its arrays."""
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: cannot be read as .safetensors, .npz or .npy ({error})"
+        ) from error
+    prompts: list[str] = []
+    embeds: list[Float32] = []
+    for name, array in arrays.items():
+        _check_array(array, f"{path}: {name or 'the array'}", size)
+        stack = array if array.ndim == 3 else array[None]
+        many = name and len(stack) > 1
+        prompts += [f"{name}[{place}]" if many else name for place in range(len(stack))]
+        embeds += list(stack.astype(np.float32))
+    if len({array.shape for array in embeds}) != 1:
+        raise InputError(f"{path}: needed are arrays of one size [text_len, text_dim]")
+    return PromptFile(tuple(prompts), np.stack(embeds))
+
+
+def _read_safetensors(path: Path) -> PromptFile:
     remedy = "encode the prompt again with `fkv encode-prompt`"
     try:
         content = path.read_bytes()
@@ -94,11 +137,6 @@ def read_prompts(path: Path) -> PromptFile:
         array = (array.astype("<u4") << 16).view("<f4")
     embeds = array.astype(np.float32)
     embeds = embeds[None] if embeds.ndim == 2 else embeds
-    if embeds.ndim != 3 or len(embeds) == 0 or not np.isfinite(embeds).all():
-        raise InputError(
-            f"{path}: {TENSOR} has shape {list(array.shape)}; needed are finite numbers of shape "
-            f"[prompts, text_len, text_dim]; {remedy}"
-        )
     prompts = tuple(str(text) for text in texts) or ("",) * len(embeds)
     if len(prompts) != len(embeds):
         raise InputError(f"{path}: {len(embeds)} embeddings but {len(prompts)} texts; {remedy}")

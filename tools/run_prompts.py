@@ -39,7 +39,7 @@ class PromptSource:
     prompts: Path | None = None
     """Text file, a prompt and so a video a line."""
     prompt_file: Path | None = None
-    """Encoded prompts: a file of `fkv encode-prompt`, or `.npy`."""
+    """Encoded prompts: a file of `fkv encode-prompt`, or `.npz` or `.npy`."""
     script: Path | None = None
     """JSON lines: one video with prompt switches."""
     text_encoder: str | None = None
@@ -92,44 +92,23 @@ class PromptSource:
         return encode_texts(list(texts), self.text_encoder, text_len).embeds
 
 
-def read_embeds(path: Path) -> tuple[tuple[str, ...], Float32]:
-    """Texts and embeddings [prompts, text_len, text_dim] of a file.
-
-    Args:
-        path: a file of `fkv encode-prompt`, or `.npy` of one prompt or of a stack.
-
-    Raises:
-        InputError: unreadable, or of another rank.
-    """
-    if path.suffix == ".safetensors":
-        content = read_prompts(path)
-        return content.prompts, content.embeds
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as .safetensors or .npy ({error})") from error
-    if not isinstance(loaded, np.ndarray) or loaded.ndim not in (2, 3):
-        raise InputError(f"{path}: needed is one array [text_len, text_dim], or a stack of such")
-    embeds = loaded if loaded.ndim == 3 else loaded[None]
-    return ("",) * len(embeds), embeds
-
-
 def _fitting_embeds(path: Path, manifest: Manifest) -> tuple[tuple[str, ...], Float32]:
-    """What `read_embeds` reads, of the size that a bundle takes.
+    """Texts and embeddings [prompts, text_len, text_dim] of a file, of the size a bundle takes.
 
     Raises:
-        InputError: it was encoded for another model.
+        InputError: unreadable, or encoded for another model.
     """
-    texts, embeds = read_embeds(path)
+    content = read_prompts(path)
+    size = content.embeds.shape[1:]
     model = manifest.config.model
     needed = (model.text_len, model.text_dim)
-    if embeds.shape[1:] != needed:
-        found, wanted = ("x".join(map(str, size)) for size in (embeds.shape[1:], needed))
+    if size != needed:
+        found, wanted = ("x".join(map(str, each)) for each in (size, needed))
         raise InputError(
             f"{path}: embeddings of {found}, but this bundle takes {wanted}; encode the prompts "
             f"with its text encoder, {manifest.text_encoder}"
         )
-    return texts, embeds
+    return content.prompts, content.embeds
 
 
 def _read_script(path: Path) -> list[Mapping[str, Any]]:

@@ -54,6 +54,43 @@ def test_broken_files_are_one_clear_error(tmp_path, content):
         read_prompts(path)
 
 
+def test_plain_arrays_are_read(tmp_path, content):
+    np.save(tmp_path / "p.npy", content.embeds.astype(np.float64))
+    found = read_prompts(tmp_path / "p.npy", (4, 3))
+    assert found.prompts == ("", "")
+    assert found.embeds.dtype == np.float32
+    assert np.array_equal(found.embeds, content.embeds)
+    np.savez(tmp_path / "p.npz", many=content.embeds, one=content.embeds[0])
+    found = read_prompts(tmp_path / "p.npz")
+    assert found.prompts == ("many[0]", "many[1]", "one")
+    assert np.array_equal(found.embeds, content.embeds[[0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("array", "size", "message"),
+    [
+        (np.ones((4, 3), np.int32), None, r"int32 of shape \[4, 3\]; needed are finite floats"),
+        (np.ones(3, np.float32), None, r"shape \[3\]; .* of shape \[text_len, text_dim\]"),
+        (np.ones((0, 4, 3), np.float32), None, r"shape \[0, 4, 3\]"),
+        (np.full((4, 3), np.inf, np.float32), None, "finite"),
+        (np.ones((4, 3), np.float32), (4, 2), r"of shape \[4, 3\]; .* of shape \[4, 2\]"),
+    ],
+)
+def test_arrays_that_are_no_prompts_are_refused(tmp_path, array, size, message):
+    np.save(tmp_path / "p.npy", array)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / "p.npy", size)
+
+
+def test_arrays_of_two_sizes_are_refused(tmp_path):
+    np.savez(tmp_path / "p.npz", a=np.ones((4, 3), np.float32), b=np.ones((5, 3), np.float32))
+    with pytest.raises(InputError, match="arrays of one size"):
+        read_prompts(tmp_path / "p.npz")
+    (tmp_path / "p.npz").write_bytes(b"text")
+    with pytest.raises(InputError, match=r"cannot be read as \.safetensors, \.npz or \.npy"):
+        read_prompts(tmp_path / "p.npz")
+
+
 def test_runtime_reads_it_without_torch_or_safetensors(tmp_path, content, run_blocked):
     write_prompts(tmp_path / "p.safetensors", content)
     done = run_blocked(
