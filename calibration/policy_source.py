@@ -8,6 +8,7 @@ from pathlib import Path
 
 from forcing_kv.calibration.model_source import ModelSource, load_checkpoint, load_shipped
 from forcing_kv.calibration.rollouts import dense_config
+from forcing_kv.export.origin import heads_origin, warn_of_other
 from forcing_kv.export.request import ExportRequest, resolve_model
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
@@ -49,7 +50,7 @@ def load_search(request: SearchRequest) -> LoadedSearch:
     Raises:
         InputError: a file is missing or does not fit.
     """
-    preset, _, own_heads = resolve_model(request.model)
+    preset, checkpoint, own_heads = resolve_model(request.model)
     heads_path = request.model.heads or own_heads
     if heads_path is None:
         raise InputError("a policy search needs --heads; make the file with `fkv calibrate heads`")
@@ -66,6 +67,9 @@ def load_search(request: SearchRequest) -> LoadedSearch:
                 "with `fkv encode-prompt`"
             )
         source = load_checkpoint(request.model, request.prompt_embeds)
+    warn_of_other(
+        heads_origin(heads_path, heads.model_sha256), checkpoint.path, lambda: source.sha256
+    )
     dense = dense_config(
         source.model, source.chunk, window, 0, source.schedule, request.model.dtype
     )

@@ -15,6 +15,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import scales_for
 from forcing_kv.export.model_config import model_shape_from_official, read_json
+from forcing_kv.export.origin import fp8_origin, heads_origin, refuse_other, warn_of_other
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
@@ -56,6 +57,8 @@ class ExportRequest:
     dtype: DType = "float32"
     fp8: Path | None = None
     """Calibration of linear layers that run in FP8; None runs none."""
+    allow_other_checkpoint: bool = False
+    """Take heads and FP8 scales that were calibrated on another checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,14 @@ class ResolvedExport:
         return self.preset.name
 
     @cached_property
+    def checkpoint_sha256(self) -> str:
+        """Hash of the checkpoint, hexadecimal."""
+        return checkpoint_sha256(self.source.path)
+
+    @cached_property
     def labels(self) -> BundleLabels:
         """What the bundle says about itself; hashes every input file."""
-        provenance = {"checkpoint_sha256": checkpoint_sha256(self.source.path)}
+        provenance = {"checkpoint_sha256": self.checkpoint_sha256}
         if self.source.lora is not None:
             provenance["lora_sha256"] = sha256_of(self.source.lora)
         if self.heads is not None:
@@ -125,9 +133,26 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     config = RolloutConfig(
         preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
-    if request.fp8 is not None:
-        read_fp8(request.fp8, preset.model)
-    return ResolvedExport(preset, config, source, heads, request.fp8)
+    resolved = ResolvedExport(preset, config, source, heads, request.fp8)
+    _check_origins(resolved, allow_other=request.allow_other_checkpoint)
+    return resolved
+
+
+def _check_origins(resolved: ResolvedExport, *, allow_other: bool) -> None:
+    """Warn of heads and refuse FP8 scales of another checkpoint, unless it is allowed.
+
+    Heads often fit a fine-tune too; scales that are too small cut its activations off.
+    """
+    checkpoint, model = resolved.source.path, resolved.config.model
+    fp8 = None if resolved.fp8 is None else read_fp8(resolved.fp8, model)
+    if allow_other:
+        return
+    if resolved.heads is not None:
+        heads = heads_origin(resolved.heads, read_heads(resolved.heads).model_sha256)
+        warn_of_other(heads, checkpoint, lambda: resolved.checkpoint_sha256)
+    if resolved.fp8 is not None and fp8 is not None:
+        origin = fp8_origin(resolved.fp8, fp8.model_sha256)
+        refuse_other(origin, checkpoint, lambda: resolved.checkpoint_sha256)
 
 
 def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:

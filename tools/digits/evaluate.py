@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from forcing_kv.export.fp8_file import read_fp8
+from forcing_kv.export.origin import fp8_origin, heads_origin, warn_of_other
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
@@ -80,11 +82,15 @@ def run_evaluation(
     from forcing_kv.tools.digits.comparison import clips_of, compare, row_record, standard_rows
     from forcing_kv.tools.digits.workers import run_jobs, split_jobs
 
-    rows = standard_rows(read_heads(heads, shipped.MODEL).partition)
-    record: dict[str, Any] = {
-        "model_sha256": sha256_of(checkpoint),
-        "heads_sha256": sha256_of(heads),
-    }
+    head_file, fp8_file = read_heads(heads, shipped.MODEL), read_fp8(shipped.FP8, shipped.MODEL)
+    rows = standard_rows(head_file.partition)
+    sha256 = sha256_of(checkpoint)
+    for origin in (
+        heads_origin(heads, head_file.model_sha256),
+        fp8_origin(shipped.FP8, fp8_file.model_sha256),
+    ):
+        warn_of_other(origin, checkpoint, lambda: sha256)
+    record: dict[str, Any] = {"model_sha256": sha256, "heads_sha256": head_file.sha256}
     for name, count, chunks in (
         ("short", num_clips, SHORT_CHUNKS),
         ("long", num_long_clips, LONG_CHUNKS),
