@@ -98,6 +98,13 @@ def export(
         bool | None,
         typer.Option(help="Keep the sink at a prompt switch.", rich_help_panel=_POLICY),
     ] = None,
+    allow_other_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-checkpoint",
+            help="Take heads and FP8 scales that were calibrated on another checkpoint.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be written, stop.")
@@ -137,6 +144,7 @@ def export(
         policy_changes=tuple((key, value) for key, value in changes.items() if value is not None),
         dtype=cast(Any, dtype),
         fp8=fp8,
+        allow_other_checkpoint=allow_other_checkpoint,
     )
     resolved = resolve(request)
     check_target(out, force=force)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stand_ins import write_sharded
+from typer.testing import CliRunner
 
 from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.denoiser import CausalWanModel
@@ -16,6 +17,7 @@ from forcing_kv.export.request import ExportRequest, resolve
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION
+from forcing_kv.tools.cli import COMMANDS, build_app
 
 CONFIG = {
     "dim": 32, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "in_dim": 4, "freq_dim": 8,
@@ -106,6 +108,16 @@ def test_scales_must_fit_the_model_whatever_is_allowed(model):
     files["fp8"].write_text(json.dumps({**content, "linears": {"blocks.9.ffn.0": {"amax": 1.0}}}))
     with pytest.raises(InputError, match="unknown layers"):
         resolve(request(model, dense=True, fp8=files["fp8"], allow_other_checkpoint=True))
+
+
+def test_the_command_takes_them_when_told_to(model):
+    files = calibrated(model, "ab" * 32)
+    words = ["export", "--model", model / "tiny.json", "--checkpoint", model / "tiny.safetensors"]
+    words += ["--dense", "--fp8", files["fp8"], "--out", model / "bundle", "--dry-run"]
+    with pytest.raises(InputError, match="--allow-other-checkpoint"):
+        CliRunner().invoke(build_app(COMMANDS), [*map(str, words)], catch_exceptions=False)
+    words.append("--allow-other-checkpoint")
+    assert CliRunner().invoke(build_app(COMMANDS), [*map(str, words)]).exit_code == 0
 
 
 def test_a_published_partition_names_no_checkpoint(model, caplog):
