@@ -6,14 +6,12 @@ Legend: H heads, N query tokens, M key tokens, D head dim, Fq query frames, Fk k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import HeadPartition
 
 DEFAULT_BLOCK_ELEMENTS = 1 << 22
 """Largest block of attention scores held at a time: 16 MiB of float32."""
@@ -82,39 +80,6 @@ class HeadRule:
     def is_informative(self, num_key_frames: int) -> bool:
         """Whether a head could be dynamic at all with this many key frames."""
         return num_key_frames > self.last_k + self.skip_first
-
-
-def score_maps(
-    maps: Iterable[tuple[int, int, Tensor]], rule: HeadRule
-) -> dict[tuple[int, int], float]:
-    """Score maps of (layer, head, map [Fq, Fk]); of a head given twice the last one counts."""
-    return {(layer, head): rule.score(frame_map) for layer, head, frame_map in maps}
-
-
-def classify(scores: Mapping[tuple[int, int], float], rule: HeadRule) -> HeadPartition:
-    """Partition the heads by score.
-
-    Args:
-        scores: score of each (layer, head), every layer from 0 with every head from 0.
-        rule: the threshold.
-
-    Raises:
-        InputError: a layer or head has no score.
-    """
-    num_layers = 1 + max((layer for layer, _ in scores), default=-1)
-    num_heads = 1 + max((head for _, head in scores), default=-1)
-    heads = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
-    missing = [place for place in heads if place not in scores]
-    if missing or not heads:
-        raise InputError(
-            f"no score for (layer, head) {missing[:8] if missing else 'any'}; every head of "
-            f"{num_layers} layers of {num_heads} heads needs a frame map"
-        )
-    static = tuple(
-        tuple(head for head in range(num_heads) if rule.is_static(scores[layer, head]))
-        for layer in range(num_layers)
-    )
-    return HeadPartition(num_heads, static)
 
 
 def frame_mass(

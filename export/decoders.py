@@ -27,9 +27,6 @@ from forcing_kv.runtime_trt.manifest import (
     sha256_of,
 )
 
-DECODERS = ("vae", "tae")
-"""Kinds of decoders: the model's own auto-encoder, and a tiny one that is fast."""
-
 
 @dataclass(frozen=True)
 class DecoderSource:
@@ -65,19 +62,6 @@ class DecoderSource:
             )
             found.append(first)
         return found
-
-    def decode_clip(self, latents: Tensor) -> Tensor:
-        """Decode a clip [F, C, h, w] in torch as the graphs do; frames [F', 3, H, W] in 0..1."""
-        state, frames = self.new_state(), []
-        for i, latent in enumerate(latents.split(1)):
-            if i == 0 and self.decode_first is not None:
-                out, begun = self.decode_first(latent)
-                for place, value in zip(self.first_states, begun, strict=True):
-                    state[place] = value
-            else:
-                out, state = self.decode(latent, state)
-            frames.append(out)
-        return torch.cat(frames)[self.num_trimmed_frames :]
 
 
 def add_decoder(

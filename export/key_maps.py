@@ -1,9 +1,9 @@
-"""Parameter names: what wrappers leave in them, and the diffusers layout, both ways."""
+"""Parameter names: what wrappers leave in them, and the diffusers layout."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 WRAPPER_PARTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Name parts that FSDP, activation checkpointing and torch.compile leave anywhere in a name."""
@@ -31,9 +31,8 @@ _BLOCK = {
         ("norm_k", "norm_k"),
     )
 } | {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
-# diffusers 0.42: WanTransformer3DModel's state dict.
-_OFFICIAL_OF_MODULE = {theirs: ours for ours, theirs in (_LINEAR | _BLOCK).items()}
-_DIFFUSERS_OF_MODULE = _LINEAR | _BLOCK
+OFFICIAL_OF_MODULE = {theirs: ours for ours, theirs in (_LINEAR | _BLOCK).items()}
+"""Module names of diffusers\' `WanTransformer3DModel` (0.42) -> official ones."""
 _BLOCK_NAME = re.compile(r"(blocks\.\d+)\.(.+)")
 
 
@@ -57,20 +56,9 @@ def is_diffusers(names: Iterable[str]) -> bool:
 
 def official_from_diffusers(name: str) -> str:
     """Official name of a diffusers parameter; a name that is not one comes back unchanged."""
-    return _rename(name, _OFFICIAL_OF_MODULE, "scale_shift_table", "modulation")
-
-
-def diffusers_from_official(name: str) -> str:
-    """Diffusers' name of an official parameter; a name that is not one comes back unchanged."""
-    return _rename(name, _DIFFUSERS_OF_MODULE, "modulation", "scale_shift_table")
-
-
-def _rename(name: str, modules: Mapping[str, str], table: str, renamed_table: str) -> str:
     match = _BLOCK_NAME.fullmatch(name)
     block, rest = (f"{match[1]}.", match[2]) if match else ("", name)
-    if match and rest == table:
-        return f"{block}{renamed_table}"
-    if not match and table in (rest, rest.removeprefix("head.")):
-        return renamed_table if table == "modulation" else f"head.{renamed_table}"
+    if rest == "scale_shift_table":
+        return f"{block}modulation" if match else "head.modulation"
     module, _, kind = rest.rpartition(".")
-    return f"{block}{modules[module]}.{kind}" if module in modules else name
+    return f"{block}{OFFICIAL_OF_MODULE[module]}.{kind}" if module in OFFICIAL_OF_MODULE else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,6 @@ class TextEncoder:
         embeds = np.zeros((self.text_len, self.text_dim), np.float32)
         embeds[: len(ids)] = hidden.float().cpu().numpy()
         return embeds
-
-    def encode_all(self, prompts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
-        """Encode several prompts to [prompts, text_len, text_dim]; see `encode`."""
-        return np.stack([self.encode(prompt, truncate=truncate) for prompt in prompts])
 
 
 def _find(folder: Path) -> tuple[Path, Path]:

@@ -246,8 +246,3 @@ CASES: tuple[OpCase, ...] = (
     ),
 )
 """Small cases of every operator: tile edges, empty history, unequal heads, padding, ties."""
-
-
-def cases_of(spec: OpSpec) -> tuple[OpCase, ...]:
-    """The small cases of one operator."""
-    return tuple(case for case in CASES if case.spec is spec)

@@ -92,10 +92,6 @@ class Task:
 
         self._bars.update(self._task, description=escape(description))
 
-    def resize(self, total: float) -> None:
-        """Sets the amount at which the bar is full, once it is known."""
-        self._bars.update(self._task, total=total)
-
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Task]:

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from stand_ins import (
+    diffusers_name,
     fsdp_names,
     peft_file,
     prefixed,
@@ -27,7 +28,6 @@ from typer.main import get_command
 
 from forcing_kv.export import presets
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.key_maps import diffusers_from_official
 from forcing_kv.export.tae import TinyDecoder
 from forcing_kv.runtime_trt.layout import ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
@@ -94,7 +94,7 @@ def write_checkpoint(page: str) -> None:
     elif page == "raven":
         torch.save(weights, "raven_model.pt")
     else:
-        renamed = {diffusers_from_official(name): value for name, value in weights.items()}
+        renamed = {diffusers_name(name): value for name, value in weights.items()}
         folder = Path("Wan2.1-Diffusers/transformer")
         write_sharded(folder, renamed, "diffusion_pytorch_model")
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from forcing_kv.calibration.head_profile import HeadRule, classify
+from forcing_kv.calibration.head_profile import HeadRule
+from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.calibration.rollouts import ProfilePlan, Rollout, dense_config, profile_heads
 from forcing_kv.export.denoiser import CausalWanModel
@@ -57,9 +58,9 @@ def test_rollout_reproduces_the_official_maps_and_partition(golden_profile, name
     np.testing.assert_allclose(
         golden_profile.maps[place].numpy(), golden[f"{name}/frame_maps"], rtol=0, atol=1e-6
     )
-    scores = dict(np.ndenumerate(golden_profile.scores_SLH[place]))
+    one = (golden_profile.samples[place],), (golden_profile.maps[place],)
     published = read_heads(GOLDEN / "head_profile" / f"partition_{name}.json").partition
-    assert classify(scores, HeadRule()) == published
+    assert HeadProfile(*one, HeadRule()).partition == published
 
 
 @pytest.mark.parametrize(("window", "sink"), [(12, 0), (7, 1), (5, 2), (3, 0), (6, 3)])

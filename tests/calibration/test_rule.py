@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from forcing_kv.calibration.head_profile import HeadRule, classify, score_maps
+from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import partition_layers, read_heads
+from forcing_kv.runtime_trt.layout import HeadPartition
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_profile"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
@@ -29,14 +30,25 @@ def golden_maps(name):
         yield record["layer"][place], record["head"][place], frame_map
 
 
+def partition_of(scores, rule):
+    """The partition by the score of each (layer, head)."""
+    num_layers, num_heads = (1 + max(places) for places in zip(*scores, strict=True))
+    static = (
+        tuple(head for head in range(num_heads) if rule.is_static(scores[layer, head]))
+        for layer in range(num_layers)
+    )
+    return HeadPartition(num_heads, tuple(static))
+
+
 @pytest.mark.parametrize("name", CONFIG["sets"])
 def test_scores_and_partition_are_the_official_ones(name):
-    scores = score_maps(golden_maps(name), RULE)
+    # Of a head given twice the last map counts.
+    scores = {(layer, head): RULE.score(each) for layer, head, each in golden_maps(name)}
     expected = np.load(GOLDEN / "golden.npz")[f"{name}/score"]
     assert [scores[place] for place in np.ndindex(expected.shape)] == expected.ravel().tolist()
 
     published = json.loads((GOLDEN / f"partition_{name}.json").read_text())
-    partition = classify(scores, RULE)
+    partition = partition_of(scores, RULE)
     assert partition_layers(partition) == published["layers"]
     assert read_heads(GOLDEN / f"partition_{name}.json").partition == partition
 
@@ -52,11 +64,6 @@ def test_constants_are_configurable():
     frame_map = torch.tensor([[5.0, 5, 1, 1, 2]])
     assert HeadRule(skip_first=2, last_k=1).score(frame_map) == 0.5
     assert HeadRule(skip_first=0, last_k=2).score(frame_map) == pytest.approx(3 / 14)
-
-
-def test_the_last_of_two_maps_of_one_head_counts():
-    first, second = torch.tensor([[1.0, 9, 1, 1, 1, 1]]), torch.tensor([[1.0, 0, 1, 1, 1, 1]])
-    assert score_maps([(0, 0, first), (0, 0, second)], HeadRule()) == {(0, 0): 1.0}
 
 
 def test_fewer_key_frames_than_last_k_count_all():
@@ -84,9 +91,3 @@ def test_a_map_without_mass_is_refused(frame_map, words):
 def test_bad_constants_are_refused(values):
     with pytest.raises(InputError, match="HeadRule"):
         HeadRule(**values)
-
-
-@pytest.mark.parametrize("scores", [{}, {(0, 0): 1.0, (1, 1): 1.0}])
-def test_a_head_without_a_score_is_refused(scores):
-    with pytest.raises(InputError, match="no score"):
-        classify(scores, HeadRule())

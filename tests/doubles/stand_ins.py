@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from forcing_kv.export import text
+from forcing_kv.export.decoders import DecoderSource
+from forcing_kv.export.key_maps import OFFICIAL_OF_MODULE
 from forcing_kv.export.tae import TinyDecoder
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs", "on", "grass"]
@@ -127,3 +129,28 @@ def write_sharded(folder: Path, tensors: dict[str, torch.Tensor], stem: str) -> 
     index = folder / f"{stem}.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return index
+
+
+def diffusers_name(name: str) -> str:
+    """Diffusers' name of an official parameter of the denoiser."""
+    modules = {official: theirs for theirs, official in OFFICIAL_OF_MODULE.items()}
+    match = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
+    block, rest = match.groups() if match else ("", name)
+    if rest in ("modulation", "head.modulation"):
+        return f"{block}scale_shift_table"
+    module, _, kind = rest.rpartition(".")
+    return f"{block}{modules[module]}.{kind}"
+
+
+def decode_clip(source: DecoderSource, latents: torch.Tensor) -> torch.Tensor:
+    """Decode a clip [F, C, h, w] in torch as the graphs do; frames [F', 3, H, W] in 0..1."""
+    state, frames = source.new_state(), []
+    for i, latent in enumerate(latents.split(1)):
+        if i == 0 and source.decode_first is not None:
+            out, begun = source.decode_first(latent)
+            for place, value in zip(source.first_states, begun, strict=True):
+                state[place] = value
+        else:
+            out, state = source.decode(latent, state)
+        frames.append(out)
+    return torch.cat(frames)[source.num_trimmed_frames :]

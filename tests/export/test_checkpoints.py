@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_ins import fsdp_names, peft_file, prefixed, write_sharded
+from stand_ins import diffusers_name, fsdp_names, peft_file, prefixed, write_sharded
 
 from forcing_kv.export.checkpoint_files import read_checkpoint
 from forcing_kv.export.checkpoints import CheckpointSource, load_model, load_state_dict
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.key_maps import diffusers_from_official, official_from_diffusers
+from forcing_kv.export.key_maps import official_from_diffusers
 from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
@@ -76,7 +76,7 @@ def wan_original_sharded(folder, weights):
 
 def wan_diffusers(folder, weights):
     """Wan2.1-T2V-14B-Diffusers: shards in `transformer`, diffusers names."""
-    renamed = {diffusers_from_official(name): value for name, value in weights.items()}
+    renamed = {diffusers_name(name): value for name, value in weights.items()}
     write_sharded(folder / "transformer", renamed, "diffusion_pytorch_model")
     return folder
 
@@ -141,7 +141,7 @@ def test_diffusers_names_map_both_ways(weights):
         in_channels=SHAPE.in_channels, out_channels=SHAPE.in_channels, text_dim=SHAPE.text_dim,
         freq_dim=SHAPE.freq_dim, ffn_dim=SHAPE.ffn_dim, num_layers=SHAPE.num_layers,
     )  # fmt: skip
-    renamed = {diffusers_from_official(name): value.shape for name, value in weights.items()}
+    renamed = {diffusers_name(name): value.shape for name, value in weights.items()}
     assert renamed == {name: value.shape for name, value in theirs.state_dict().items()}
     assert {official_from_diffusers(name) for name in renamed} == set(weights)
     config = json.loads(theirs.to_json_string())

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
-from stand_ins import vae_original_name
+from stand_ins import decode_clip, vae_original_name
 
 from forcing_kv.export.tae import TinyDecoder, tiny_decoder
 from forcing_kv.export.vae import wan_decoder
@@ -46,7 +46,7 @@ def test_streaming_equals_decoding_the_whole_clip(vae, latents, tmp_path, layout
         path = tmp_path if layout == "pipeline folder" else tmp_path / "vae"
     source = wan_decoder(path, SIZE)
     with torch.no_grad():
-        found = source.decode_clip(latents)
+        found = decode_clip(source, latents)
     assert found.shape == (21, 3, 32, 48)  # 1 + 5 * 4: the first latent frame makes one
     torch.testing.assert_close(found, decode_whole(vae, latents), rtol=0, atol=1e-6)
 
@@ -78,7 +78,7 @@ def test_tiny_decoder_streams_what_it_decodes_at_once(latents, tmp_path, suffix)
     model = tiny_file(path)
     source = tiny_decoder(path, SIZE)
     with torch.no_grad():
-        found = source.decode_clip(latents)
+        found = decode_clip(source, latents)
     assert found.shape == (21, 3, 32, 48)
     torch.testing.assert_close(found, decode_tiny_whole(model, latents), rtol=0, atol=1e-6)
 

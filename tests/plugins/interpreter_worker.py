@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from forcing_kv.plugins.cases import CASES, attention_case, cases_of, norm_rope_case
+from forcing_kv.plugins.cases import CASES, attention_case, norm_rope_case
 from forcing_kv.plugins.launch import default_tactic
 from forcing_kv.plugins.registry import OPS, op_module
 from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
@@ -26,7 +26,9 @@ NUM_SMS = 3
 APART = norm_rope_case("rows apart", 21, 3, 32)
 
 # Small cases whose pools are moved behind 2^31 elements; in float16 alone, for their address space.
-FAR = tuple(replace(cases_of(spec)[-1], name="far rows") for spec in OPS[1:])
+FAR = tuple(
+    replace([case for case in CASES if case.spec is spec][-1], name="far rows") for spec in OPS[1:]
+)
 
 
 def move_pools(case, inputs):

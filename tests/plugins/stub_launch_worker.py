@@ -17,7 +17,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
 from forcing_kv.plugins import triton_run
-from forcing_kv.plugins.cases import cases_of
+from forcing_kv.plugins.cases import CASES
 from forcing_kv.plugins.launch import Tactic
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, op_module
 from forcing_kv.plugins.triton_run import (
@@ -60,7 +60,7 @@ def main() -> None:
     triton_run.scratch_memory = remember
     calls = []
     for spec in OPS:
-        case = cases_of(spec)[-1]
+        case = [case for case in CASES if case.spec is spec][-1]
         inputs = case.build(torch.bfloat16)
         outputs = empty_outputs(spec, inputs, case.attributes)
         calls += [(spec, inputs, case.attributes, outputs, t, NUM_SMS) for t in tactics(spec)]

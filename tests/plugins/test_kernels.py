@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins.cases import attention_case, cases_of, norm_rope_case  # noqa: E402
+from op_cases import cases_of  # noqa: E402
+
+from forcing_kv.plugins.cases import attention_case, norm_rope_case  # noqa: E402
 from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
     predicted_share,
     tile_counts,

@@ -7,7 +7,9 @@ import torch
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from forcing_kv.plugins.cases import OpCase, cases_of  # noqa: E402
+from op_cases import cases_of  # noqa: E402
+
+from forcing_kv.plugins.cases import OpCase  # noqa: E402
 from forcing_kv.plugins.op_spec import DOMAIN, VERSION  # noqa: E402
 from forcing_kv.plugins.registry import (  # noqa: E402
     OPS,

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins.cases import cases_of
+from op_cases import cases_of
+
 from forcing_kv.plugins.launch import (
     SAFE_SHARED_BYTES,
     SHARED_LIMIT_BYTES,

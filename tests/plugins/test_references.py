@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from op_cases import cases_of
 
 from forcing_kv.plugins.accuracy import float64_outputs, output_errors
 from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.cases import OpCase, cases_of
+from forcing_kv.plugins.cases import OpCase
 from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION, op_module
 from forcing_kv.plugins.similarity_eviction.reference import select_segments
 

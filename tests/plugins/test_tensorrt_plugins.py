@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from op_cases import cases_of
 
-from forcing_kv.plugins.cases import CASES, OpCase, cases_of
+from forcing_kv.plugins.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN, VERSION
 from forcing_kv.plugins.registry import (
     OPS,

@@ -144,14 +144,15 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
     from forcing_kv.export.checkpoints import load_model
-    from forcing_kv.tools.digits import codec, metrics, rollout, shipped, text
+    from forcing_kv.tools.digits import shipped, text
+    from forcing_kv.tools.digits.comparison import Clip, compare, generate, standard_rows
 
     captions = [text.caption_of(digit, text.DIRECTIONS[digit % 4]) for digit in range(10)]
+    clips = [Clip(caption, 77 + place) for place, caption in enumerate(captions)]
     model = load_model(shipped.CHECKPOINT, shipped.MODEL)
-    videos = codec.decode(rollout.dense_clips(model, captions, seed=77, num_chunks=4).numpy())
-    mean = metrics.mean_measures(
-        [metrics.measure_clip(v, name) for v, name in zip(videos, captions, strict=True)]
-    )
-    assert mean.digit > 0.85  # 1.00 over 160 clips; one clip in ten may be wrong here
-    assert mean.direction == 1
-    assert mean.position_error < 0.5
+    dense = standard_rows(PARTITION)[0]
+    (result,) = compare([dense], clips, [generate(model, dense, clips, num_chunks=4)])
+    found = {name: each["mean"] for name, each in result.statistics().items()}
+    assert found["digit"] > 0.85  # 1.00 over 160 clips; one clip in ten may be wrong here
+    assert found["direction"] == 1
+    assert found["position_error"] < 0.5

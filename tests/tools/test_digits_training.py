@@ -141,10 +141,12 @@ def _random_model():  # type: ignore[no-untyped-def]
 
 
 def test_a_training_sequence_computes_what_a_rollout_computes() -> None:
-    from forcing_kv.tools.digits import network, rollout, shipped
+    import dense_rollout
+
+    from forcing_kv.tools.digits import network, shipped
 
     model, captions = _random_model(), ["a digit 3 moving left ."]
-    prompts = rollout.embed_captions(captions)
+    prompts = dense_rollout.embed_captions(captions)
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 7, 3, 16, 8, 8, generator=generator)
     levels = torch.tensor([[4, 4, 4, 0, 1, 2, 3]])
@@ -160,7 +162,7 @@ def test_a_training_sequence_computes_what_a_rollout_computes() -> None:
         (cos[:, None], sin[:, None]),
         network.attention_bias(torch.from_numpy(visible), shipped.CHUNK),
     )
-    plain = rollout.DenseRollout(model, prompts)
+    plain = dense_rollout.DenseRollout(model, prompts)
     timesteps = shipped.SCHEDULE.timesteps
     for chunk in range(4):
         expected, _ = plain._forward(latents[:, 3 + chunk], float(timesteps[chunk]), chunk)
@@ -172,19 +174,22 @@ def test_a_training_sequence_computes_what_a_rollout_computes() -> None:
 
 
 def test_the_plain_rollout_equals_the_eager_session() -> None:
+    import dense_rollout
+
     from forcing_kv.export.engine import eager_session
     from forcing_kv.runtime_trt.config import RolloutConfig
     from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
-    from forcing_kv.tools.digits import rollout, shipped
+    from forcing_kv.tools.digits import shipped
 
     model, caption = _random_model(), "a digit 7 moving up ."
-    noise, eps = rollout.clip_noise(4, 1, 3)
-    plain = rollout.dense_clips(model, [caption], 4, 3)
+    noise, eps = dense_rollout.clip_noise(4, 1, 3)
+    dense = dense_rollout.DenseRollout(model, dense_rollout.embed_captions([caption]))
+    plain = torch.cat([dense.chunk(i, noise[:, i], eps[:, i]) for i in range(3)], dim=1)
     partition = HeadPartition.uniform(model.shape.num_layers, model.shape.num_heads, static=False)
     policy = CachePolicy.dense(21, shipped.CHUNK.num_frames)
     config = RolloutConfig(model.shape, shipped.CHUNK, policy, partition, shipped.SCHEDULE)
     with eager_session(model, config) as session:
-        session.set_prompt(rollout.embed_captions([caption])[0])
+        session.set_prompt(dense_rollout.embed_captions([caption])[0])
         chunks = session.stream(3, noise=noise[0].numpy(), eps=eps[0].numpy())
         latents = np.concatenate([chunk.latents for chunk in chunks])
     np.testing.assert_allclose(latents, plain[0].numpy(), atol=1e-4)

@@ -185,12 +185,3 @@ def make_clip(
     """
     image = training_shapes()[digit].nearest(style[2:])
     return render(image, motion_of(direction, style).positions(frames))
-
-
-def heldout_clip(index: int, direction: str, seed: int, num_frames: int) -> tuple[int, Float32]:
-    """A real clip of a held-out instance: (digit, video [F, 32, 32])."""
-    split = load_split(heldout=True)
-    style = np.random.Generator(np.random.Philox(key=seed)).standard_normal(STYLE_DIM)
-    positions = motion_of(direction, style).positions(np.arange(num_frames))
-    which = index % len(split.labels)
-    return int(split.labels[which]), render(split.images[which], positions)

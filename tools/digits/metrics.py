@@ -10,8 +10,7 @@ Legend: F frames, M crops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -147,7 +146,7 @@ def shape_consistency(video: Float32) -> float:
 
 @dataclass(frozen=True)
 class ClipMeasures:
-    """Measures of one clip; `mean_measures` averages them over clips."""
+    """Measures of one clip."""
 
     digit: float
     """Share of frames read as the asked digit."""
@@ -223,12 +222,4 @@ def measure_clip(video: Float32, caption: str, chunk_frames: int = 3) -> ClipMea
         heading=float(agree.mean()),
         phase_error=phase_error(path, line),
         shape=shape_consistency(video),
-    )
-
-
-def mean_measures(measures: Sequence[ClipMeasures]) -> ClipMeasures:
-    """The mean of every measure over clips."""
-    rows = [asdict(measure) for measure in measures]
-    return ClipMeasures(
-        **{f.name: float(np.mean([r[f.name] for r in rows])) for f in fields(ClipMeasures)}
     )

@@ -21,7 +21,7 @@ from forcing_kv.tools.digits import codec, data, text
 
 FRAMES = 3
 """Frames per chunk."""
-NUM_CLEAN_SHORT, NUM_CLEAN_LONG = 3, 6
+NUM_CLEAN_LONG = 6
 NUM_NOISY = 4
 NUM_SEGMENTS = 4
 """Segments per frame of the shipped cache policy; tokens are dropped by whole segments."""

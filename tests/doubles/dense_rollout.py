@@ -1,7 +1,7 @@
-"""A plain dense rollout of many clips at once, to watch a training run.
+"""A plain dense rollout of many clips of the digits model at once.
 
-It keeps every key and value and knows no policy, so it is also an independent check of the exported
-semantics with a dense policy.
+It keeps every key and value and knows no policy, so it is an independent check of the exported
+semantics with a dense policy, and of what training computes.
 
 Legend: B clips, F frames per chunk, C latent channels, T tokens per frame, n denoise steps.
 """
@@ -84,12 +84,3 @@ class DenseRollout:
         for past, entry in zip(self.past, self._forward(x0, 0.0, index)[1], strict=True):
             past.append(entry)
         return x0
-
-
-@torch.no_grad()
-def dense_clips(model: CausalWanModel, captions: list[str], seed: int, num_chunks: int) -> Tensor:
-    """Latents [B, chunks * F, C, h, w] of a clip per caption."""
-    noise, eps = clip_noise(seed, len(captions), num_chunks)
-    rollout = DenseRollout(model, embed_captions(captions))
-    chunks = [rollout.chunk(i, noise[:, i], eps[:, i]) for i in range(num_chunks)]
-    return torch.cat(chunks, dim=1)
