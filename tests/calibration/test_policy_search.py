@@ -10,17 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.calibration.policy_picture import best_by_size
-from forcing_kv.calibration.policy_search import (
+from forcing_kv.calibration.policy_measures import (
     Candidate,
     Measurement,
-    PolicyGrid,
-    PolicySearch,
     boundary_ratio,
     latent_psnr,
     pareto_front,
-    search_record,
 )
+from forcing_kv.calibration.policy_picture import best_by_size
+from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
 from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.devices import find_device
@@ -53,7 +51,7 @@ def search():
 
 def test_grid_is_tried_once_and_what_cannot_run_is_named(search):
     grid = PolicyGrid((0.5, 0.55, 0.3), (0, 1), (2, 3), (1,), (1, 4))
-    found = replace(search, grid=grid, skipped=[])
+    found = replace(search, grid=grid)
     candidates = found.candidates()
     configs = [candidate.config for candidate in candidates]
     assert len(set(configs)) == len(configs)
@@ -72,7 +70,7 @@ def test_grid_is_tried_once_and_what_cannot_run_is_named(search):
 def test_combinations_that_keep_the_same_rows_are_tried_once(search):
     """Without static heads S counts only above T_d; where both are equal, so are the heads."""
     grid = PolicyGrid((0.95, 0.5), (0, 1), (2,), (1, 2, 3), (2,))
-    found = replace(search, grid=grid, skipped=[])
+    found = replace(search, grid=grid)
     labels = [candidate.label for candidate in found.candidates()]
     assert labels == [
         "t0.95 S1 T2 B0", "t0.95 S3 T2 B0", "t0.95 S1 T2 B1 P2", "t0.95 S3 T2 B1 P2",
