@@ -21,7 +21,7 @@ Subjects = Annotated[
     list[str] | None,
     typer.Option("--subject", help="What to measure; repeat it. `--list` names them all."),
 ]
-Model = Annotated[str, typer.Option(help="wan-1.3b (random weights), digits or golden.")]
+Model = Annotated[str, typer.Option(help="wan-1.3b (random weights) or digits.")]
 Size = Annotated[
     str | None, typer.Option(help="480p, 720p or 1080p. Default: 480p, or the model's own.")
 ]

@@ -71,7 +71,7 @@ _THEN = (
 )  # fmt: skip
 
 
-_SUITE_MODELS = {"cuda": ("wan-1.3b",), "cpu": ("digits", "golden")}
+_SUITE_MODELS = {"cuda": ("wan-1.3b",), "cpu": ("digits",)}
 
 
 def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,7 @@ NUM_STATIC_HEADS = 134
 SPREAD_SEED = 20260509
 """Seed of the spread of static heads over layers."""
 
-MODELS = ("wan-1.3b", "digits", "golden")
+MODELS = ("wan-1.3b", "digits")
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class Workload:
     """One model at one size under one policy."""
 
     model: str
-    """wan-1.3b (random weights: speed does not depend on them), digits or golden."""
+    """wan-1.3b (random weights: speed does not depend on them) or digits."""
     size: str
-    """480p, 720p or 1080p; the small models have their own size alone, `native`."""
+    """480p, 720p or 1080p; the small model has its own size alone, `native`."""
     policy: PolicyName
     config: RolloutConfig
     load: Callable[[str], CausalWanModel]
@@ -128,13 +127,11 @@ def workload(
         if size not in RESOLUTIONS:
             raise InputError(f"size {size!r} is unknown; choose one of {list(RESOLUTIONS)}")
         return _wan(size, policy, dtype)
+    if model != "digits":
+        raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
     if size != "native":
-        raise InputError(f"the {model} model has one size, native; found {size!r}")
-    if model == "digits":
-        return _digits(policy, dtype)
-    if model == "golden":
-        return _golden(policy, dtype)
-    raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
+        raise InputError(f"the digits model has one size, native; found {size!r}")
+    return _digits(policy, dtype)
 
 
 def check_fp8_dtype(dtype: DType) -> None:
@@ -271,24 +268,6 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
         prompt=lambda: shipped.encode_prompt(text),
         pixel_frames_per_latent=1,
         decode=decode,
-    )
-
-
-def _golden(policy: PolicyName, dtype: DType) -> Workload:
-    from forcing_kv.export.verify import GoldenCase
-
-    folder = Path(__file__).resolve().parents[2] / "tests/golden/fkv_selfforcing"
-    case = GoldenCase.load(folder)
-    config = case.config
-    chosen = _policy(policy, config.policy, config.partition, config.chunk)
-    config = replace(config, policy=chosen[0], partition=chosen[1], dtype=dtype)
-
-    def prompt() -> NDArray[np.float32]:
-        rows: NDArray[Any] = case.inputs["prompt_embeds"][0]
-        return rows
-
-    return Workload(
-        "golden", "native", policy, config, lambda device: _on(case.load_model(), device), prompt
     )
 
 

@@ -114,7 +114,7 @@ def test_items_are_ordered_and_predicted():
     # References are made by the first that needs them.
     assert predicted["480p/operators-graph"] > predicted["480p/operators"]
     assert predicted["1080p/eager-dense"] > predicted["480p/eager-dense"]
-    assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "golden")))
+    assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "digits")))
 
 
 @pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "wan-1.3b")])
@@ -123,10 +123,23 @@ def test_suite_names_its_models(device, model):
         suite_items(device, model)
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("golden", "native", r"'golden' is unknown; choose one of \['wan-1.3b', 'digits'\]"),
+        ("digits", "480p", "has one size, native; found '480p'"),
+        ("wan-1.3b", "native", "choose one of .*1080p"),
+    ],
+)
+def test_a_model_or_size_that_is_not_there_is_refused(model, size, message):
+    with pytest.raises(InputError, match=message):
+        workload(model, size, "dense", "float32")
+
+
 def test_part_of_no_name_is_refused(tmp_path):
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, only=("inductor", "4k"))
     with pytest.raises(InputError, match="--only 4k: no item has it in its name"):
-        selected(suite_items("cpu", "golden"), options)
+        selected(suite_items("cpu", "digits"), options)
 
 
 def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
@@ -144,7 +157,7 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
         suite.subprocess, "Popen", lambda command, **options: real(["sleep", "60"], **options)
     )
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
-    item = SuiteItem("golden", "native", "operators", "cpu", "float32", timeout_s=0.2)
+    item = SuiteItem("digits", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
     assert found.error == "not finished after 0 s"
     assert "cut_off" not in found.run
@@ -168,7 +181,7 @@ def test_suite_without_a_gpu_can_only_be_looked_at(tmp_path):
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "_WORKER", "forcing_kv.tools.bench.no_such_worker")
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
-    items = [SuiteItem("golden", "native", name, "cpu", "float32") for name in
+    items = [SuiteItem("digits", "native", name, "cpu", "float32") for name in
              ("eager-dense", "operators")]  # fmt: skip
     rows = list(run_suite(items, options, lambda _: None))
     assert [(each.subject, each.status) for each in rows] == [
@@ -182,14 +195,14 @@ def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
 def test_no_item_begins_without_time(tmp_path):
     said = []
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, budget_s=1.0)
-    item = SuiteItem("golden", "native", "eager-dense", "cpu", "float32")
+    item = SuiteItem("digits", "native", "eager-dense", "cpu", "float32")
     assert not list(run_suite([item], options, said.append))
     assert "left for the next call" in said[0]
 
 
 def test_suite_measures_every_subject_of_its_device():
     cuda = {item.subject for item in suite_items("cuda", "wan-1.3b") if item.kind == "subject"}
-    cpu = {item.subject for item in suite_items("cpu", "golden")}
+    cpu = {item.subject for item in suite_items("cpu", "digits")}
     assert {"eager-dense", "eager-forcing-kv", "inductor", "compile-dense-graph"} <= cuda
     assert {"onnxruntime", "eager-dense"} <= cpu
 
