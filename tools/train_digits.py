@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from forcing_kv.tools.digits.training import Progress, TrainConfig
+    from forcing_kv.tools.digits.training.trainer import Progress, TrainConfig
 
 
 def train_command(
@@ -29,7 +29,7 @@ def train_command(
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
 ) -> None:
     """Train the small model of moving handwritten digits (resumable)."""
-    from forcing_kv.tools.digits.training import TrainConfig
+    from forcing_kv.tools.digits.training.trainer import TrainConfig
 
     config = TrainConfig(
         seed=seed,
@@ -55,7 +55,7 @@ def _train(rank: int, processes: int, config: TrainConfig, out: Path) -> None:
     import torch
     from torch import distributed
 
-    from forcing_kv.tools.digits.training import Trainer
+    from forcing_kv.tools.digits.training.trainer import Trainer
 
     if processes > 1:
         torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 
 if TYPE_CHECKING:
-    from forcing_kv.tools.bench.rows import Row
+    from forcing_kv.tools.bench.report.rows import Row
 
 Subjects = Annotated[
     list[str] | None,
@@ -69,7 +69,7 @@ def _measure(
     as_json: AsJson = False,
 ) -> None:
     """Measure and show the rows of one kind; exit 1 where a gate or a subject failed."""
-    from forcing_kv.tools.bench.rows import append_row
+    from forcing_kv.tools.bench.report.rows import append_row
     from forcing_kv.tools.bench.run import BenchRequest, list_subjects, run
 
     if list_them:
@@ -116,7 +116,7 @@ def _command(kind: str, summary: str, *, fixed: bool = False, **defaults: int) -
 
 def finish(rows: list[Row], *, as_json: bool, shown: list[Row] | None = None) -> None:
     """Show what went wrong in rows, then a table of them or of `shown`; exit 1 where one is bad."""
-    from forcing_kv.tools.bench.report import table
+    from forcing_kv.tools.bench.report.tables import table
 
     for row in rows:
         if row.status != "ok":
@@ -170,10 +170,10 @@ def bench_suite(
 ) -> None:
     """Measure everything, most important first; skips what the file already holds."""
     begin = perf_counter()
-    from forcing_kv.tools.bench.rows import read_rows
+    from forcing_kv.tools.bench.report.rows import read_rows
     from forcing_kv.tools.bench.run import require_device
-    from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
-    from forcing_kv.tools.bench.suite_items import predict, suite_items
+    from forcing_kv.tools.bench.suite.items import predict, suite_items
+    from forcing_kv.tools.bench.suite.runner import SuiteOptions, run_suite, selected
 
     gpu = None if dry_run else require_device(device)
     if budget_s is not None:
@@ -209,8 +209,8 @@ def bench_report(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier report.")] = False,
 ) -> None:
     """Make a table and PNG charts from rows."""
-    from forcing_kv.tools.bench.report import write_report
-    from forcing_kv.tools.bench.rows import read_rows
+    from forcing_kv.tools.bench.report.rows import read_rows
+    from forcing_kv.tools.bench.report.tables import write_report
 
     if (out / "report.md").exists() and not force:
         raise InputError(f"{out / 'report.md'} exists; choose another --out, or give --force")

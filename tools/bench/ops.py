@@ -18,7 +18,7 @@ from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
 from forcing_kv.tools.op_workload import workload_of
 
 if TYPE_CHECKING:
-    from forcing_kv.tools.bench.rows import Row
+    from forcing_kv.tools.bench.report.rows import Row
 
 
 def bench_ops(
@@ -58,8 +58,8 @@ def bench_ops(
 
     if update_table and not os.access(tuning.TABLE, os.W_OK):
         raise InputError(f"--update-table: {tuning.TABLE} cannot be written to")
-    from forcing_kv.tools.bench.op_bench import OpBench
-    from forcing_kv.tools.bench.rows import append_row
+    from forcing_kv.tools.bench.kernels.bench import OpBench
+    from forcing_kv.tools.bench.report.rows import append_row
 
     bench = OpBench(dtype, warmup, iterations)
     rows: list[Row] = []
@@ -102,7 +102,7 @@ def _print_rows(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from forcing_kv.tools.bench.report import OP_HEADER, op_cells
+    from forcing_kv.tools.bench.report.tables import OP_HEADER, op_cells
 
     out = Console(highlight=False)
     for label in dict.fromkeys(row.workload["model"] for row in rows):

@@ -56,7 +56,7 @@ def evaluate_command(
     record = run_evaluation(checkpoint, heads, clips, long_clips, processes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    from forcing_kv.tools.digits.eval_report import draw_curves, print_table
+    from forcing_kv.tools.digits.evaluation.report import draw_curves, print_table
 
     draw_curves(record, out / "eval.png")
     print_table(record)
@@ -79,8 +79,13 @@ def run_evaluation(
         num_long_clips: clips of 60 frames.
         processes: single-threaded processes that generate.
     """
-    from forcing_kv.tools.digits.comparison import clips_of, compare, row_record, standard_rows
-    from forcing_kv.tools.digits.workers import run_jobs, split_jobs
+    from forcing_kv.tools.digits.evaluation.comparison import (
+        clips_of,
+        compare,
+        row_record,
+        standard_rows,
+    )
+    from forcing_kv.tools.digits.evaluation.workers import run_jobs, split_jobs
 
     head_file, fp8_file = read_heads(heads, shipped.MODEL), read_fp8(shipped.FP8, shipped.MODEL)
     rows = standard_rows(head_file.partition)

@@ -8,7 +8,7 @@ from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.tools.bench.rows import Row
+from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.workloads import Workload, random_prompt
 
 SHAPE = ModelShape(2, 32, 48, 4, in_channels=4, text_len=12, text_dim=16, freq_dim=16)

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from forcing_kv.export.cost_model import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.tools.bench import rows, suite
 from forcing_kv.tools.bench.cli import finish
-from forcing_kv.tools.bench.report import cells, latest, more_cells, write_report
-from forcing_kv.tools.bench.rows import append_row, read_rows
-from forcing_kv.tools.bench.statistics import latency
-from forcing_kv.tools.bench.suite import SuiteOptions, run_suite, selected
-from forcing_kv.tools.bench.suite_items import SuiteItem, predict, suite_items
+from forcing_kv.tools.bench.measure.summary import latency
+from forcing_kv.tools.bench.report import rows
+from forcing_kv.tools.bench.report.rows import append_row, read_rows
+from forcing_kv.tools.bench.report.tables import cells, latest, more_cells, write_report
+from forcing_kv.tools.bench.suite import runner as suite
+from forcing_kv.tools.bench.suite.items import SuiteItem, predict, suite_items
+from forcing_kv.tools.bench.suite.runner import SuiteOptions, run_suite, selected
 from forcing_kv.tools.bench.workloads import step_work, workload
 from forcing_kv.tools.cli import COMMANDS, build_app
 

@@ -1,0 +1,1 @@
+"""The PyTorch subjects: eager, compiled, captured or not."""

@@ -1,0 +1,359 @@
+"""Every PyTorch subject of the benchmark as one backend: eager, compiled, captured or not.
+
+Inputs lie in tensors at fixed addresses, so that parts of a chunk (denoise steps; clean pass;
+eviction and commit) can be captured as CUDA graphs and replayed, with events between them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forcing_kv.export.cost_model import first_steady_chunk
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
+from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
+from forcing_kv.export.rewrite import sort_heads_
+from forcing_kv.runtime_trt.backends.base import (
+    Backend,
+    ChunkPositions,
+    ChunkRequest,
+    ChunkResult,
+    Float32,
+    StepScalars,
+    copy_rows,
+)
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.tools.bench.pytorch.attention import (
+    DenseHistory,
+    GroupedHistory,
+    History,
+    ReferenceHistory,
+    empty_pools,
+)
+from forcing_kv.tools.bench.pytorch.evict import PlainEvict
+from forcing_kv.tools.bench.pytorch.part_clock import PartClock
+from forcing_kv.tools.bench.pytorch.passes import BaselinePass, OperatorPass, Pass, compiled
+
+Style = Literal["dense", "grouped", "reference", "operators"]
+
+HISTORIES: dict[str, Callable[[RolloutConfig, torch.device], History]] = {
+    "dense": DenseHistory,
+    "grouped": GroupedHistory,
+    "reference": ReferenceHistory,
+}
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """How a PyTorch subject runs."""
+
+    style: Style
+    """How it attends to the past; `operators` is our operators in the exported graph."""
+    compile_mode: str | None = None
+    """Mode of `torch.compile`; None runs eagerly."""
+    cuda_graph: bool = False
+    """Capture and replay the parts of a chunk."""
+    fusion: FusionOptions = PLAIN
+    """Fusions of the exported graph; `operators` alone, q, k and v alone."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the parts of a chunk have made so far."""
+
+    new: tuple[list[Tensor], list[Tensor]] = ([], [])
+    dynamic: tuple[list[Tensor], list[Tensor]] = ([], [])
+    selection: tuple[Tensor, Tensor] | None = None
+    """Scores and kept segments."""
+    x0_steps: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One part of a chunk, captured."""
+
+    graph: torch.cuda.CUDAGraph
+    made: _Made
+    """Tensors that every replay fills."""
+
+
+@dataclass
+class _Inputs:
+    """Tensors at fixed addresses that change from chunk to chunk."""
+
+    noise: Tensor
+    eps: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
+    hist_len: Tensor
+    new_len: Tensor
+    latents: Tensor
+    """x0 of the last denoise step."""
+
+
+class TorchBackend(Backend):
+    """Runs a model with plain tensors on one device.
+
+    Args:
+        model: float32 weights, heads in checkpoint order; not changed.
+        config: rollout configuration.
+        device: where to run.
+        options: how to run.
+        forced: kept segments by chunk, in place of the selection (to follow another rollout).
+    """
+
+    def __init__(
+        self,
+        model: CausalWanModel,
+        config: RolloutConfig,
+        device: str,
+        options: TorchOptions,
+        forced: dict[int, NDArray[np.int32]] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.name = f"torch-{options.style}"
+        self.device = torch.device(device)
+        self.forced = forced or {}
+        self._options = options
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._first_steady = first_steady_chunk(config)
+        self._captured: dict[Hashable, _Captured] = {}
+        self._seen: set[Hashable] = set()
+        self._graph_pool: Any = None
+        own = copy.deepcopy(model)
+        history = None
+        if options.style == "operators":
+            self.pools = empty_pools(config, self.device)
+        else:
+            history = HISTORIES[options.style](config, self.device)
+            self.pools = history.pools
+        self._history = history
+        if history is None or history.exported_order:
+            own = sort_heads_(own, config.partition)
+        own = own.cast_(self._dtype).to(self.device).eval()
+        self._prompt = PromptGraph(own)
+        self._evict, self._plain_evict = EvictGraph(config), PlainEvict(config)
+        self._eager, self._pass = self._passes(own)
+        self._cross: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._made = _Made()
+        self._inputs = self._new_inputs()
+        self._scalars = [
+            {
+                name: torch.as_tensor(getattr(scalars, name), device=self.device)
+                for name in ("time_sinusoid", "sigma", "next_sigma")
+            }
+            for scalars in (*self.step_scalars, self.clean_scalars)
+        ]
+
+    @property
+    def nbytes_kv(self) -> int:
+        """Bytes of the tensors that hold the past."""
+        return sum(pool.nbytes for pools in self.pools.values() for pool in pools)
+
+    @property
+    def nbytes_own(self) -> int:
+        """Bytes of the running chunk's and the selected rows, where they have own tensors."""
+        if self._options.style == "dense":
+            return 0
+        stacks = (*self._made.new, *self._made.dynamic)
+        return sum(rows.nbytes for stack in stacks for rows in stack)
+
+    def _passes(self, model: CausalWanModel) -> tuple[Pass, Pass]:
+        """The eager pass and the one to use in steady chunks."""
+        options = self._options
+        module: torch.nn.Module
+        if self._history is None:
+            if options.fusion.qkv:
+                fuse_qkv_(model)
+            graph = StepGraph(model, self.config, fusion=options.fusion).to(self.device)
+            module = OperatorPass(graph, self.pools)
+        else:
+            module = BaselinePass(model, self.config, self._history)
+        eager: Any = module
+        if options.compile_mode is None:
+            return eager, eager
+        return eager, compiled(module, options.compile_mode)
+
+    def _new_inputs(self) -> _Inputs:
+        config = self.config
+        latents, draws = config.latent_shape, config.schedule.num_steps - 1
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        temporal = (config.chunk.num_frames, config.model.rope_pairs[0])
+        heads = (config.model.num_layers, config.model.num_heads)
+        return _Inputs(
+            zeros(*latents), zeros(max(1, draws), *latents), zeros(*temporal), zeros(*temporal),
+            zeros(*heads, dtype=torch.int32), zeros(1, dtype=torch.int32), zeros(*latents),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def set_prompt(self, prompt_embeds: Float32) -> None:
+        """See base class."""
+        cross = self._prompt(torch.as_tensor(prompt_embeds, device=self.device))
+        if not self._cross[0]:
+            self._cross = cross
+        for kept, made in zip(self._cross, cross, strict=True):
+            for target, source in zip(kept, made, strict=True):
+                target.copy_(source)
+
+    @torch.inference_mode()
+    def run_chunk(self, request: ChunkRequest) -> ChunkResult:
+        """See base class; times are the device's, from the upload to the commit."""
+        plan = request.plan
+        self._upload(request)
+        if self._history is not None:
+            self._history.begin_chunk(plan)
+        keep, forced = request.keep_x0, self.forced.get(plan.index)
+        parts: dict[str, Callable[[], None]] = {
+            "steps": lambda: self._denoise(plan, keep),
+            "clean": lambda: self._clean(plan),
+            "evict": lambda: self._select(plan, forced),
+            "commit": lambda: self._store(plan),
+        }
+        # A captured part reads what the captured part before it made, so all share one key.
+        kind = (_kind_of(plan), keep, forced is None)
+        clock = PartClock(self.device)
+        for name, work in parts.items():
+            self._part((name, kind), work)
+            clock.mark()
+        result = ChunkResult(self._inputs.latents.cpu().numpy().copy())
+        times = clock.elapsed_ms()
+        result.timings_ms = dict(zip(parts, times, strict=True))
+        result.timings_ms["chunk"] = sum(times)
+        if keep:
+            result.x0_steps = [x0.cpu().numpy().copy() for x0 in self._made.x0_steps]
+        if plan.evict and self._made.selection is not None:
+            scores, kept = self._made.selection
+            result.scores, result.kept = scores.cpu().numpy().copy(), kept.cpu().numpy().copy()
+        return result
+
+    def _upload(self, request: ChunkRequest) -> None:
+        positions, inputs = ChunkPositions.of(request.plan, self.config), self._inputs
+        inputs.noise.copy_(torch.from_numpy(request.noise))
+        if len(request.eps):
+            inputs.eps.copy_(torch.from_numpy(request.eps))
+        for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
+            getattr(inputs, name).copy_(torch.from_numpy(getattr(positions, name)))
+
+    def _part(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run a part: eagerly at first sight, captured at the second, replayed from then on."""
+        if not self._options.cuda_graph or key not in self._seen:
+            self._seen.add(key)
+            work()
+            return
+        if key not in self._captured:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                work()
+            self._graph_pool = graph.pool()
+            self._captured[key] = _Captured(graph, self._made)
+        captured = self._captured[key]
+        captured.graph.replay()
+        # What this part made is where it was at capture.
+        self._made = captured.made
+
+    def _forward(self, x: Tensor, eps: Tensor, step: int, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+        inputs, scalars = self._inputs, self._scalars[step]
+        run = self._pass if self._is_steady(plan) else self._eager
+        x0, x_next, *new = run(
+            x, eps, scalars["time_sinusoid"], scalars["sigma"], scalars["next_sigma"],
+            inputs.rope_cos, inputs.rope_sin, inputs.hist_len, inputs.new_len, *self._cross,
+        )  # fmt: skip
+        self._made = replace(self._made, new=(new[0], new[1]))
+        return x0, x_next
+
+    def _is_steady(self, plan: ChunkPlan) -> bool:
+        """Whether every later chunk sees as many rows; only those are worth compiling for."""
+        if self._history is None:
+            return True
+        return plan.index >= self._first_steady
+
+    def _denoise(self, plan: ChunkPlan, keep: bool) -> None:
+        inputs = self._inputs
+        x, last = inputs.noise, self.config.schedule.num_steps - 1
+        x0_steps = []
+        for step in range(last + 1):
+            x0, x = self._forward(x, inputs.eps[min(step, max(0, last - 1))], step, plan)
+            if keep:
+                x0_steps.append(x0)
+        inputs.latents.copy_(x0)
+        # Of new rows only the clean pass's are read: a captured part would hold these for good.
+        self._made = replace(self._made, new=([], []), x0_steps=tuple(x0_steps))
+
+    def _clean(self, plan: ChunkPlan) -> None:
+        inputs = self._inputs
+        self._forward(inputs.latents, inputs.eps[0], self.config.schedule.num_steps, plan)
+
+    def _select(self, plan: ChunkPlan, forced: NDArray[np.int32] | None) -> None:
+        if not plan.evict:
+            return
+        layers = self.config.evicted_layers
+        chosen = [
+            [rows[layer] for layer in layers]
+            for rows in (self.pools["k"], self.pools["v"], *self._made.new)
+        ]
+        evict = self._evict if self._history is None else self._plain_evict
+        dyn_k, dyn_v, scores, kept = evict(*chosen)
+        if forced is not None:
+            kept = torch.from_numpy(forced).to(self.device)
+            dyn_k, dyn_v = self._plain_evict.take(kept, scores, *chosen)
+        self._made = replace(self._made, dynamic=(dyn_k, dyn_v), selection=(scores, kept))
+
+    def _store(self, plan: ChunkPlan) -> None:
+        if self._options.style == "dense":
+            return
+        for part, new, dynamic in zip("kv", self._made.new, self._made.dynamic, strict=True):
+            copy_rows(plan, self.config, self.pools[part], new, dynamic)
+
+    def run_step(
+        self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
+    ) -> tuple[Tensor, Tensor]:
+        """See base class; not captured."""
+        plan = positions.plan
+        noise = np.zeros(self.config.latent_shape, np.float32) if eps is None else eps
+        draws = np.repeat(noise[None], len(self._inputs.eps), axis=0)
+        self._upload(ChunkRequest(plan, np.asarray(x), draws))
+        if self._history is not None:
+            self._history.begin_chunk(plan)
+        with torch.inference_mode():
+            return self._forward(self._inputs.noise, self._inputs.eps[0], scalars.index, plan)
+
+    def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
+        """Not used: `run_chunk` does it all."""
+        raise NotImplementedError
+
+    def commit(self, plan: ChunkPlan) -> None:
+        """Not used: `run_chunk` does it all."""
+        raise NotImplementedError
+
+    def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """See base class; float32."""
+        k, v = (self.pools[part][layer].float().cpu().numpy() for part in "kv")
+        return k, v
+
+    def close(self) -> None:
+        """Drop graphs and tensors."""
+        self._captured.clear()
+        self._cross, self._made = ([], []), _Made()
+        for pools in self.pools.values():
+            pools.clear()
+
+
+def _kind_of(plan: ChunkPlan) -> Hashable:
+    """All that the work of a chunk depends on beside tensors."""
+    groups = plan.groups.items()
+    return plan.evict, tuple(
+        (kind, g.history_frames, g.moves, g.writes, g.dynamic_slot) for kind, g in groups
+    )

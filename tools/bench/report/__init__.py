@@ -1,0 +1,1 @@
+"""Rows of measurements, and tables and charts of them."""

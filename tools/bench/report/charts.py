@@ -1,0 +1,70 @@
+"""Charts from benchmark rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.tools.bench.report.rows import Row
+
+
+def draw_charts(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
+    """For each workload and machine a bar chart of denoiser FPS, and line charts of latency.
+
+    Args:
+        rows: the last of every key.
+        folder: existing directory that receives the charts.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [row for row in rows if row.status == "ok"]
+    groups = dict.fromkeys(row.group for row in good if row.kind == "chunk")
+    for group in groups:
+        own = [row for row in good if row.group == group]
+        name = "-".join(group).replace("/", "_").replace(" ", "_")
+        yield _fps_chart(pyplot, own, folder / f"fps-{name}.png")
+        for kind, title in (("rollout", "latency"), ("growth", "growth")):
+            lines = [row for row in own if row.kind == kind]
+            if lines:
+                yield _latency_chart(pyplot, lines, folder / f"{title}-{name}.png")
+
+
+def _fps_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
+    chunks = [row for row in rows if row.kind == "chunk"]
+    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.4 * len(chunks)))
+    axes.barh([row.subject for row in chunks], [r.metrics["denoiser_fps"] for r in chunks])
+    axes.invert_yaxis()
+    axes.set_xlabel("denoiser FPS (steps + clean pass + eviction + commit)")
+    axes.set_title(chunks[0].label)
+    for place, row in enumerate(chunks):
+        metrics = row.metrics
+        fps, share = metrics["denoiser_fps"], metrics.get("share_of_bound")
+        label = f" {fps:.1f}" + ("" if share is None else f", {share:.0%} of bound")
+        axes.text(fps, place, label, va="center")
+    # Room for the longest bar's label.
+    axes.set_xlim(right=1.35 * max(row.metrics["denoiser_fps"] for row in chunks))
+    return _save(pyplot, figure, path)
+
+
+def _latency_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
+    figure, axes = pyplot.subplots(figsize=(9, 3.5))
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    for row in rows:
+        axes.plot(row.metrics["chunk_ms"], label=row.subject, linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("measured chunk")
+    axes.set_ylabel("ms a chunk, denoiser")
+    axes.set_title(rows[0].label)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(pyplot, figure, path)
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,1 @@
+"""Everything that is measured, each item in a process of its own."""

@@ -1,0 +1,1 @@
+"""What a cache policy costs the digits model in quality."""

@@ -1,0 +1,234 @@
+"""The digits model under several cache policies on the same prompts and noise.
+
+Legend: F frames, C latent channels, P segments per frame, B dynamic budget in frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.engine import eager_session
+from forcing_kv.export.fp8_file import read_fp8
+from forcing_kv.export.fp8_model import quantize_, scales_for
+from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
+from forcing_kv.export.rewrite import share_weights
+from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.tools.digits import codec, text
+from forcing_kv.tools.digits.evaluation import metrics
+from forcing_kv.tools.digits.shipped import (
+    CHUNK,
+    FP8,
+    MODEL,
+    POLICY,
+    SCHEDULE,
+    encode_prompt,
+)
+from forcing_kv.tools.digits.training.sequences import HELDOUT_CAPTIONS
+
+FIRST_SEED = 1000
+"""Seed of the first clip; each clip has its own, the same in every row."""
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache policy to compare."""
+
+    name: str
+    policy: CachePolicy
+    partition: HeadPartition
+    random_segments: bool = False
+    """Whether segments are drawn at random instead of by similarity."""
+    fp8: bool = False
+    """Whether linear layers run in FP8."""
+
+    @property
+    def config(self) -> RolloutConfig:
+        """The row's rollout configuration."""
+        return RolloutConfig(MODEL, CHUNK, self.policy, self.partition, SCHEDULE)
+
+
+def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
+    """Dense, Forcing-KV with `partition`, and what it must beat.
+
+    `recency-only` spends the segments' memory on recent frames, in the same heads: T_d + B local
+    frames and no segments. Its layer 0 is all static and its warm-up is clipped, so that nothing
+    but the segments changes and the bytes are equal. One row keeps one local frame, as the
+    published policies of large models do; the last has its linear layers in FP8.
+    """
+    dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
+    static = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=True)
+    local = POLICY.num_temporal_frames + POLICY.num_dynamic_frames
+    no_segments = replace(POLICY, num_dynamic_frames=0)
+    recency = replace(
+        no_segments, num_temporal_frames=local, compress_first_layer=True, warmup="steady"
+    )
+    one_frame = replace(POLICY, num_static_frames=1, num_temporal_frames=1)
+    every_head = static.static_heads[:1]
+    same_heads = HeadPartition(MODEL.num_heads, every_head + partition.static_heads[1:])
+    return (
+        Row("dense", CachePolicy.dense(DENSE_WINDOW_FRAMES, CHUNK.num_frames), dynamic),
+        Row("forcing-kv", POLICY, partition),
+        Row("recency-only", recency, same_heads),
+        Row("random segments", POLICY, partition, random_segments=True),
+        Row("all-static", no_segments, static),
+        Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
+        Row("forcing-kv, one frame", one_frame, partition),
+        Row("forcing-kv, FP8", POLICY, partition, fp8=True),
+    )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What to generate."""
+
+    caption: str
+    seed: int
+
+
+def clips_of(count: int) -> list[Clip]:
+    """`count` clips that go through all forty captions, each with a new seed."""
+    captions = [
+        text.caption_of(digit, direction) for digit in range(10) for direction in text.DIRECTIONS
+    ]
+    return [Clip(captions[i % len(captions)], FIRST_SEED + i) for i in range(count)]
+
+
+class _RandomChoice:
+    """Keeps as many segments as the policy does, at random; every clip starts its own sequence."""
+
+    def __init__(self, num_kept: int) -> None:
+        self._num_kept = num_kept
+        self.restart(0)
+
+    def restart(self, seed: int) -> None:
+        self._rng = np.random.Generator(np.random.Philox(key=seed))
+
+    def __call__(self, scores: Float32) -> NDArray[np.int32]:
+        return np.sort(self._rng.permutation(scores.size)[: self._num_kept]).astype(np.int32)
+
+
+def generate(model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int) -> Float32:
+    """Latents [clips, F, C, h, w] of clips under a row's policy, in the eager backend."""
+    if row.fp8:
+        scales = scales_for(model, read_fp8(FP8, MODEL).amax)
+        model = quantize_(share_weights(model), scales)
+    choice = _RandomChoice(row.policy.num_kept_segments)
+    latents = []
+    with eager_session(
+        model, row.config, select=choice if row.random_segments else None
+    ) as session:
+        for clip in clips:
+            choice.restart(clip.seed)
+            session.reset()
+            session.set_prompt(encode_prompt(clip.caption))
+            chunks = session.stream(num_chunks, seed=clip.seed)
+            latents.append(np.concatenate([chunk.latents for chunk in chunks]))
+    return np.stack(latents)
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """Measures of one row at one length."""
+
+    row: Row
+    clips: Sequence[metrics.ClipMeasures]
+    digit_right: NDArray[np.bool_]
+    """[clips, F]."""
+    position_error: NDArray[np.float64]
+    """[clips, F], pixels."""
+    latent_distance: NDArray[np.float64]
+    """RMS difference of latents from the first row's on the same noise, [clips, F]."""
+    latents: Float32
+    """[clips, F, C, h, w]."""
+
+    def by_clip(self) -> dict[str, NDArray[np.float64]]:
+        """Every measure of each clip, [clips]."""
+        clips = [asdict(clip) for clip in self.clips]
+        values = {name: np.array([clip[name] for clip in clips]) for name in clips[0]}
+        return values | {"latent_distance": self.latent_distance.mean(1)}
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error over clips of every measure."""
+        return {name: _statistics(values) for name, values in self.by_clip().items()}
+
+    def change_from(self, reference: RowResult) -> dict[str, dict[str, float]]:
+        """Mean and standard error of every measure minus that of the same clip in another row."""
+        other = reference.by_clip()
+        return {name: _statistics(values - other[name]) for name, values in self.by_clip().items()}
+
+
+def _statistics(values: NDArray[np.float64]) -> dict[str, float]:
+    error = values.std() / max(1, len(values) - 1) ** 0.5
+    return {"mean": float(values.mean()), "sem": float(error)}
+
+
+def measure_row(
+    row: Row, latents: Float32, clips: Sequence[Clip], reference: Float32 | None
+) -> RowResult:
+    """Measure the clips of a row.
+
+    Args:
+        row: the policy they were generated with.
+        latents: [clips, F, C, h, w].
+        clips: captions and seeds.
+        reference: latents of the dense row, if this is not it.
+    """
+    videos = codec.decode(latents)
+    by_frame = [
+        metrics.measure_frames(v, clip.caption) for v, clip in zip(videos, clips, strict=True)
+    ]
+    difference = latents - (latents if reference is None else reference)
+    return RowResult(
+        row,
+        [
+            metrics.measure_clip(v, clip.caption, CHUNK.num_frames)
+            for v, clip in zip(videos, clips, strict=True)
+        ],
+        np.stack([frames.digit_right for frames in by_frame]),
+        np.stack([frames.position_error for frames in by_frame]),
+        np.sqrt((difference.astype(np.float64) ** 2).mean((2, 3, 4))),
+        latents,
+    )
+
+
+def compare(
+    rows: Sequence[Row], clips: Sequence[Clip], latents: Sequence[Float32]
+) -> list[RowResult]:
+    """Measure the clips of every row; the first row is the reference of latent distances.
+
+    Args:
+        rows: policies.
+        clips: captions and seeds.
+        latents: [clips, F, C, h, w] of each row.
+    """
+    return [
+        measure_row(row, made, clips, None if index == 0 else latents[0])
+        for index, (row, made) in enumerate(zip(rows, latents, strict=True))
+    ]
+
+
+def row_record(result: RowResult, clips: Sequence[Clip], dense: RowResult) -> dict[str, Any]:
+    """A row as plain data for JSON, with its changes from the dense row clip by clip."""
+    heldout = {text.caption_of(*pair) for pair in HELDOUT_CAPTIONS}
+    unseen = [i for i, clip in enumerate(clips) if clip.caption in heldout]
+    return {
+        "name": result.row.name,
+        "nbytes_kv": result.row.config.nbytes_kv,
+        "policy": asdict(result.row.policy),
+        "static_heads": [list(heads) for heads in result.row.partition.static_heads],
+        "measures": result.statistics(),
+        "change_from_dense": result.change_from(dense),
+        "digit_on_untrained_captions": float(result.digit_right[unseen].mean()),
+        "digit_by_frame": result.digit_right.mean(0).round(4).tolist(),
+        "position_error_by_frame": result.position_error.mean(0).round(4).tolist(),
+        "latent_distance_by_frame": result.latent_distance.mean(0).round(5).tolist(),
+    }

@@ -1,0 +1,1 @@
+"""How the digits model was trained."""
