@@ -18,7 +18,7 @@ PUBLISHED_DYNAMIC_SHARE = 226 / 360
 
 
 @dataclass(frozen=True)
-class Workload:
+class CompressedLayer:
     """A compressed layer of a model at one latent size."""
 
     label: str
@@ -100,10 +100,10 @@ class Workload:
         return tuple(calls)
 
 
-def workload_of(
+def compressed_layer(
     preset: Preset, latent_size: Sequence[int], num_dynamic: int | None = None
-) -> Workload:
-    """The workload of a preset.
+) -> CompressedLayer:
+    """A compressed layer of a preset.
 
     Args:
         preset: the model and its policy.
@@ -121,4 +121,6 @@ def workload_of(
     chunk = ChunkShape(preset.chunk_frames, rows, columns, preset.model.patch_size)
     label = f"{preset.name} {rows}x{columns}, {heads - dynamic} static + {dynamic} dynamic heads"
     model = preset.model
-    return Workload(label, heads, model.head_dim, dynamic, chunk, preset.policy, model.num_layers)
+    return CompressedLayer(
+        label, heads, model.head_dim, dynamic, chunk, preset.policy, model.num_layers
+    )

@@ -12,7 +12,7 @@ from forcing_kv.export.presets import PRESETS, load_preset
 from forcing_kv.runtime_trt.console import print_json, track
 from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.cases import OpCase
@@ -79,10 +79,10 @@ def list_plugins(
     if dtype not in ("float16", "bfloat16", "float32"):
         raise InputError(f"--dtype {dtype}: allowed are float16, bfloat16 and float32")
     size = parse_latent_size("--resolution", resolution)
-    workload = workload_of(load_preset(model), size, dynamic_heads)
+    layer = compressed_layer(load_preset(model), size, dynamic_heads)
     jobs = [
         (case, number, tactic, device)
-        for case in workload.cases()
+        for case in layer.cases()
         for number, tactic in _tactics(case)
         for device in devices
     ]
@@ -91,9 +91,9 @@ def list_plugins(
         for case, number, tactic, device in track(jobs, "compiling kernels")
     ]
     if as_json:
-        print_json({"workload": workload.label, "dtype": dtype, "kernels": [*map(asdict, rows)]})
+        print_json({"workload": layer.label, "dtype": dtype, "kernels": [*map(asdict, rows)]})
         return
-    _print_table(f"{workload.label}, {dtype}", rows)
+    _print_table(f"{layer.label}, {dtype}", rows)
 
 
 def _tactics(case: OpCase) -> Iterator[tuple[int, Tactic]]:

@@ -1,4 +1,4 @@
-"""`fkv plugins list` and the workloads that it and `fkv bench ops` take from the presets."""
+"""`fkv plugins list` and the layers that it and `fkv bench ops` take from the presets."""
 
 import json
 
@@ -11,13 +11,13 @@ from forcing_kv.export.presets import load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.tools.cli import COMMANDS, build_app
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 
-def test_workload_of_the_published_model():
-    workload = workload_of(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"])
-    attention = workload.cases()[1]
-    assert [case.spec.torch_name for case in workload.cases()] == [
+def test_the_layer_of_the_published_model():
+    layer = compressed_layer(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"])
+    attention = layer.cases()[1]
+    assert [case.spec.torch_name for case in layer.cases()] == [
         "qk_norm_rope",
         "head_indexed_attention",
         "segment_similarity",
@@ -26,18 +26,18 @@ def test_workload_of_the_published_model():
     assert attention.sizes["N"] == 4680
     assert set(attention.integers["hist_len"]) == {3120, 4680}
     assert attention.integers["hist_len"].count(4680) == 8
-    for case in workload.cases():
+    for case in layer.cases():
         case.spec.check([t.shape(case.sizes) for t in case.spec.inputs], case.attributes)
 
 
 def test_policy_without_segments_has_no_eviction():
-    workload = workload_of(load_preset("krea-14b"), RESOLUTIONS["480p"])
-    assert len(workload.cases()) == 2
+    layer = compressed_layer(load_preset("krea-14b"), RESOLUTIONS["480p"])
+    assert len(layer.cases()) == 2
 
 
 def test_more_dynamic_heads_than_heads_are_refused():
     with pytest.raises(InputError, match="13 dynamic heads asked for"):
-        workload_of(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"], 13)
+        compressed_layer(load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"], 13)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from forcing_kv.export.presets import PRESETS, load_preset
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 if TYPE_CHECKING:
     from forcing_kv.tools.bench.report.rows import Row
@@ -52,7 +52,7 @@ def bench_ops(
         raise InputError(f"--dtype {dtype}: allowed are float16 and bfloat16")
     preset = load_preset(model)
     sizes = [parse_latent_size("--resolution", text) for text in resolution or ["480p"]]
-    workloads = [workload_of(preset, size, dynamic_heads) for size in sizes]
+    layers = [compressed_layer(preset, size, dynamic_heads) for size in sizes]
     _require_gpu()
     from forcing_kv.plugins import tuning
 
@@ -64,8 +64,8 @@ def bench_ops(
     bench = OpBench(dtype, warmup, iterations)
     rows: list[Row] = []
     try:
-        for workload in workloads:
-            for row in bench.rows(workload):
+        for layer in layers:
+            for row in bench.rows(layer):
                 rows.append(row)
                 if out is not None:
                     append_row(out, row)

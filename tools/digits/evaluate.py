@@ -82,13 +82,13 @@ def run_evaluation(
     from forcing_kv.tools.digits.evaluation.comparison import (
         clips_of,
         compare,
-        row_record,
-        standard_rows,
+        standard_variants,
+        variant_record,
     )
     from forcing_kv.tools.digits.evaluation.workers import run_jobs, split_jobs
 
     head_file, fp8_file = read_heads(heads, shipped.MODEL), read_fp8(shipped.FP8, shipped.MODEL)
-    rows = standard_rows(head_file.partition)
+    variants = standard_variants(head_file.partition)
     sha256 = sha256_of(checkpoint)
     for origin in (
         heads_origin(heads, head_file.model_sha256),
@@ -101,14 +101,14 @@ def run_evaluation(
         ("long", num_long_clips, LONG_CHUNKS),
     ):
         clips = clips_of(count)
-        jobs = [job for row in rows for job in split_jobs(row, clips, chunks)]
+        jobs = [job for each in variants for job in split_jobs(each, clips, chunks)]
         made = list(track(run_jobs(checkpoint, jobs, processes), name, len(jobs)))
-        latents = np.concatenate(made).reshape(len(rows), count, -1, *made[0].shape[2:])
-        results = compare(rows, clips, list(latents))
+        latents = np.concatenate(made).reshape(len(variants), count, -1, *made[0].shape[2:])
+        results = compare(variants, clips, list(latents))
         record[name] = {
             "num_clips": count,
             "num_frames": chunks * shipped.CHUNK.num_frames,
-            "rows": [row_record(result, clips, results[0]) for result in results],
+            "rows": [variant_record(result, clips, results[0]) for result in results],
         }
     record["goals"] = judge(record["short"]["rows"])
     return record

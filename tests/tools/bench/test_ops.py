@@ -22,7 +22,7 @@ from forcing_kv.tools.bench.kernels.baselines import (
 )
 from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
 from forcing_kv.tools.cli import COMMANDS, build_app
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 CASE = attention_case("two groups", 20, 32, [(12, 12)] * 3 + [(18, 18)] * 2)
 APART = attention_case("room behind the history", 20, 32, [(16, 4)] * 3 + [(24, 24)] * 2)
@@ -80,7 +80,7 @@ def test_every_baseline_is_judged_and_a_wrong_one_fails():
 
 
 def test_counts_of_the_published_model():
-    norm_rope, attention, similarity, eviction = workload_of(
+    norm_rope, attention, similarity, eviction = compressed_layer(
         load_preset("self-forcing-1.3b"), RESOLUTIONS["480p"]
     ).cases()
     keys = 4 * 3120 + 8 * 4680 + 12 * 4680

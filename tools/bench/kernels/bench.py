@@ -32,11 +32,11 @@ from forcing_kv.tools.bench.kernels.timing import (
 )
 from forcing_kv.tools.bench.measure.summary import summary
 from forcing_kv.tools.bench.report.rows import Row, describe_environment
-from forcing_kv.tools.op_workload import Workload
+from forcing_kv.tools.op_workload import CompressedLayer
 
 
 class OpBench:
-    """Checks and times one workload after the other.
+    """Checks and times one compressed layer after the other.
 
     Args:
         dtype: compute dtype, float16 or bfloat16.
@@ -60,22 +60,22 @@ class OpBench:
         dtype: torch.dtype = getattr(torch, self._dtype)
         return dtype
 
-    def rows(self, workload: Workload) -> Iterator[Row]:
+    def rows(self, layer: CompressedLayer) -> Iterator[Row]:
         """Rows of every operator's tactics and baselines, and of a chunk's whole eviction."""
         best: dict[str, Tactic] = {}
-        cases = workload.cases()
-        for case in track(cases, workload.label):
+        cases = layer.cases()
+        for case in track(cases, layer.label):
             inputs = case.build(self._torch_dtype, device="cuda")
-            found = list(self._tactic_rows(workload, case, inputs))
+            found = list(self._tactic_rows(layer, case, inputs))
             yield from (row for row, _ in found)
             timed = [(row.metrics["time_ms"]["median"], t) for row, t in found if row.metrics]
             if timed:
                 best[case.spec.name] = min(timed, key=lambda pair: pair[0])[1]
                 self.tuned.append(self._tuned(case, {t.name: ms for ms, t in timed}))
-                yield from self._baseline_rows(workload, case, inputs)
+                yield from self._baseline_rows(layer, case, inputs)
         evictions = [case for case in cases[2:] if case.spec.name in best]
         if len(evictions) == 2:
-            yield self._eviction_row(workload, evictions, best)
+            yield self._eviction_row(layer, evictions, best)
 
     def _tuned(self, case: OpCase, times_ms: dict[str, float]) -> TunedTactic:
         fastest = min(times_ms, key=times_ms.__getitem__)
@@ -92,20 +92,20 @@ class OpBench:
             date=datetime.now(UTC).date().isoformat(),
         )
 
-    def _row(self, workload: Workload, op: str, implementation: str, **entries: Any) -> Row:
+    def _row(self, layer: CompressedLayer, op: str, implementation: str, **entries: Any) -> Row:
         described = {
-            "model": workload.label,
-            "size": f"{workload.chunk.latent_height}x{workload.chunk.latent_width}",
+            "model": layer.label,
+            "size": f"{layer.chunk.latent_height}x{layer.chunk.latent_width}",
             "policy": "forcing-kv",
             "dtype": self._dtype,
             "op": op,
-            "history": workload.history(),
+            "history": layer.history(),
         }
         subject = f"{op}: {implementation}"
         return Row("ops", subject, described, self._environment, run=self._run, **entries)
 
     def _tactic_rows(
-        self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
+        self, layer: CompressedLayer, case: OpCase, inputs: list[torch.Tensor]
     ) -> Iterator[tuple[Row, Tactic]]:
         from triton.errors import TritonError
         from triton.runtime.errors import OutOfResources
@@ -131,23 +131,23 @@ class OpBench:
                 continue
             except (RuntimeError, TritonError) as error:
                 reason = f"does not run: {error}"
-                yield self._row(workload, spec.name, name, status="failed", error=reason), tactic
+                yield self._row(layer, spec.name, name, status="failed", error=reason), tactic
                 continue
             errors = output_errors(spec, inputs, case.attributes, outputs)
             gate = {error.name: asdict(error) for error in errors}
             if all(error.passed for error in errors):
                 metrics = self._metrics(case, time_cold(call, **self._run))
-                yield self._row(workload, spec.name, name, gate=gate, metrics=metrics), tactic
+                yield self._row(layer, spec.name, name, gate=gate, metrics=metrics), tactic
             else:
                 talk(f"{spec.name}, {tactic.name}: outside its tolerance, not timed")
-                row = self._row(workload, spec.name, name, gate=gate, status="gate_failed")
+                row = self._row(layer, spec.name, name, gate=gate, status="gate_failed")
                 yield row, tactic
 
     def _baseline_rows(
-        self, workload: Workload, case: OpCase, inputs: list[torch.Tensor]
+        self, layer: CompressedLayer, case: OpCase, inputs: list[torch.Tensor]
     ) -> Iterator[Row]:
         for baseline in baselines(case, inputs):
-            row = partial(self._row, workload, case.spec.name, baseline.name)
+            row = partial(self._row, layer, case.spec.name, baseline.name)
             try:
                 call = baseline.prepare()
                 errors = baseline_errors(baseline, call())
@@ -166,11 +166,11 @@ class OpBench:
                 yield row(gate=gate, metrics=self._metrics(case, times))
 
     def _eviction_row(
-        self, workload: Workload, cases: list[OpCase], best: dict[str, Tactic]
+        self, layer: CompressedLayer, cases: list[OpCase], best: dict[str, Tactic]
     ) -> Row:
         """One similarity and an eviction for each compressed layer, as one graph."""
         calls = []
-        for case, count in zip(cases, (1, workload.num_compressed_layers), strict=True):
+        for case, count in zip(cases, (1, layer.num_compressed_layers), strict=True):
             first = case.build(self._torch_dtype, device="cuda")
             for _ in range(count):
                 # Memory of its own; drawing other values on the host would take longest of all.
@@ -185,7 +185,7 @@ class OpBench:
 
         metrics = {"time_ms": summary(time_graph(chunk, **self._run))}
         name = f"triton, {len(calls)} launches in one graph"
-        return self._row(workload, "eviction of a chunk", name, metrics=metrics)
+        return self._row(layer, "eviction of a chunk", name, metrics=metrics)
 
     def _metrics(self, case: OpCase, times_ms: list[float]) -> dict[str, Any]:
         time_ms = summary(times_ms)

@@ -36,7 +36,7 @@ Verdict = Literal["equal", "within rounding", "different", "none"]
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutResult:
     """What a rollout made, chunk by chunk."""
 
     latents: NDArray[np.float32]
@@ -63,11 +63,11 @@ class GateResult:
     """What `error` is against."""
 
 
-def roll_out(session: Session, prompt: NDArray[np.float32], num_chunks: int) -> Rollout:
+def roll_out(session: Session, prompt: NDArray[np.float32], num_chunks: int) -> RolloutResult:
     """Generate from the gate's seed; the session must be fresh or reset."""
     session.set_prompt(prompt)
     chunks = list(session.stream(num_chunks, seed=GATE_SEED))
-    return Rollout(
+    return RolloutResult(
         np.stack([chunk.latents for chunk in chunks]),
         {chunk.index: chunk.scores for chunk in chunks if chunk.scores is not None},
         {chunk.index: chunk.kept for chunk in chunks if chunk.kept is not None},
@@ -116,7 +116,7 @@ class References:
         port = self.get(self.dtype, dict(exact.kept) or None)
         return self.error(port, exact), score_error(port, exact)
 
-    def error(self, found: Rollout, exact: Rollout) -> float:
+    def error(self, found: RolloutResult, exact: RolloutResult) -> float:
         """Relative error of the latents: of the worst chunk, in FP8 of all together.
 
         The last bit of a sum decides between values of E4M3 that are 6% apart, so that the chunks
@@ -126,7 +126,7 @@ class References:
             return worst_error(found.latents[None], exact.latents[None])
         return worst_error(found.latents, exact.latents)
 
-    def get(self, dtype: DType, forced: Kept | None = None) -> Rollout:
+    def get(self, dtype: DType, forced: Kept | None = None) -> RolloutResult:
         """The rollout in `dtype`, with `forced` segments in place of its own selection."""
         path = self.folder / f"{self._key(dtype, forced)}.npz"
         if not path.is_file():
@@ -139,7 +139,9 @@ class References:
             np.savez(partial, **arrays)
             partial.replace(path)
         with np.load(path) as data:
-            return Rollout(data["latents"], _numbered(data, "scores"), _numbered(data, "kept"))
+            return RolloutResult(
+                data["latents"], _numbered(data, "scores"), _numbered(data, "kept")
+            )
 
     def _key(self, dtype: DType, forced: Kept | None) -> str:
         work, config = self.workload, replace(self.workload.config, dtype=dtype)
@@ -148,7 +150,7 @@ class References:
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return f"{work.model}-{work.size}-{work.policy}-{dtype}-{digest}"
 
-    def _make(self, dtype: DType, forced: Kept | None) -> Rollout:
+    def _make(self, dtype: DType, forced: Kept | None) -> RolloutResult:
         from forcing_kv.export.fp8_model import dequantized
         from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
 
@@ -168,7 +170,7 @@ def _numbered(data: Any, name: str) -> dict[int, Any]:
     return {int(key.partition(".")[2]): data[key] for key in data if key.startswith(f"{name}.")}
 
 
-def check(found: Rollout, references: References) -> GateResult:
+def check(found: RolloutResult, references: References) -> GateResult:
     """Compare a subject's rollout with the references."""
     if references.scale is not None:
         return _check_same_dtype(found, references, references.scale.port_errors())
@@ -192,7 +194,7 @@ def check(found: Rollout, references: References) -> GateResult:
 
 
 def _check_same_dtype(
-    found: Rollout, references: References, port_errors: tuple[float, float]
+    found: RolloutResult, references: References, port_errors: tuple[float, float]
 ) -> GateResult:
     port_error, rounding = port_errors
     port = references.get(references.dtype)
@@ -207,7 +209,7 @@ def _check_same_dtype(
     return GateResult(passed, len(found.latents), error, port_error, bound, verdict, "same dtype")
 
 
-def _first_verdict(found: Rollout, reference: Rollout) -> Verdict:
+def _first_verdict(found: RolloutResult, reference: RolloutResult) -> Verdict:
     """Before scores are looked at: other segments may be an affair of rounding."""
     if found.kept.keys() != reference.kept.keys():
         return "different"
@@ -217,7 +219,7 @@ def _first_verdict(found: Rollout, reference: Rollout) -> Verdict:
     return "equal" if same else "within rounding"
 
 
-def _is_excused(found: Rollout, reference: Rollout, margin: float) -> bool:
+def _is_excused(found: RolloutResult, reference: RolloutResult, margin: float) -> bool:
     """Whether every wrong choice is between scores of the reference that differ by no more."""
     for chunk, kept in found.kept.items():
         scores = reference.scores[chunk].astype(np.float64).ravel()
@@ -228,7 +230,7 @@ def _is_excused(found: Rollout, reference: Rollout, margin: float) -> bool:
     return True
 
 
-def score_error(found: Rollout, exact: Rollout) -> float:
+def score_error(found: RolloutResult, exact: RolloutResult) -> float:
     """Largest difference of a score; 0 where nothing is scored."""
     pairs = ((found.scores[i], exact.scores[i]) for i in exact.scores)
     return max((float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs), default=0.0)

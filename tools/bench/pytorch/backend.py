@@ -174,8 +174,8 @@ class TorchBackend(Backend):
         if self._history is None:
             if options.fusion.qkv:
                 fuse_qkv_(model)
-            graph = StepGraph(model, self.config, fusion=options.fusion).to(self.device)
-            module = OperatorPass(graph, self.pools)
+            step = StepGraph(model, self.config, fusion=options.fusion).to(self.device)
+            module = OperatorPass(step, self.pools)
         else:
             module = BaselinePass(model, self.config, self._history)
         eager: Any = module

@@ -83,11 +83,11 @@ def _heads(x: Tensor, attn: Attention, norm: str) -> Tensor:
 
 
 class OperatorPass(nn.Module):
-    """The exported step graph: our operators, fused as its graph says."""
+    """The exported step: our operators, fused as it says."""
 
-    def __init__(self, graph: StepGraph, pools: dict[str, list[Tensor]]) -> None:
+    def __init__(self, step: StepGraph, pools: dict[str, list[Tensor]]) -> None:
         super().__init__()
-        self._graph = graph
+        self._step = step
         self._pools = pools
 
     def forward(
@@ -96,7 +96,7 @@ class OperatorPass(nn.Module):
         cross_k: Sequence[Tensor], cross_v: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Rows, Rows]:  # fmt: skip
         """See `Pass`."""
-        outputs = self._graph(
+        outputs = self._step(
             x, eps, time, sigma, next_sigma, rope_cos, rope_sin, hist_len, new_len,
             self._pools["k"], self._pools["v"], cross_k, cross_v,
         )  # fmt: skip

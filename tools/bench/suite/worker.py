@@ -20,7 +20,7 @@ from forcing_kv.tools.bench.report.rows import (
 )
 from forcing_kv.tools.bench.subjects import subject
 from forcing_kv.tools.bench.suite.items import SuiteItem
-from forcing_kv.tools.op_workload import workload_of
+from forcing_kv.tools.op_workload import compressed_layer
 
 TACTICS = "tactics.json"
 """File of the suite's folder with the tactics that it measured."""
@@ -89,14 +89,14 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
 
     bench = OpBench(item.dtype, warmup=5, iterations=30, commit=commit)
     folder.mkdir(parents=True, exist_ok=True)
-    workload = workload_of(load_preset(OPS_PRESET), RESOLUTIONS[item.size])
-    for row in bench.rows(workload):
+    layer = compressed_layer(load_preset(OPS_PRESET), RESOLUTIONS[item.size])
+    for row in bench.rows(layer):
         yield row
         # After every row, for the item may be stopped before its end.
         tuning.update_table(bench.tuned, folder / TACTICS)
     chosen = {tuned.op: [tuned.tactic, tuned.median_ms] for tuned in bench.tuned}
     last = replace(_blank(item, "tactics", commit), metrics=chosen)
-    untimed = [case.spec.name for case in workload.cases() if case.spec.name not in chosen]
+    untimed = [case.spec.name for case in layer.cases() if case.spec.name not in chosen]
     if untimed:
         reason = f"no tactic could be timed: {', '.join(untimed)}"
         last = replace(last, status="failed", error=reason)

@@ -33,13 +33,13 @@ from forcing_kv.tools.digits.shipped import (
 from forcing_kv.tools.digits.training.sequences import HELDOUT_CAPTIONS
 
 FIRST_SEED = 1000
-"""Seed of the first clip; each clip has its own, the same in every row."""
+"""Seed of the first clip; each clip has its own, the same in every variant."""
 
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Row:
+class Variant:
     """One cache policy to compare."""
 
     name: str
@@ -52,16 +52,16 @@ class Row:
 
     @property
     def config(self) -> RolloutConfig:
-        """The row's rollout configuration."""
+        """The variant's rollout configuration."""
         return RolloutConfig(MODEL, CHUNK, self.policy, self.partition, SCHEDULE)
 
 
-def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
+def standard_variants(partition: HeadPartition) -> tuple[Variant, ...]:
     """Dense, Forcing-KV with `partition`, and what it must beat.
 
     `recency-only` spends the segments' memory on recent frames, in the same heads: T_d + B local
     frames and no segments. Its layer 0 is all static and its warm-up is clipped, so that nothing
-    but the segments changes and the bytes are equal. One row keeps one local frame, as the
+    but the segments changes and the bytes are equal. One variant keeps one local frame, as the
     published policies of large models do; the last has its linear layers in FP8.
     """
     dynamic = HeadPartition.uniform(MODEL.num_layers, MODEL.num_heads, static=False)
@@ -75,14 +75,14 @@ def standard_rows(partition: HeadPartition) -> tuple[Row, ...]:
     every_head = static.static_heads[:1]
     same_heads = HeadPartition(MODEL.num_heads, every_head + partition.static_heads[1:])
     return (
-        Row("dense", CachePolicy.dense(DENSE_WINDOW_FRAMES, CHUNK.num_frames), dynamic),
-        Row("forcing-kv", POLICY, partition),
-        Row("recency-only", recency, same_heads),
-        Row("random segments", POLICY, partition, random_segments=True),
-        Row("all-static", no_segments, static),
-        Row("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
-        Row("forcing-kv, one frame", one_frame, partition),
-        Row("forcing-kv, FP8", POLICY, partition, fp8=True),
+        Variant("dense", CachePolicy.dense(DENSE_WINDOW_FRAMES, CHUNK.num_frames), dynamic),
+        Variant("forcing-kv", POLICY, partition),
+        Variant("recency-only", recency, same_heads),
+        Variant("random segments", POLICY, partition, random_segments=True),
+        Variant("all-static", no_segments, static),
+        Variant("no context", CachePolicy(0, 0, 0, 0, last_warmup_chunk=0), static),
+        Variant("forcing-kv, one frame", one_frame, partition),
+        Variant("forcing-kv, FP8", POLICY, partition, fp8=True),
     )
 
 
@@ -116,15 +116,17 @@ class _RandomChoice:
         return np.sort(self._rng.permutation(scores.size)[: self._num_kept]).astype(np.int32)
 
 
-def generate(model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks: int) -> Float32:
-    """Latents [clips, F, C, h, w] of clips under a row's policy, in the eager backend."""
-    if row.fp8:
+def generate(
+    model: CausalWanModel, variant: Variant, clips: Sequence[Clip], num_chunks: int
+) -> Float32:
+    """Latents [clips, F, C, h, w] of clips under a variant's policy, in the eager backend."""
+    if variant.fp8:
         scales = scales_for(model, read_fp8(FP8, MODEL).amax)
         model = quantize_(share_weights(model), scales)
-    choice = _RandomChoice(row.policy.num_kept_segments)
+    choice = _RandomChoice(variant.policy.num_kept_segments)
     latents = []
     with eager_session(
-        model, row.config, select=choice if row.random_segments else None
+        model, variant.config, select=choice if variant.random_segments else None
     ) as session:
         for clip in clips:
             choice.restart(clip.seed)
@@ -136,17 +138,17 @@ def generate(model: CausalWanModel, row: Row, clips: Sequence[Clip], num_chunks:
 
 
 @dataclass(frozen=True)
-class RowResult:
-    """Measures of one row at one length."""
+class VariantResult:
+    """Measures of one variant at one length."""
 
-    row: Row
+    variant: Variant
     clips: Sequence[metrics.ClipMeasures]
     digit_right: NDArray[np.bool_]
     """[clips, F]."""
     position_error: NDArray[np.float64]
     """[clips, F], pixels."""
     latent_distance: NDArray[np.float64]
-    """RMS difference of latents from the first row's on the same noise, [clips, F]."""
+    """RMS difference of latents from the first variant's on the same noise, [clips, F]."""
     latents: Float32
     """[clips, F, C, h, w]."""
 
@@ -160,8 +162,8 @@ class RowResult:
         """Mean and standard error over clips of every measure."""
         return {name: _statistics(values) for name, values in self.by_clip().items()}
 
-    def change_from(self, reference: RowResult) -> dict[str, dict[str, float]]:
-        """Mean and standard error of every measure minus that of the same clip in another row."""
+    def change_from(self, reference: VariantResult) -> dict[str, dict[str, float]]:
+        """Mean and standard error of every measure minus that of the clip in another variant."""
         other = reference.by_clip()
         return {name: _statistics(values - other[name]) for name, values in self.by_clip().items()}
 
@@ -171,24 +173,24 @@ def _statistics(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(values.mean()), "sem": float(error)}
 
 
-def measure_row(
-    row: Row, latents: Float32, clips: Sequence[Clip], reference: Float32 | None
-) -> RowResult:
-    """Measure the clips of a row.
+def measure_variant(
+    variant: Variant, latents: Float32, clips: Sequence[Clip], reference: Float32 | None
+) -> VariantResult:
+    """Measure the clips of a variant.
 
     Args:
-        row: the policy they were generated with.
+        variant: the policy they were generated with.
         latents: [clips, F, C, h, w].
         clips: captions and seeds.
-        reference: latents of the dense row, if this is not it.
+        reference: latents of the dense variant, if this is not it.
     """
     videos = codec.decode(latents)
     by_frame = [
         metrics.measure_frames(v, clip.caption) for v, clip in zip(videos, clips, strict=True)
     ]
     difference = latents - (latents if reference is None else reference)
-    return RowResult(
-        row,
+    return VariantResult(
+        variant,
         [
             metrics.measure_clip(v, clip.caption, CHUNK.num_frames)
             for v, clip in zip(videos, clips, strict=True)
@@ -201,30 +203,32 @@ def measure_row(
 
 
 def compare(
-    rows: Sequence[Row], clips: Sequence[Clip], latents: Sequence[Float32]
-) -> list[RowResult]:
-    """Measure the clips of every row; the first row is the reference of latent distances.
+    variants: Sequence[Variant], clips: Sequence[Clip], latents: Sequence[Float32]
+) -> list[VariantResult]:
+    """Measure the clips of every variant; the first is the reference of latent distances.
 
     Args:
-        rows: policies.
+        variants: policies.
         clips: captions and seeds.
-        latents: [clips, F, C, h, w] of each row.
+        latents: [clips, F, C, h, w] of each variant.
     """
     return [
-        measure_row(row, made, clips, None if index == 0 else latents[0])
-        for index, (row, made) in enumerate(zip(rows, latents, strict=True))
+        measure_variant(variant, made, clips, None if index == 0 else latents[0])
+        for index, (variant, made) in enumerate(zip(variants, latents, strict=True))
     ]
 
 
-def row_record(result: RowResult, clips: Sequence[Clip], dense: RowResult) -> dict[str, Any]:
-    """A row as plain data for JSON, with its changes from the dense row clip by clip."""
+def variant_record(
+    result: VariantResult, clips: Sequence[Clip], dense: VariantResult
+) -> dict[str, Any]:
+    """A variant as plain data for JSON, with its changes from the dense variant clip by clip."""
     heldout = {text.caption_of(*pair) for pair in HELDOUT_CAPTIONS}
     unseen = [i for i, clip in enumerate(clips) if clip.caption in heldout]
     return {
-        "name": result.row.name,
-        "nbytes_kv": result.row.config.nbytes_kv,
-        "policy": asdict(result.row.policy),
-        "static_heads": [list(heads) for heads in result.row.partition.static_heads],
+        "name": result.variant.name,
+        "nbytes_kv": result.variant.config.nbytes_kv,
+        "policy": asdict(result.variant.policy),
+        "static_heads": [list(heads) for heads in result.variant.partition.static_heads],
         "measures": result.statistics(),
         "change_from_dense": result.change_from(dense),
         "digit_on_untrained_captions": float(result.digit_right[unseen].mean()),

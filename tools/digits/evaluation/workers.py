@@ -12,7 +12,7 @@ import torch
 
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.tools.digits.evaluation.comparison import Clip, Float32, Row, generate
+from forcing_kv.tools.digits.evaluation.comparison import Clip, Float32, Variant, generate
 from forcing_kv.tools.digits.shipped import MODEL
 
 JOB_CLIPS = 8
@@ -21,17 +21,17 @@ JOB_CLIPS = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Clips of one row."""
+    """Clips of one variant."""
 
-    row: Row
+    variant: Variant
     clips: Sequence[Clip]
     num_chunks: int
 
 
-def split_jobs(row: Row, clips: Sequence[Clip], num_chunks: int) -> list[Job]:
-    """Cut a row into jobs, in order."""
+def split_jobs(variant: Variant, clips: Sequence[Clip], num_chunks: int) -> list[Job]:
+    """Cut a variant into jobs, in order."""
     starts = range(0, len(clips), JOB_CLIPS)
-    return [Job(row, clips[start : start + JOB_CLIPS], num_chunks) for start in starts]
+    return [Job(variant, clips[start : start + JOB_CLIPS], num_chunks) for start in starts]
 
 
 _models: dict[Path, CausalWanModel] = {}
@@ -41,7 +41,7 @@ _models: dict[Path, CausalWanModel] = {}
 def _run(checkpoint: Path, job: Job) -> Float32:
     if checkpoint not in _models:
         _models[checkpoint] = load_model(checkpoint, MODEL)
-    return generate(_models[checkpoint], job.row, job.clips, job.num_chunks)
+    return generate(_models[checkpoint], job.variant, job.clips, job.num_chunks)
 
 
 def run_jobs(checkpoint: Path, jobs: Sequence[Job], processes: int) -> Iterator[Float32]:

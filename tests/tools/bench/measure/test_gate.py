@@ -8,7 +8,13 @@ import torch.nn.functional as F
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ChunkShape
-from forcing_kv.tools.bench.measure.gate import References, Rollout, check, roll_out, worst_error
+from forcing_kv.tools.bench.measure.gate import (
+    References,
+    RolloutResult,
+    check,
+    roll_out,
+    worst_error,
+)
 from forcing_kv.tools.bench.pytorch import backend as torch_backend
 from forcing_kv.tools.bench.pytorch.attention import GroupedHistory
 from forcing_kv.tools.bench.subjects import SUBJECTS, LoadClock
@@ -18,9 +24,9 @@ SCORES = np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3)
 BEST = np.arange(3, dtype=np.int32)
 
 
-def rollout(error: float = 0.0, kept=BEST, scores=SCORES) -> Rollout:
+def rollout(error: float = 0.0, kept=BEST, scores=SCORES) -> RolloutResult:
     latents = np.ones((2, 3, 1, 2, 2), np.float32) * (1 + error)
-    return Rollout(latents, {1: scores}, {1: np.asarray(kept, np.int32)})
+    return RolloutResult(latents, {1: scores}, {1: np.asarray(kept, np.int32)})
 
 
 class Fixed(References):
@@ -34,7 +40,7 @@ class Fixed(References):
 
 @pytest.fixture
 def references(tiny, tmp_path):
-    def make(dtype: str, exact: Rollout, eager: Rollout) -> References:
+    def make(dtype: str, exact: RolloutResult, eager: RolloutResult) -> References:
         fixed = Fixed(tiny().as_dtype(dtype), "cpu", 2, tmp_path)
         fixed.made = {dtype: eager, "float32": exact}
         return fixed
@@ -90,7 +96,7 @@ def test_who_does_not_select_where_the_reference_does_fails(references, scaled):
     made = references("bfloat16", rollout(), rollout(0.01))
     if scaled:
         made.scale = references("bfloat16", rollout(), rollout(0.01))
-    never = Rollout(rollout().latents, {}, {})
+    never = RolloutResult(rollout().latents, {}, {})
     result = check(never, made)
     assert (result.kept, result.passed) == ("different", False)
 

@@ -66,9 +66,9 @@ def test_each_goal_can_be_missed() -> None:
 
 
 def test_rows_differ_in_memory_as_they_say() -> None:
-    from forcing_kv.tools.digits.evaluation.comparison import standard_rows
+    from forcing_kv.tools.digits.evaluation.comparison import standard_variants
 
-    bytes_of = {row.name: row.config.nbytes_kv for row in standard_rows(PARTITION)}
+    bytes_of = {each.name: each.config.nbytes_kv for each in standard_variants(PARTITION)}
     assert bytes_of["dense"] > 3 * bytes_of["forcing-kv"]
     assert bytes_of["random segments"] == bytes_of["forcing-kv"]
     assert bytes_of["recency-only"] == bytes_of["forcing-kv"]
@@ -92,16 +92,16 @@ def test_rows_share_their_noise_and_part_where_caches_do() -> None:
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     clips = comparison.clips_of(2)
-    rows = comparison.standard_rows(PARTITION)
-    latents = [comparison.generate(model, row, clips, 4) for row in rows]
-    results = comparison.compare(rows, clips, latents)
-    distance = {result.row.name: result.latent_distance for result in results}
+    variants = comparison.standard_variants(PARTITION)
+    latents = [comparison.generate(model, variant, clips, 4) for variant in variants]
+    results = comparison.compare(variants, clips, latents)
+    distance = {result.variant.name: result.latent_distance for result in results}
     assert not distance["dense"].any()
     for name in ("forcing-kv", "recency-only", "random segments", "all-static", "no context"):
         assert distance[name][:, :3].max() < 1e-5, name
         assert distance[name][:, -3:].min() > 1e-4, name
     assert np.abs(distance["forcing-kv"] - distance["random segments"]).max() > 1e-4
-    record = comparison.row_record(results[1], clips, results[0])
+    record = comparison.variant_record(results[1], clips, results[0])
     assert json.loads(json.dumps(record))["measures"]["digit"]["mean"] <= 1
     assert len(record["digit_by_frame"]) == 12
 
@@ -117,11 +117,11 @@ def test_jobs_keep_the_order_whoever_does_them(tmp_path: Path) -> None:
     save_file(build_model(3).state_dict(), file)
     # Mapped weights lie elsewhere in memory than fresh ones, which moves the last bits of products.
     model = load_model(file, MODEL)
-    row, clips = comparison.standard_rows(PARTITION)[3], comparison.clips_of(9)
-    jobs = workers.split_jobs(row, clips, 1)
+    variant, clips = comparison.standard_variants(PARTITION)[3], comparison.clips_of(9)
+    jobs = workers.split_jobs(variant, clips, 1)
     assert [len(job.clips) for job in jobs] == [8, 1]
     made = np.concatenate(list(workers.run_jobs(file, jobs, 1)))
-    assert np.array_equal(made, comparison.generate(model, row, clips, 1))
+    assert np.array_equal(made, comparison.generate(model, variant, clips, 1))
 
 
 def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,12 +145,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
     from forcing_kv.export.checkpoints import load_model
     from forcing_kv.tools.digits import shipped, text
-    from forcing_kv.tools.digits.evaluation.comparison import Clip, compare, generate, standard_rows
+    from forcing_kv.tools.digits.evaluation.comparison import (
+        Clip,
+        compare,
+        generate,
+        standard_variants,
+    )
 
     captions = [text.caption_of(digit, text.DIRECTIONS[digit % 4]) for digit in range(10)]
     clips = [Clip(caption, 77 + place) for place, caption in enumerate(captions)]
     model = load_model(shipped.CHECKPOINT, shipped.MODEL)
-    dense = standard_rows(PARTITION)[0]
+    dense = standard_variants(PARTITION)[0]
     (result,) = compare([dense], clips, [generate(model, dense, clips, num_chunks=4)])
     found = {name: each["mean"] for name, each in result.statistics().items()}
     assert found["digit"] > 0.85  # 1.00 over 160 clips; one clip in ten may be wrong here
