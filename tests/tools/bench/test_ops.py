@@ -10,17 +10,15 @@ from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import attention_case
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
-from forcing_kv.tools.bench.kernels.baselines import (
-    Baseline,
-    baseline_errors,
-    baselines,
+from forcing_kv.tools.bench.kernels.baselines import Baseline, baseline_errors, baselines
+from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
+from forcing_kv.tools.bench.kernels.flex_attention import flex_call
+from forcing_kv.tools.bench.kernels.folded_attention import fold_heads
+from forcing_kv.tools.bench.kernels.grouped_attention import (
     dense_attention,
     extract_join_scatter,
-    flex_call,
-    fold_heads,
     same_key_count,
 )
-from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
 from forcing_kv.tools.cli import COMMANDS, build_app
 from forcing_kv.tools.op_workload import compressed_layer
 
