@@ -12,7 +12,8 @@ import numpy as np
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.layout import HeadPartition
 from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.tools.bench.measure.subject import MeasureOptions, measure
+from forcing_kv.tools.bench.measure.options import MeasureOptions
+from forcing_kv.tools.bench.measure.subject import measure
 from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
 from forcing_kv.tools.bench.workloads import (

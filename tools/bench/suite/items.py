@@ -8,7 +8,7 @@ from typing import Literal
 
 from forcing_kv.runtime_trt.config import DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.bench.measure.subject import END_TO_END_S, MIN_CHUNKS
+from forcing_kv.tools.bench.measure.options import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.subjects import SUBJECTS
 from forcing_kv.tools.bench.workloads import Workload, step_work, workload
 

@@ -16,8 +16,9 @@ from forcing_kv.export.engine import eager_session
 from forcing_kv.export.memory_model import buffer_nbytes
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
+from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.pixel_decoders import PixelDecoder, random_decoders
-from forcing_kv.tools.bench.measure.subject import MeasureOptions, measure
+from forcing_kv.tools.bench.measure.subject import measure
 from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
 
