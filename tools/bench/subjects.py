@@ -93,7 +93,8 @@ def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool
     @contextmanager
     def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
         from forcing_kv.export.fusion import FusionOptions
-        from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
+        from forcing_kv.tools.bench.pytorch.backend import TorchBackend
+        from forcing_kv.tools.bench.pytorch.options import TorchOptions
 
         mode = (AUTOTUNE if device == "cuda" else "default") if compiled else None
         options = TorchOptions(style, mode, graph, FusionOptions(qkv=qkv))  # type: ignore[arg-type]

@@ -152,7 +152,8 @@ class References:
 
     def _make(self, dtype: DType, forced: Kept | None) -> RolloutResult:
         from forcing_kv.export.fp8_model import dequantized
-        from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
+        from forcing_kv.tools.bench.pytorch.backend import TorchBackend
+        from forcing_kv.tools.bench.pytorch.options import TorchOptions
 
         work = self.workload.as_dtype(dtype)
         options = TorchOptions("dense" if work.policy == "dense" else "grouped")

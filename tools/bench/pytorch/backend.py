@@ -7,9 +7,9 @@ eviction and commit) can be captured as CUDA graphs and replayed, with events be
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from forcing_kv.export.cost_model import first_steady_chunk
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
-from forcing_kv.export.graphs import EvictGraph, PromptGraph, StepGraph
+from forcing_kv.export.graphs import EvictGraph, PromptGraph
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
     Backend,
@@ -32,58 +31,11 @@ from forcing_kv.runtime_trt.backends.base import (
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.timeline import ChunkPlan
-from forcing_kv.tools.bench.pytorch.attention import (
-    DenseHistory,
-    GroupedHistory,
-    History,
-    ReferenceHistory,
-    empty_pools,
-)
+from forcing_kv.tools.bench.pytorch.attention import empty_pools
 from forcing_kv.tools.bench.pytorch.evict import PlainEvict
+from forcing_kv.tools.bench.pytorch.options import HISTORIES, TorchOptions
 from forcing_kv.tools.bench.pytorch.part_clock import PartClock
-from forcing_kv.tools.bench.pytorch.passes import BaselinePass, OperatorPass, Pass, compiled
-
-Style = Literal["dense", "grouped", "reference", "operators"]
-
-HISTORIES: dict[str, Callable[[RolloutConfig, torch.device], History]] = {
-    "dense": DenseHistory,
-    "grouped": GroupedHistory,
-    "reference": ReferenceHistory,
-}
-
-
-@dataclass(frozen=True)
-class TorchOptions:
-    """How a PyTorch subject runs."""
-
-    style: Style
-    """How it attends to the past; `operators` is our operators in the exported graph."""
-    compile_mode: str | None = None
-    """Mode of `torch.compile`; None runs eagerly."""
-    cuda_graph: bool = False
-    """Capture and replay the parts of a chunk."""
-    fusion: FusionOptions = PLAIN
-    """Fusions of the exported graph; `operators` alone, q, k and v alone."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What the parts of a chunk have made so far."""
-
-    new: tuple[list[Tensor], list[Tensor]] = ([], [])
-    dynamic: tuple[list[Tensor], list[Tensor]] = ([], [])
-    selection: tuple[Tensor, Tensor] | None = None
-    """Scores and kept segments."""
-    x0_steps: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """One part of a chunk, captured."""
-
-    graph: torch.cuda.CUDAGraph
-    made: _Made
-    """Tensors that every replay fills."""
+from forcing_kv.tools.bench.pytorch.parts import Parts, kind_of
 
 
 @dataclass
@@ -126,9 +78,7 @@ class TorchBackend(Backend):
         self._options = options
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._first_steady = first_steady_chunk(config)
-        self._captured: dict[Hashable, _Captured] = {}
-        self._seen: set[Hashable] = set()
-        self._graph_pool: Any = None
+        self._parts = Parts(capture=options.cuda_graph)
         own = copy.deepcopy(model)
         history = None
         if options.style == "operators":
@@ -142,9 +92,10 @@ class TorchBackend(Backend):
         own = own.cast_(self._dtype).to(self.device).eval()
         self._prompt = PromptGraph(own)
         self._evict, self._plain_evict = EvictGraph(config), PlainEvict(config)
-        self._eager, self._pass = self._passes(own)
+        self._eager, self._pass = options.passes(
+            own, config, self.pools if history is None else history
+        )
         self._cross: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._made = _Made()
         self._inputs = self._new_inputs()
         self._scalars = [
             {
@@ -164,24 +115,8 @@ class TorchBackend(Backend):
         """Bytes of the running chunk's and the selected rows, where they have own tensors."""
         if self._options.style == "dense":
             return 0
-        stacks = (*self._made.new, *self._made.dynamic)
+        stacks = (*self._parts.made.new, *self._parts.made.dynamic)
         return sum(rows.nbytes for stack in stacks for rows in stack)
-
-    def _passes(self, model: CausalWanModel) -> tuple[Pass, Pass]:
-        """The eager pass and the one to use in steady chunks."""
-        options = self._options
-        module: torch.nn.Module
-        if self._history is None:
-            if options.fusion.qkv:
-                fuse_qkv_(model)
-            step = StepGraph(model, self.config, fusion=options.fusion).to(self.device)
-            module = OperatorPass(step, self.pools)
-        else:
-            module = BaselinePass(model, self.config, self._history)
-        eager: Any = module
-        if options.compile_mode is None:
-            return eager, eager
-        return eager, compiled(module, options.compile_mode)
 
     def _new_inputs(self) -> _Inputs:
         config = self.config
@@ -222,19 +157,19 @@ class TorchBackend(Backend):
             "commit": lambda: self._store(plan),
         }
         # A captured part reads what the captured part before it made, so all share one key.
-        kind = (_kind_of(plan), keep, forced is None)
+        kind = (kind_of(plan), keep, forced is None)
         clock = PartClock(self.device)
         for name, work in parts.items():
-            self._part((name, kind), work)
+            self._parts.run((name, kind), work)
             clock.mark()
         result = ChunkResult(self._inputs.latents.cpu().numpy().copy())
         times = clock.elapsed_ms()
         result.timings_ms = dict(zip(parts, times, strict=True))
         result.timings_ms["chunk"] = sum(times)
         if keep:
-            result.x0_steps = [x0.cpu().numpy().copy() for x0 in self._made.x0_steps]
-        if plan.evict and self._made.selection is not None:
-            scores, kept = self._made.selection
+            result.x0_steps = [x0.cpu().numpy().copy() for x0 in self._parts.made.x0_steps]
+        if plan.evict and self._parts.made.selection is not None:
+            scores, kept = self._parts.made.selection
             result.scores, result.kept = scores.cpu().numpy().copy(), kept.cpu().numpy().copy()
         return result
 
@@ -246,24 +181,6 @@ class TorchBackend(Backend):
         for name in ("rope_cos", "rope_sin", "hist_len", "new_len"):
             getattr(inputs, name).copy_(torch.from_numpy(getattr(positions, name)))
 
-    def _part(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run a part: eagerly at first sight, captured at the second, replayed from then on."""
-        if not self._options.cuda_graph or key not in self._seen:
-            self._seen.add(key)
-            work()
-            return
-        if key not in self._captured:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_pool):
-                work()
-            self._graph_pool = graph.pool()
-            self._captured[key] = _Captured(graph, self._made)
-        captured = self._captured[key]
-        captured.graph.replay()
-        # What this part made is where it was at capture.
-        self._made = captured.made
-
     def _forward(self, x: Tensor, eps: Tensor, step: int, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
         inputs, scalars = self._inputs, self._scalars[step]
         run = self._pass if self._is_steady(plan) else self._eager
@@ -271,7 +188,7 @@ class TorchBackend(Backend):
             x, eps, scalars["time_sinusoid"], scalars["sigma"], scalars["next_sigma"],
             inputs.rope_cos, inputs.rope_sin, inputs.hist_len, inputs.new_len, *self._cross,
         )  # fmt: skip
-        self._made = replace(self._made, new=(new[0], new[1]))
+        self._parts.made = replace(self._parts.made, new=(new[0], new[1]))
         return x0, x_next
 
     def _is_steady(self, plan: ChunkPlan) -> bool:
@@ -290,7 +207,7 @@ class TorchBackend(Backend):
                 x0_steps.append(x0)
         inputs.latents.copy_(x0)
         # Of new rows only the clean pass's are read: a captured part would hold these for good.
-        self._made = replace(self._made, new=([], []), x0_steps=tuple(x0_steps))
+        self._parts.made = replace(self._parts.made, new=([], []), x0_steps=tuple(x0_steps))
 
     def _clean(self, plan: ChunkPlan) -> None:
         inputs = self._inputs
@@ -302,19 +219,23 @@ class TorchBackend(Backend):
         layers = self.config.evicted_layers
         chosen = [
             [rows[layer] for layer in layers]
-            for rows in (self.pools["k"], self.pools["v"], *self._made.new)
+            for rows in (self.pools["k"], self.pools["v"], *self._parts.made.new)
         ]
         evict = self._evict if self._history is None else self._plain_evict
         dyn_k, dyn_v, scores, kept = evict(*chosen)
         if forced is not None:
             kept = torch.from_numpy(forced).to(self.device)
             dyn_k, dyn_v = self._plain_evict.take(kept, scores, *chosen)
-        self._made = replace(self._made, dynamic=(dyn_k, dyn_v), selection=(scores, kept))
+        self._parts.made = replace(
+            self._parts.made, dynamic=(dyn_k, dyn_v), selection=(scores, kept)
+        )
 
     def _store(self, plan: ChunkPlan) -> None:
         if self._options.style == "dense":
             return
-        for part, new, dynamic in zip("kv", self._made.new, self._made.dynamic, strict=True):
+        for part, new, dynamic in zip(
+            "kv", self._parts.made.new, self._parts.made.dynamic, strict=True
+        ):
             copy_rows(plan, self.config, self.pools[part], new, dynamic)
 
     def run_step(
@@ -345,15 +266,7 @@ class TorchBackend(Backend):
 
     def close(self) -> None:
         """Drop graphs and tensors."""
-        self._captured.clear()
-        self._cross, self._made = ([], []), _Made()
+        self._parts.close()
+        self._cross = ([], [])
         for pools in self.pools.values():
             pools.clear()
-
-
-def _kind_of(plan: ChunkPlan) -> Hashable:
-    """All that the work of a chunk depends on beside tensors."""
-    groups = plan.groups.items()
-    return plan.evict, tuple(
-        (kind, g.history_frames, g.moves, g.writes, g.dynamic_slot) for kind, g in groups
-    )

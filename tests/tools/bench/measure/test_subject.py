@@ -19,7 +19,8 @@ from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.pixel_decoders import PixelDecoder, random_decoders
 from forcing_kv.tools.bench.measure.subject import measure
-from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
+from forcing_kv.tools.bench.pytorch.backend import TorchBackend
+from forcing_kv.tools.bench.pytorch.options import TorchOptions
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
 
 

@@ -8,7 +8,8 @@ import pytest
 from forcing_kv.export.fusion import FusionOptions
 from forcing_kv.export.verify import GoldenCase, verify_golden
 from forcing_kv.runtime_trt.session import Session
-from forcing_kv.tools.bench.pytorch.backend import TorchBackend, TorchOptions
+from forcing_kv.tools.bench.pytorch.backend import TorchBackend
+from forcing_kv.tools.bench.pytorch.options import TorchOptions
 
 SUBJECTS = {
     "grouped": ("fkv_selfforcing", TorchOptions("grouped")),
