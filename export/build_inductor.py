@@ -66,7 +66,6 @@ def build_inductor(
     weights = read_bundle_weights(bundle, manifest)
     weights.model.to(options.device)
     relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
-    decoders = {}
     with replaced_folder(bundle / relative) as folder:
         with warnings.catch_warnings():
             # PyTorch's notes to itself, one for each kernel.
@@ -74,18 +73,10 @@ def build_inductor(
             compiled = compile_package(weights.model, manifest.config, folder, options, report)
         report("constants")
         _write_constants(folder, relative, compiled.constants, weights.entries)
-        for kind, decoder in manifest.decoders.items():
-            begin = perf_counter()
-            inner = folder / kind
-            inner.mkdir()
-            graphs = _compile_decoder(
-                bundle, kind, decoder, inner, relative / kind, options, report
-            )
-            decoders[kind] = {
-                **_recorded(inner, relative / kind, graphs),
-                "decoder_sha256": decoder.sha256,
-                "build_seconds": round(perf_counter() - begin, 1),
-            }
+        decoders = {
+            kind: _build_decoder(bundle, kind, decoder, folder, relative, options, report)
+            for kind, decoder in manifest.decoders.items()
+        }
         part = _recorded(folder, relative, compiled.graphs)
     record = {
         "backend": "inductor",
@@ -109,7 +100,7 @@ def _recorded(folder: Path, relative: Path, graphs: Mapping[str, GraphInfo]) -> 
     return {"folder": str(relative), "files": hashes, "graphs": described}
 
 
-def _compile_decoder(
+def _build_decoder(
     bundle: Path,
     kind: str,
     decoder: DecoderInfo,
@@ -117,8 +108,15 @@ def _compile_decoder(
     relative: Path,
     options: InductorOptions,
     report: Callable[[str], None],
-) -> Mapping[str, GraphInfo]:
-    """Compile a decoder as its graphs in the bundle have it, into a package of its own."""
+) -> dict[str, Any]:
+    """Compile a decoder as its graphs in the bundle have it, into a package of its own.
+
+    Returns:
+        What the record says of it, in the folder `kind` of `folder`, which will be at `relative`.
+    """
+    begin = perf_counter()
+    folder, relative = folder / kind, relative / kind
+    folder.mkdir()
     modules = {
         name: OnnxModule(bundle / graph.file, decoder.weights_file)
         for name, graph in decoder.graphs.items()
@@ -130,7 +128,11 @@ def _compile_decoder(
     compiled = compile_sources(sources, folder, options, lambda name: report(f"{kind}: {name}"))
     entries = {key: entry for module in modules.values() for key, entry in module.entries.items()}
     _write_constants(folder, relative, compiled.constants, entries)
-    return compiled.graphs
+    return {
+        **_recorded(folder, relative, compiled.graphs),
+        "decoder_sha256": decoder.sha256,
+        "build_seconds": round(perf_counter() - begin, 1),
+    }
 
 
 def _decoder_source(name: str, graph: GraphInfo, module: OnnxModule) -> GraphSource:

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from forcing_kv.export.capture import graph_sources
+from forcing_kv.export.capture import GraphSource, graph_sources
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import quantize_
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
@@ -135,18 +135,9 @@ def export_bundle(
         model = sort_heads_(model, config.partition).cast_(getattr(torch, config.dtype)).eval()
         if fp8 is not None:
             quantize_(model, fp8)
-        (folder / GRAPH_FOLDER).mkdir()
-        graphs = {}
-        weights_path = folder / WEIGHT_FILE
-        with weights_path.open("wb") as file:
-            store = WeightStore(file, weights_path.name, weights_path.parent)
-            for source in graph_sources(model, config):
-                report(source.name)
-                graph = onnx_model(source)
-                relative = f"{GRAPH_FOLDER}/{source.name}.onnx"
-                write_onnx(graph, folder / relative, store)
-                graphs[source.name] = graph_info(graph, relative, folder)
+        graphs = _write_graphs(graph_sources(model, config), folder, report)
         report("manifest")
+        weights_path = folder / WEIGHT_FILE
         manifest = Manifest(
             name=labels.name,
             config=config,
@@ -160,6 +151,23 @@ def export_bundle(
         )
         write_manifest(manifest, folder)
     return manifest
+
+
+def _write_graphs(
+    sources: Iterator[GraphSource], folder: Path, report: Report
+) -> dict[str, GraphInfo]:
+    """Write graphs and the one file of all their weights; what the manifest says of each."""
+    (folder / GRAPH_FOLDER).mkdir()
+    graphs, weights_path = {}, folder / WEIGHT_FILE
+    with weights_path.open("wb") as file:
+        store = WeightStore(file, weights_path.name, weights_path.parent)
+        for source in sources:
+            report(source.name)
+            graph = onnx_model(source)
+            relative = f"{GRAPH_FOLDER}/{source.name}.onnx"
+            write_onnx(graph, folder / relative, store)
+            graphs[source.name] = graph_info(graph, relative, folder)
+    return graphs
 
 
 def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
