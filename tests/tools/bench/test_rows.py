@@ -14,7 +14,7 @@ from forcing_kv.export.cost_model import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench.cli import finish
 from forcing_kv.tools.bench.measure.summary import latency
-from forcing_kv.tools.bench.report import rows
+from forcing_kv.tools.bench.report import environment
 from forcing_kv.tools.bench.report.rows import append_row, read_rows
 from forcing_kv.tools.bench.report.tables import cells, latest, more_cells, write_report
 from forcing_kv.tools.bench.suite import runner as suite
@@ -56,7 +56,7 @@ def test_what_the_driver_tells(printed, found, tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     names = ("driver", "power_limit_w", "max_sm_mhz")
-    assert rows._driver() == dict(zip(names, found, strict=True))
+    assert environment._driver() == dict(zip(names, found, strict=True))
 
 
 def test_suite_skips_what_is_done_and_names_what_is_left(tmp_path, row):

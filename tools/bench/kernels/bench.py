@@ -31,7 +31,8 @@ from forcing_kv.tools.bench.kernels.timing import (
     time_graph,
 )
 from forcing_kv.tools.bench.measure.summary import summary
-from forcing_kv.tools.bench.report.rows import Row, describe_environment
+from forcing_kv.tools.bench.report.environment import describe_environment
+from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.op_workload import CompressedLayer
 
 

@@ -17,12 +17,8 @@ from forcing_kv.tools.bench.measure.gate import References, check, roll_out
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.pixels import decoder_row, time_to_first
 from forcing_kv.tools.bench.measure.steady import growth_row, run_steady, steady_rows
-from forcing_kv.tools.bench.report.rows import (
-    Row,
-    describe_environment,
-    describe_workload,
-    failed_kind,
-)
+from forcing_kv.tools.bench.report.environment import describe_environment
+from forcing_kv.tools.bench.report.rows import Row, describe_workload, failed_kind
 from forcing_kv.tools.bench.subjects import LoadClock, Subject
 from forcing_kv.tools.bench.workloads import Workload
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +17,6 @@ from forcing_kv.tools.bench.workloads import Workload
 SCHEMA = 1
 Status = Literal["ok", "gate_failed", "failed"]
 """ok: measured behind a passed gate; gate_failed: wrong results, so no number; failed: an error."""
-
-_PACKAGES = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings", "numpy")
 
 
 @dataclass(frozen=True)
@@ -140,88 +134,3 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
         "attended_frames": round(mean_frames(config, steady_history(config)), 4),
         "cache_policy": asdict(config.policy),
     }
-
-
-def describe_environment(device: str, commit: str | None = None) -> dict[str, Any]:
-    """Machine, versions and commit."""
-    found: dict[str, Any] = {
-        "device": device,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
-        "python": platform.python_version(),
-        "versions": _versions(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-    }
-    if device == "cuda":
-        import torch
-
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "gpu_nbytes": properties.total_memory,
-            "sm": f"{properties.major}{properties.minor}",
-            "cuda": torch.version.cuda,
-            **_driver(),
-        }
-    else:
-        import torch
-
-        found |= {
-            "cpu": _cpu_name(),
-            "cpu_count": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-    return found
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def _commit() -> str | None:
-    """Commit of the working tree, with a plus where it differs; None outside of one."""
-    folder = Path(__file__).parent
-    try:
-        run = [
-            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
-
-
-_SMI_FIELDS = {
-    "driver": "driver_version",
-    "power_limit_w": "power.limit",
-    "max_sm_mhz": "clocks.max.sm",
-}
-"""Our name of what `nvidia-smi` tells of the first GPU -> its own."""
-
-
-def _driver() -> dict[str, str | None]:
-    """Driver, power limit and highest clock, as `nvidia-smi` prints them."""
-    query = f"--query-gpu={','.join(_SMI_FIELDS.values())}"
-    words = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return dict.fromkeys(_SMI_FIELDS)
-    values = next(iter(done.stdout.splitlines()), "").split(",")
-    found = zip(_SMI_FIELDS, values, strict=False)
-    return dict.fromkeys(_SMI_FIELDS) | {name: value.strip() or None for name, value in found}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

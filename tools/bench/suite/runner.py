@@ -19,10 +19,10 @@ from pathlib import Path
 from time import monotonic, perf_counter
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import (
     Row,
     append_row,
-    describe_environment,
     describe_workload,
     failed_kind,
     read_rows,

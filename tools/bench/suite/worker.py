@@ -13,12 +13,8 @@ from forcing_kv.plugins import tuning
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure
-from forcing_kv.tools.bench.report.rows import (
-    Row,
-    append_row,
-    describe_environment,
-    describe_workload,
-)
+from forcing_kv.tools.bench.report.environment import describe_environment
+from forcing_kv.tools.bench.report.rows import Row, append_row, describe_workload
 from forcing_kv.tools.bench.subjects import subject
 from forcing_kv.tools.bench.suite.items import SuiteItem
 from forcing_kv.tools.op_workload import compressed_layer

@@ -16,7 +16,7 @@ from forcing_kv.tools.bench.kernels import bench as op_bench
 from forcing_kv.tools.bench.kernels import checks as kernel_checks
 from forcing_kv.tools.bench.kernels.baselines import Baseline
 from forcing_kv.tools.bench.kernels.timing import DeviceBounds
-from forcing_kv.tools.bench.report.rows import describe_environment
+from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.suite import worker
 from forcing_kv.tools.bench.suite.items import SuiteItem
 from forcing_kv.tools.cli import COMMANDS, build_app
