@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcing_kv.calibration.model_source import ModelSource, load_checkpoint, load_shipped
+from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.origin import heads_origin, warn_of_other
 from forcing_kv.export.request import ExportRequest, resolve_model
@@ -56,17 +56,7 @@ def load_search(request: SearchRequest) -> LoadedSearch:
         raise InputError("a policy search needs --heads; make the file with `fkv calibrate heads`")
     heads = read_heads(heads_path, preset.model)
     window = request.window_frames or request.num_chunks * preset.chunk_frames
-    if request.model.checkpoint is None:
-        if request.prompt_embeds is not None:
-            raise InputError("--prompt-embeds belongs to --checkpoint; give it too")
-        source = load_shipped(request.model.model, request.prompts)
-    else:
-        if request.prompt_embeds is None or request.prompts:
-            raise InputError(
-                "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
-                "with `fkv encode-prompt`"
-            )
-        source = load_checkpoint(request.model, request.prompt_embeds)
+    source = load_source(request.model, request.prompts, request.prompt_embeds)
     warn_of_other(
         heads_origin(heads_path, heads.model_sha256), checkpoint.path, lambda: source.sha256
     )

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -166,35 +165,25 @@ def open_writer(path: Path, fps: int, scale: int = 1) -> Iterator[Writer]:
             temporary.replace(path)
         else:
             video = VideoWriter(temporary, fps, scale, container=path.suffix)
-            with _Closing(video):
+            with _closing(video):
                 yield video
             video.finish(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-class _Closing:
+@contextmanager
+def _closing(video: VideoWriter) -> Iterator[None]:
     """Closes a video also when the block fails, without hiding its error."""
-
-    def __init__(self, video: VideoWriter) -> None:
-        self._video = video
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self._video.close()
-            return
+    try:
+        yield
+    except BaseException as error:
         try:
-            self._video.close()
+            video.close()
         except Exception as second:
             error.add_note(f"closing the unfinished video failed too: {second}")
+        raise
+    video.close()
 
 
 def gray_to_rgb(video: Float32) -> Uint8:
