@@ -143,6 +143,11 @@ _PRESETS = (
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
 """Every preset by name."""
 
+PUBLISHED_STATIC_HEADS: Mapping[str, int] = MappingProxyType(
+    {"self-forcing-1.3b": 134, "longlive-1.3b": 154, "krea-14b": 800}
+)
+"""Static heads of the partitions published for these models (Forcing-KV, configs_head/)."""
+
 
 def load_preset(name: str) -> Preset:
     """A preset by name, or one from a JSON file.

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forcing_kv.export.presets import Preset
+from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, pool_layouts
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.cases import OpCase
-
-PUBLISHED_DYNAMIC_SHARE = 226 / 360
-"""Share of dynamic heads in the published Self Forcing partition."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,13 @@ class CompressedLayer:
         return tuple(calls)
 
 
+def _published_share() -> float:
+    """Share of dynamic heads in the published Self Forcing partition."""
+    model = PRESETS["self-forcing-1.3b"].model
+    total = model.num_layers * model.num_heads
+    return (total - PUBLISHED_STATIC_HEADS["self-forcing-1.3b"]) / total
+
+
 def compressed_layer(
     preset: Preset, latent_size: Sequence[int], num_dynamic: int | None = None
 ) -> CompressedLayer:
@@ -114,7 +118,7 @@ def compressed_layer(
         InputError: more dynamic heads than heads.
     """
     heads = preset.model.num_heads
-    dynamic = round(heads * PUBLISHED_DYNAMIC_SHARE) if num_dynamic is None else num_dynamic
+    dynamic = round(heads * _published_share()) if num_dynamic is None else num_dynamic
     if not 0 <= dynamic <= heads:
         raise InputError(f"{dynamic} dynamic heads asked for; {preset.name} has {heads} heads")
     rows, columns = latent_size

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 from forcing_kv.export.memory_model import NO_FP8, all_fp8
 from forcing_kv.export.model_config import read_json
-from forcing_kv.export.presets import DENSE_WINDOW_FRAMES, Preset, load_preset
+from forcing_kv.export.presets import (
+    DENSE_WINDOW_FRAMES,
+    PUBLISHED_STATIC_HEADS,
+    Preset,
+    load_preset,
+)
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
@@ -20,11 +24,6 @@ from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.resolution import check_latent_size, parse_latent_size
 
 DEFAULT_MODEL = "self-forcing-1.3b"
-
-PUBLISHED_STATIC_HEADS: Mapping[str, int] = MappingProxyType(
-    {"self-forcing-1.3b": 134, "longlive-1.3b": 154, "krea-14b": 800}
-)
-"""Static heads of the partitions published for these models (Forcing-KV, configs_head/)."""
 
 
 @dataclass(frozen=True)

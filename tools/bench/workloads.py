@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from forcing_kv.export.cost_model import steady_history, step_flops
 from forcing_kv.export.devices import MEASURED_TFLOPS
-from forcing_kv.export.presets import DENSE_WINDOW_FRAMES, PIXEL_FRAMES_PER_LATENT, WAN_1_3B
+from forcing_kv.export.presets import (
+    DENSE_WINDOW_FRAMES,
+    PIXEL_FRAMES_PER_LATENT,
+    PUBLISHED_STATIC_HEADS,
+    WAN_1_3B,
+)
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -26,9 +31,6 @@ if TYPE_CHECKING:
     from forcing_kv.tools.bench.measure.pixel_decoders import PixelDecoder
 
 PolicyName = Literal["forcing-kv", "dense"]
-
-NUM_STATIC_HEADS = 134
-"""Static heads of the published Self Forcing partition; the other 226 are dynamic."""
 
 SPREAD_SEED = 20260509
 """Seed of the spread of static heads over layers."""
@@ -189,7 +191,7 @@ def _policy(
 
 def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
     chunk = ChunkShape(3, *RESOLUTIONS[size])
-    partition = spread_partition(WAN_1_3B, NUM_STATIC_HEADS, SPREAD_SEED)
+    partition = spread_partition(WAN_1_3B, PUBLISHED_STATIC_HEADS["self-forcing-1.3b"], SPREAD_SEED)
     config = RolloutConfig(
         WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
     )
