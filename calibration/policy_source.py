@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.rollouts import dense_config
-from forcing_kv.export.origin import heads_origin, warn_of_other
+from forcing_kv.export.origin import Origin
 from forcing_kv.export.request import ExportRequest, resolve_model
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
@@ -57,9 +57,8 @@ def load_search(request: SearchRequest) -> LoadedSearch:
     heads = read_heads(heads_path, preset.model)
     window = request.window_frames or request.num_chunks * preset.chunk_frames
     source = load_source(request.model, request.prompts, request.prompt_embeds)
-    warn_of_other(
-        heads_origin(heads_path, heads.model_sha256), checkpoint.path, lambda: source.sha256
-    )
+    origin = Origin(heads_path, "heads", heads.model_sha256)
+    origin.warn_of_other(checkpoint.path, lambda: source.sha256)
     dense = dense_config(
         source.model, source.chunk, window, 0, source.schedule, request.model.dtype
     )

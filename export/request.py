@@ -15,7 +15,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import scales_for
 from forcing_kv.export.model_config import model_shape_from_official, read_json
-from forcing_kv.export.origin import fp8_origin, heads_origin, refuse_other, warn_of_other
+from forcing_kv.export.origin import Origin
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
@@ -148,11 +148,11 @@ def _check_origins(resolved: ResolvedExport, *, allow_other: bool) -> None:
     if allow_other:
         return
     if resolved.heads is not None:
-        heads = heads_origin(resolved.heads, read_heads(resolved.heads).model_sha256)
-        warn_of_other(heads, checkpoint, lambda: resolved.checkpoint_sha256)
+        heads = Origin(resolved.heads, "heads", read_heads(resolved.heads).model_sha256)
+        heads.warn_of_other(checkpoint, lambda: resolved.checkpoint_sha256)
     if resolved.fp8 is not None and fp8 is not None:
-        origin = fp8_origin(resolved.fp8, fp8.model_sha256)
-        refuse_other(origin, checkpoint, lambda: resolved.checkpoint_sha256)
+        scales = Origin(resolved.fp8, "fp8", fp8.model_sha256)
+        scales.refuse_other(checkpoint, lambda: resolved.checkpoint_sha256)
 
 
 def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:

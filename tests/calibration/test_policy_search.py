@@ -19,9 +19,12 @@ from forcing_kv.calibration.policy_measures import (
 )
 from forcing_kv.calibration.policy_picture import best_by_size
 from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
+from forcing_kv.calibration.policy_source import SearchRequest, load_search
 from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.devices import find_device
+from forcing_kv.export.request import ExportRequest
+from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.schedule import Schedule
@@ -106,6 +109,20 @@ def test_a_policy_that_keeps_everything_equals_dense(search):
     record = search_record(search, [equal, small])
     assert json.loads(json.dumps(record, allow_nan=False))["candidates"][0]["psnr_db"] is None
     assert all(one["pareto"] for one in record["candidates"])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_heads_of_another_checkpoint_are_warned_of(tmp_path, caplog, own):
+    content = json.loads(shipped_model("digits").HEADS.read_text())
+    if not own:
+        content["model"]["sha256"] = "ab" * 32
+    (tmp_path / "heads.json").write_text(json.dumps(content))
+    request = ExportRequest(heads=tmp_path / "heads.json")
+    loaded = load_search(SearchRequest(request, None, (), None, 3))
+    assert len(loaded.scores) == 4
+    assert ["fkv calibrate heads" in record.getMessage() for record in caplog.records] == (
+        [] if own else [True]
+    )
 
 
 def test_psnr_and_boundaries_by_hand():

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from forcing_kv.export.fp8_file import read_fp8
-from forcing_kv.export.origin import fp8_origin, heads_origin, warn_of_other
+from forcing_kv.export.origin import Origin
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
@@ -87,14 +87,9 @@ def run_evaluation(
     )
     from forcing_kv.tools.digits.evaluation.workers import run_jobs, split_jobs
 
-    head_file, fp8_file = read_heads(heads, shipped.MODEL), read_fp8(shipped.FP8, shipped.MODEL)
+    head_file, sha256 = read_heads(heads, shipped.MODEL), sha256_of(checkpoint)
+    warn_of_others(checkpoint, sha256, Origin(heads, "heads", head_file.model_sha256))
     variants = standard_variants(head_file.partition)
-    sha256 = sha256_of(checkpoint)
-    for origin in (
-        heads_origin(heads, head_file.model_sha256),
-        fp8_origin(shipped.FP8, fp8_file.model_sha256),
-    ):
-        warn_of_other(origin, checkpoint, lambda: sha256)
     record: dict[str, Any] = {"model_sha256": sha256, "heads_sha256": head_file.sha256}
     for name, count, chunks in (
         ("short", num_clips, SHORT_CHUNKS),
@@ -112,6 +107,13 @@ def run_evaluation(
         }
     record["goals"] = judge(record["short"]["rows"])
     return record
+
+
+def warn_of_others(checkpoint: Path, sha256: str, heads: Origin) -> None:
+    """Say on stderr which of the heads and the shipped FP8 scales are another checkpoint's."""
+    fp8 = read_fp8(shipped.FP8, shipped.MODEL)
+    for origin in (heads, Origin(shipped.FP8, "fp8", fp8.model_sha256)):
+        origin.warn_of_other(checkpoint, lambda: sha256)
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forcing_kv.export.origin import Origin
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import HeadPartition
-from forcing_kv.tools.digits import evaluate
+from forcing_kv.tools.digits import evaluate, shipped
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (extra `train`)")
 torch = pytest.importorskip("torch", reason="needs torch (extra `train`)")
@@ -137,6 +138,18 @@ def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "forcing-kv: frames lost: 0.050 ± 0.010 (≤ 0.02) MISSED" in capsys.readouterr().err
 
 
+def test_calibrations_of_another_checkpoint_are_named(caplog) -> None:
+    heads = json.loads(shipped.HEADS.read_text())["model"]["sha256"]
+    origin = Origin(shipped.HEADS, "heads", heads)
+    evaluate.warn_of_others(shipped.CHECKPOINT, heads, origin)
+    assert not caplog.records
+    evaluate.warn_of_others(Path("other.safetensors"), "ab" * 32, origin)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "heads.json: was calibrated on another checkpoint" in said[0]
+    assert "fkv calibrate fp8" in said[1]
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
         evaluate.evaluate_command(tmp_path, checkpoint=tmp_path / "none.safetensors")
@@ -144,7 +157,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
     from forcing_kv.export.checkpoints import load_model
-    from forcing_kv.tools.digits import shipped, text
+    from forcing_kv.tools.digits import text
     from forcing_kv.tools.digits.evaluation.comparison import (
         Clip,
         compare,
