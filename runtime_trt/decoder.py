@@ -28,6 +28,7 @@ from forcing_kv.runtime_trt.errors import (
     ForcingKvError,
     InputError,
     MissingDependencyError,
+    StateGuard,
 )
 from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, Manifest, check_decoder_files
 
@@ -50,6 +51,10 @@ class VideoDecoder:
     def __init__(self, runner: DecodeRunner, info: DecoderInfo) -> None:
         self._runner, self._info = runner, info
         self._frame_shape = info.graphs[DECODE].inputs[0].shape
+        self._state = StateGuard(
+            "the last call failed half-way, so the decoder's state is not valid; call reset to "
+            "begin another video"
+        )
         self._closed = False
         self.chosen_because = "asked for"
         """Why this backend is the one."""
@@ -115,8 +120,9 @@ class VideoDecoder:
         self._require_open()
         self._first = True
         self._num_to_trim = self._info.num_trimmed_frames
-        self._runner.reset()
-        self._failed = False
+        with self._state.changing():
+            self._runner.reset()
+        self._state.renew()
 
     def decode(self, latents: Float32) -> Float32:
         """Decode the next latent frames.
@@ -133,19 +139,14 @@ class VideoDecoder:
             ForcingKvError: the backend failed, now or in an earlier call; `reset` begins again.
         """
         self._require_open()
-        if self._failed:
-            raise ForcingKvError(
-                "the last call failed half-way, so the decoder's state is not valid; call reset to "
-                "begin another video"
-            )
+        self._state.require_valid()
         if latents.ndim != 4 or latents.shape[1:] != self._frame_shape[1:]:
             raise InputError(
                 f"latents have shape {list(latents.shape)}; this decoder takes frames of "
                 f"{list(self._frame_shape[1:])}"
             )
-        self._failed = True
-        frames = np.concatenate([self._decode_frame(frame[None]) for frame in latents])
-        self._failed = False
+        with self._state.changing():
+            frames = np.concatenate([self._decode_frame(frame[None]) for frame in latents])
         trimmed = min(self._num_to_trim, len(frames))
         self._num_to_trim -= trimmed
         return frames[trimmed:]
