@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.build import write_record
-from forcing_kv.export.bundle import replaced_folder
 from forcing_kv.export.bundle_weights import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.inductor_package import InductorOptions, compile_package, compile_sources
@@ -22,6 +21,7 @@ from forcing_kv.export.planning import ENGINE_FOLDER
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
+from forcing_kv.runtime_trt.files import replaced_folder
 from forcing_kv.runtime_trt.fp8 import check_sm
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.inductor_package import environment

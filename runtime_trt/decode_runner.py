@@ -1,4 +1,4 @@
-"""What runs the graphs of a video decoder and holds its state, and how those graphs fit each other.
+"""What runs the graphs of a video decoder and holds its state.
 
 A causal video decoder keeps the last activations of its convolutions. They are inputs and outputs
 of the graph, so decoding a stream equals decoding the whole clip.
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import BundleError
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.ports import split_name
 
 Float32 = NDArray[np.float32]
@@ -64,23 +63,3 @@ def state_inputs(graph: GraphInfo) -> tuple[TensorInfo, ...]:
 def next_state(name: str) -> str:
     """The input that an output `new_state.i` becomes."""
     return name.replace(NEW_STATE, STATE)
-
-
-def check_decoder_graphs(info: DecoderInfo, where: str) -> None:
-    """Refuse a decoder entry whose graphs do not fit each other.
-
-    Raises:
-        BundleError: what is wrong.
-    """
-
-    def states(graph: GraphInfo, part: str) -> set[tuple[int | None, tuple[int, ...]]]:
-        tensors = graph.inputs if part == STATE else graph.outputs
-        named = ((*split_name(tensor.name), tensor.shape) for tensor in tensors)
-        return {(index, shape) for stem, index, shape in named if stem == part}
-
-    decode, first = info.graphs.get(DECODE), info.graphs.get(DECODE_FIRST)
-    fits = decode is not None and states(decode, NEW_STATE) == states(decode, STATE)
-    if fits and decode is not None and first is not None:
-        fits = states(first, NEW_STATE) <= states(decode, STATE)
-    if not fits or set(info.graphs) - {DECODE, DECODE_FIRST}:
-        raise BundleError(f"{where}: its graphs do not fit each other; add the decoder again")

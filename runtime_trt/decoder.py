@@ -15,18 +15,28 @@ from numpy.typing import NDArray
 from forcing_kv.runtime_trt.decode_runner import (
     DECODE,
     DECODE_FIRST,
+    NEW_STATE,
+    STATE,
     DecodeRunner,
     Float32,
     state_inputs,
 )
+from forcing_kv.runtime_trt.engine_record import FLAVOURS
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
+    BundleError,
     ForcingKvError,
     InputError,
     MissingDependencyError,
+    StateGuard,
 )
-from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
-from forcing_kv.runtime_trt.open_decoder import DECODE_BACKENDS, open_runner
+from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, Manifest, check_decoder_files
+from forcing_kv.runtime_trt.ports import split_name
+
+_ONNXRUNTIME_DEVICES = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
+
+DECODE_BACKENDS = (*FLAVOURS, "inductor", *_ONNXRUNTIME_DEVICES)
+"""Every backend that can run a decoder."""
 
 
 class VideoDecoder:
@@ -42,6 +52,10 @@ class VideoDecoder:
     def __init__(self, runner: DecodeRunner, info: DecoderInfo) -> None:
         self._runner, self._info = runner, info
         self._frame_shape = info.graphs[DECODE].inputs[0].shape
+        self._state = StateGuard(
+            "the last call failed half-way, so the decoder's state is not valid; call reset to "
+            "begin another video"
+        )
         self._closed = False
         self.chosen_because = "asked for"
         """Why this backend is the one."""
@@ -68,7 +82,7 @@ class VideoDecoder:
             bundle: directory of the bundle.
             manifest: its manifest.
             kind: vae or tae.
-            backend: one of `open_decoder.DECODE_BACKENDS`; `follow_session` chooses.
+            backend: one of `DECODE_BACKENDS`; `follow_session` chooses.
             num_threads: CPU threads of ONNX Runtime; 0 leaves the choice to it.
             use_graphs: replay captured CUDA graphs, for backends that can.
 
@@ -77,10 +91,25 @@ class VideoDecoder:
             BackendUnavailableError: the backend cannot run here, or has no engine of the decoder.
             BundleError: a file is missing or altered, or the engine is of another decoder.
         """
-        runner = open_runner(
-            bundle, manifest, kind, backend, num_threads=num_threads, use_graphs=use_graphs
-        )
-        return cls(runner, manifest.decoders[kind])
+        check_choice(bundle, manifest, kind, backend)
+        info = manifest.decoders[kind]
+        _check_graphs(info, str(bundle))
+        check_decoder_files(bundle, info)
+        runner: DecodeRunner
+        if backend in FLAVOURS:
+            from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt_decoder
+
+            runner = open_tensorrt_decoder(bundle, manifest, kind, backend, use_graphs=use_graphs)
+        elif backend == "inductor":
+            from forcing_kv.runtime_trt.backends.open_inductor import open_inductor_decoder
+
+            runner = open_inductor_decoder(bundle, manifest, kind, use_graphs=use_graphs)
+        else:
+            from forcing_kv.runtime_trt.backends.decode_onnxruntime import OnnxRuntimeDecodeRunner
+
+            device = _ONNXRUNTIME_DEVICES[backend]
+            runner = OnnxRuntimeDecodeRunner(bundle, info.graphs, num_threads, device)
+        return cls(runner, info)
 
     @property
     def backend_name(self) -> str:
@@ -92,8 +121,9 @@ class VideoDecoder:
         self._require_open()
         self._first = True
         self._num_to_trim = self._info.num_trimmed_frames
-        self._runner.reset()
-        self._failed = False
+        with self._state.changing():
+            self._runner.reset()
+        self._state.renew()
 
     def decode(self, latents: Float32) -> Float32:
         """Decode the next latent frames.
@@ -110,19 +140,14 @@ class VideoDecoder:
             ForcingKvError: the backend failed, now or in an earlier call; `reset` begins again.
         """
         self._require_open()
-        if self._failed:
-            raise ForcingKvError(
-                "the last call failed half-way, so the decoder's state is not valid; call reset to "
-                "begin another video"
-            )
+        self._state.require_valid()
         if latents.ndim != 4 or latents.shape[1:] != self._frame_shape[1:]:
             raise InputError(
                 f"latents have shape {list(latents.shape)}; this decoder takes frames of "
                 f"{list(self._frame_shape[1:])}"
             )
-        self._failed = True
-        frames = np.concatenate([self._decode_frame(frame[None]) for frame in latents])
-        self._failed = False
+        with self._state.changing():
+            frames = np.concatenate([self._decode_frame(frame[None]) for frame in latents])
         trimmed = min(self._num_to_trim, len(frames))
         self._num_to_trim -= trimmed
         return frames[trimmed:]
@@ -159,6 +184,23 @@ class VideoDecoder:
         self.close()
 
 
+def check_choice(bundle: Path, manifest: Manifest, kind: str, backend: str) -> None:
+    """Refuse what no machine could open.
+
+    Raises:
+        InputError: the bundle holds no such decoder, or there is no such backend.
+    """
+    if kind not in manifest.decoders:
+        raise InputError(
+            f"{bundle}: holds no {kind} decoder (it has {list(manifest.decoders)}); add one "
+            f"with `fkv add-decoder {bundle} --{kind} FILE`"
+        )
+    if backend not in DECODE_BACKENDS:
+        raise InputError(
+            f"decode backend {backend!r} is unknown; choose one of {list(DECODE_BACKENDS)}"
+        )
+
+
 def follow_session(
     bundle: Path, manifest: Manifest, kind: str, session_backend: str, **options: Any
 ) -> VideoDecoder:
@@ -190,6 +232,26 @@ def follow_session(
     decoder = VideoDecoder.open(bundle, manifest, kind, "onnxruntime", **options)
     decoder.chosen_because = reason
     return decoder
+
+
+def _check_graphs(info: DecoderInfo, where: str) -> None:
+    """Refuse a decoder entry whose graphs do not fit each other.
+
+    Raises:
+        BundleError: what is wrong.
+    """
+
+    def states(graph: GraphInfo, part: str) -> set[tuple[int | None, tuple[int, ...]]]:
+        tensors = graph.inputs if part == STATE else graph.outputs
+        named = ((*split_name(tensor.name), tensor.shape) for tensor in tensors)
+        return {(index, shape) for stem, index, shape in named if stem == part}
+
+    decode, first = info.graphs.get(DECODE), info.graphs.get(DECODE_FIRST)
+    fits = decode is not None and states(decode, NEW_STATE) == states(decode, STATE)
+    if fits and decode is not None and first is not None:
+        fits = states(first, NEW_STATE) <= states(decode, STATE)
+    if not fits or set(info.graphs) - {DECODE, DECODE_FIRST}:
+        raise BundleError(f"{where}: its graphs do not fit each other; add the decoder again")
 
 
 def to_rgb8(frames: Float32) -> NDArray[np.uint8]:

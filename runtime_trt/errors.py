@@ -13,7 +13,8 @@ of our own are asserts, and they do show their traceback.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -61,6 +62,36 @@ class BackendUnavailableError(ForcingKvError):
 
 class MissingDependencyError(ForcingKvError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class StateGuard:
+    """Remembers that a call failed half-way and left a state that nobody may use.
+
+    Args:
+        message: what to tell whoever uses it all the same, and how to begin again.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._valid = True
+
+    @contextmanager
+    def changing(self, *harmless: type[BaseException]) -> Iterator[None]:
+        """Holds while the state is changed; what is raised leaves it invalid, unless `harmless`."""
+        try:
+            yield
+        except BaseException as error:
+            self._valid = self._valid and isinstance(error, harmless)
+            raise
+
+    def renew(self) -> None:
+        """The state has been made anew."""
+        self._valid = True
+
+    def require_valid(self) -> None:
+        """Raises `ForcingKvError` where a call failed since the state was made."""
+        if not self._valid:
+            raise ForcingKvError(self._message)
 
 
 def missing_dependency(module: str, *, extra: str | None = None) -> MissingDependencyError:

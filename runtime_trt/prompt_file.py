@@ -8,7 +8,6 @@ texts.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.files import replaced_file
 
 Float32 = NDArray[np.float32]
 
@@ -57,14 +57,9 @@ def write_prompts(path: Path, content: PromptFile) -> None:
     tensor = {"dtype": "F32", "shape": list(embeds.shape), "data_offsets": [0, embeds.nbytes]}
     header = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
     header += b" " * (-len(header) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(embeds.tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(embeds.tobytes())
 
 
 def read_prompts(path: Path, size: tuple[int, int] | None = None) -> PromptFile:

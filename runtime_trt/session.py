@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard
 from forcing_kv.runtime_trt.noise import draw_noise
 from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
 
@@ -68,7 +69,10 @@ class Session:
         self._timeline = Timeline(self.config.policy, self.config.chunk.num_frames)
         self._has_prompt = False
         self._closed = False
-        self._failed = False
+        self._cache = StateGuard(
+            "the last call failed half-way, so the cache is not valid; call reset and set_prompt "
+            "to begin again"
+        )
         self._num_resets = 0
         self._recent: list[PendingChunk] = []
         self._ahead: _Begun | None = None
@@ -153,12 +157,11 @@ class Session:
         plan = self._timeline.switch_prompt()
         if plan is None:
             return
-        self._failed = True
-        latents = np.zeros(self.config.latent_shape, np.float32)
-        recent = np.concatenate([chunk.result().latents for chunk in self._recent])
-        latents[: plan.num_frames] = recent[-plan.num_frames :]
-        self._backend.recache(ChunkRequest(plan, latents, np.zeros(0, np.float32)))
-        self._failed = False
+        with self._cache.changing():
+            latents = np.zeros(self.config.latent_shape, np.float32)
+            recent = np.concatenate([chunk.result().latents for chunk in self._recent])
+            latents[: plan.num_frames] = recent[-plan.num_frames :]
+            self._backend.recache(ChunkRequest(plan, latents, np.zeros(0, np.float32)))
 
     def generate_chunk(
         self,
@@ -210,19 +213,17 @@ class Session:
             self._ahead = None
             return begun
         plan = self._timeline.advance()
-        self._failed = True
         request = ChunkRequest(plan, request_noise, request_eps, keep_x0)
-        pending = self._backend.submit(request)
-        self._failed = False
+        with self._cache.changing():
+            pending = self._backend.submit(request)
         self._remember(pending)
         return _Begun(plan, request, pending)
 
     def _finish(self, begun: _Begun) -> Chunk:
         """Wait for a chunk."""
         self._require_open()
-        self._failed = True
-        result = begun.pending.result()
-        self._failed = False
+        with self._cache.changing():
+            result = begun.pending.result()
         return Chunk(
             begun.plan.index,
             result.latents,
@@ -265,25 +266,22 @@ class Session:
                     f"explicit noise is for {len(array)} chunks but num_chunks is {num_chunks}; "
                     "give one row a chunk"
                 )
-        running: _Begun | None = None
+        begun: deque[_Begun] = deque()
         num_resets = self._num_resets
         try:
             for i in itertools.count() if num_chunks is None else range(num_chunks):
                 self._require_not_reset(num_resets)
                 chunk_noise = None if noise is None else np.asarray(noise)[i]
                 chunk_eps = None if eps is None else np.asarray(eps)[i]
-                ready, running = running, self._begin(chunk_noise, chunk_eps, seed)
-                if not run_ahead:
-                    ready, running = running, None
-                if ready is not None:
-                    yield self._finish(ready)
-            if running is not None:
+                begun.append(self._begin(chunk_noise, chunk_eps, seed))
+                if len(begun) > run_ahead:
+                    yield self._finish(begun.popleft())
+            while begun:
                 self._require_not_reset(num_resets)
-                ready, running = running, None
-                yield self._finish(ready)
+                yield self._finish(begun.popleft())
         finally:
-            if running is not None and self._recent[-1:] == [running.pending]:
-                self._ahead = running
+            if begun and self._recent[-1:] == [begun[-1].pending]:
+                self._ahead = begun[-1]
 
     def sibling(self) -> Session:
         """Another session, of another video, on the same loaded weights.
@@ -299,14 +297,14 @@ class Session:
     def reset(self) -> None:
         """Forget every frame and the prompt; buffers stay allocated."""
         self._require_open()
-        self._failed = True
         self._num_resets += 1
-        self._timeline.reset()
-        self._recent.clear()
-        self._ahead = None
-        self._has_prompt = False
-        self._backend.reset()
-        self._failed = False
+        with self._cache.changing():
+            self._timeline.reset()
+            self._recent.clear()
+            self._ahead = None
+            self._has_prompt = False
+            self._backend.reset()
+        self._cache.renew()
 
     def close(self) -> None:
         """Release the backend; may be called twice."""
@@ -331,11 +329,7 @@ class Session:
 
     def _require_usable(self) -> None:
         self._require_open()
-        if self._failed:
-            raise ForcingKvError(
-                "the last call failed half-way, so the cache is not valid; call reset and "
-                "set_prompt to begin again"
-            )
+        self._cache.require_valid()
 
     def _require_not_reset(self, num_resets: int) -> None:
         if self._num_resets != num_resets:
@@ -344,13 +338,8 @@ class Session:
     def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
         model = self.config.model
         embeds = _checked("prompt_embeds", prompt_embeds, (model.text_len, model.text_dim))
-        self._failed = True
-        try:
+        with self._cache.changing(InputError):  # Raised before anything was changed.
             self._backend.set_prompt(embeds)
-        except InputError:  # Refused before anything was changed.
-            self._failed = False
-            raise
-        self._failed = False
         self._has_prompt = True
 
     def _remember(self, pending: PendingChunk) -> None:

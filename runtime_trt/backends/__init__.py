@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forcing_kv.runtime_trt.backends.base import Backend
-from forcing_kv.runtime_trt.engine_record import FLAVOURS, build_command
+from forcing_kv.runtime_trt.engine_record import FLAVOURS
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     ForcingKvError,
@@ -79,6 +77,7 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
 
             checked_record(bundle, manifest, name)
         elif name == "inductor":
+            from forcing_kv.runtime_trt.backends.open_inductor import inductor_record
             from forcing_kv.runtime_trt.inductor_package import check_environment
 
             environment = inductor_record(bundle, manifest)["environment"]
@@ -88,20 +87,6 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
     except ForcingKvError as error:
         return str(error)
     return None
-
-
-def inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
-
-    Raises:
-        BackendUnavailableError: there is none.
-    """
-    records = [record for record in manifest.engines if record.get("backend") == "inductor"]
-    if not records:
-        raise BackendUnavailableError(
-            f"{bundle} holds no inductor engine; make one with {build_command(bundle, 'inductor')}"
-        )
-    return max(records, key=lambda record: record["environment"]["device"] == "cuda")
 
 
 def open_backend(
@@ -141,7 +126,7 @@ def _open(
 
         return open_tensorrt(bundle, manifest, name, use_graphs=use_graphs)
     if name == "inductor":
-        from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
+        from forcing_kv.runtime_trt.backends.open_inductor import inductor_record, open_inductor
 
         record = inductor_record(bundle, manifest)
         return open_inductor(bundle, manifest, record, use_graphs=use_graphs)

@@ -43,15 +43,13 @@ def plan_decoder_memory(graphs: Mapping[str, GraphInfo], scratch_nbytes: int) ->
     def spec(name: str, like: TensorInfo) -> BufferSpec:
         return BufferSpec(name, tuple(like.shape), like.dtype)
 
-    (latents,) = (info for info in graphs[DECODE].inputs if info.name == LATENTS)
-    specs = [spec(LATENTS, latents)]
+    inputs = {info.name: info for info in graphs[DECODE].inputs}
+    specs = [spec(LATENTS, inputs.pop(LATENTS))]
     for graph, content in graphs.items():
         (frames,) = (info for info in content.outputs if info.name == FRAMES)
         specs.append(spec(_frames_name(graph), frames))
     for state_set in (0, 1):
-        specs += [
-            spec(_state_name(info.name, state_set), info) for info in state_inputs(graphs[DECODE])
-        ]
+        specs += [spec(_state_name(name, state_set), info) for name, info in inputs.items()]
     if scratch_nbytes:
         specs.append(BufferSpec(SCRATCH, (scratch_nbytes,), "uint8"))
     return MemoryPlan.of(specs)
@@ -102,8 +100,10 @@ class GraphDecodeRunner(DecodeRunner):
             self.memory = DeviceMemory(cuda, plan)
             """Every device buffer, by name."""
             stack.callback(cuda.free, self.memory.base)
-            self._upload = self._pinned(stack, plan, [LATENTS])
-            self._download = self._pinned(stack, plan, [_frames_name(graph) for graph in graphs])
+            self._upload = PinnedMirror(cuda, plan, [LATENTS])
+            stack.callback(cuda.free_host, self._upload.address)
+            self._download = PinnedMirror(cuda, plan, [_frames_name(graph) for graph in graphs])
+            stack.callback(cuda.free_host, self._download.address)
             stack.callback(_drop_graphs, cuda, captured)
             # Runs first when the stack unwinds: nothing is freed under work that is on its way.
             stack.callback(cuda.synchronize, self._stream)
@@ -113,11 +113,6 @@ class GraphDecodeRunner(DecodeRunner):
                 self._capture()
             # Releases when closed, when collected as garbage and at exit, once.
             self._release = weakref.finalize(self, stack.pop_all().close)
-
-    def _pinned(self, stack: ExitStack, plan: MemoryPlan, names: list[str]) -> PinnedMirror:
-        mirror = PinnedMirror(self._cuda, plan, names)
-        stack.callback(self._cuda.free_host, mirror.address)
-        return mirror
 
     @property
     def captured_graphs(self) -> Mapping[tuple[str, int], CapturedGraph]:

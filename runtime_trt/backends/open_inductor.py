@@ -1,4 +1,4 @@
-"""Opens the Inductor engine of a bundle."""
+"""Opens the Inductor engines of a bundle."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.runtime_trt.backends.base import Backend
+from forcing_kv.runtime_trt.backends.decode_inductor import InductorDecodeRunner
 from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table
-from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.decode_runner import DecodeRunner
+from forcing_kv.runtime_trt.engine_record import build_command, decoder_content
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, require
 from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
 from forcing_kv.runtime_trt.layout import from_mapping
@@ -18,6 +21,20 @@ from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    records = [record for record in manifest.engines if record.get("backend") == "inductor"]
+    if not records:
+        raise BackendUnavailableError(
+            f"{bundle} holds no inductor engine; make one with {build_command(bundle, 'inductor')}"
+        )
+    return max(records, key=lambda record: record["environment"]["device"] == "cuda")
 
 
 def open_inductor(
@@ -37,6 +54,35 @@ def open_inductor(
     """
     package = open_package(bundle, record)
     return package_backend(manifest.config, package, use_graphs=use_graphs)
+
+
+def open_inductor_decoder(
+    bundle: Path, manifest: Manifest, kind: str, *, use_graphs: bool = True
+) -> DecodeRunner:
+    """Open the engine of a decoder.
+
+    Args:
+        bundle: directory of the bundle; the decoder's own files are checked by the caller.
+        manifest: its manifest.
+        kind: vae or tae.
+        use_graphs: on CUDA, replay captured graphs.
+
+    Raises:
+        BackendUnavailableError: there is none, or it was compiled for another environment.
+        BundleError: a file is missing or altered, or the engine is of another decoder.
+    """
+    record = inductor_record(bundle, manifest)
+    content = decoder_content(bundle, record, kind, manifest.decoders[kind])
+    package = open_package(bundle, content)
+    if package.device.type == "cpu":
+        return InductorDecodeRunner(package)
+    from forcing_kv.runtime_trt.backends.decode_graph import GraphDecodeRunner
+    from forcing_kv.runtime_trt.cuda import Cuda
+    from forcing_kv.runtime_trt.inductor_engine import InductorEngine
+
+    cuda = Cuda(package.device.index or 0, extra="inductor")
+    engine = InductorEngine(package)
+    return GraphDecodeRunner(cuda, engine, package.graphs, use_graphs=use_graphs)
 
 
 def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:

@@ -1,4 +1,4 @@
-"""Opens the TensorRT or TensorRT-RTX engine of a bundle, everything checked first."""
+"""Opens the TensorRT or TensorRT-RTX engines of a bundle, everything checked first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.backends.decode_graph import GraphDecodeRunner, plan_decoder_memory
 from forcing_kv.runtime_trt.buffers import require_free_memory
 from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.engine_record import (
@@ -22,10 +23,10 @@ from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.runtime_trt.tensorrt_engine import LoadedPlans, TensorRtEngine
 
 
-def checked_record(
+def fitting_record(
     bundle: Path, manifest: Manifest, name: str, cuda: Cuda | None = None
 ) -> tuple[EngineRecord, Cuda, Any]:
-    """Everything that can be known before a TensorRT runtime exists.
+    """The engine of this flavour for this GPU; its plans are not looked at.
 
     Args:
         bundle: directory of the bundle.
@@ -34,11 +35,11 @@ def checked_record(
         cuda: the device; the first GPU if None.
 
     Returns:
-        The engine for this GPU, the device, and the module that runs it.
+        The engine, the device, and the module that runs it.
 
     Raises:
-        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
-        BundleError: a plan is missing or altered.
+        BackendUnavailableError: no engine, driver, GPU or version for it.
+        BundleError: an engine is not of the bundle's graphs.
         MissingDependencyError: the runtime is not installed.
     """
     flavour = FLAVOURS[name]
@@ -47,6 +48,20 @@ def checked_record(
     cuda = cuda or Cuda(extra=flavour.extra)
     record = choose_record(records, cuda.device)
     check_version(record, flavour, str(trt.__version__))
+    return record, cuda, trt
+
+
+def checked_record(
+    bundle: Path, manifest: Manifest, name: str, cuda: Cuda | None = None
+) -> tuple[EngineRecord, Cuda, Any]:
+    """Everything that can be known before a TensorRT runtime exists; see `fitting_record`.
+
+    Raises:
+        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
+        BundleError: a plan is missing or altered.
+        MissingDependencyError: the runtime is not installed.
+    """
+    record, cuda, trt = fitting_record(bundle, manifest, name, cuda)
     check_plans(record)
     require_free_memory(cuda, record.nbytes_on_device(manifest), f"{bundle} on {name}")
     return record, cuda, trt
@@ -82,3 +97,37 @@ def open_tensorrt(
         "check": 1e3 * (checked - start), "load plans": 1e3 * (loaded - checked), **backend.load_ms
     }  # fmt: skip
     return backend
+
+
+def open_tensorrt_decoder(
+    bundle: Path,
+    manifest: Manifest,
+    kind: str,
+    name: str,
+    *,
+    use_graphs: bool = True,
+    cuda: Cuda | None = None,
+) -> GraphDecodeRunner:
+    """Open the engine of a decoder that fits this GPU; the denoiser's plans are not touched.
+
+    Args:
+        bundle: directory of the bundle; the decoder's own files are checked by the caller.
+        manifest: its manifest.
+        kind: vae or tae.
+        name: tensorrt, tensorrt-lean or tensorrt-rtx.
+        use_graphs: replay captured graphs.
+        cuda: the device; the first GPU if None.
+
+    Raises:
+        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
+        BundleError: a plan is missing, altered, or of another decoder.
+        MissingDependencyError: the runtime is not installed.
+    """
+    shared, cuda, trt = fitting_record(bundle, manifest, name, cuda)
+    record = shared.decoder(kind, manifest.decoders[kind])
+    check_plans(record)
+    buffers = plan_decoder_memory(record.graphs, record.scratch_nbytes)
+    nbytes = record.weight_nbytes + buffers.nbytes
+    require_free_memory(cuda, nbytes, f"the {kind} decoder of {bundle} on {name}")
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, record))
+    return GraphDecodeRunner(cuda, engine, record.graphs, use_graphs=use_graphs)

@@ -9,6 +9,7 @@ from forcing_kv.runtime_trt.errors import (
     ForcingKvError,
     InputError,
     MissingDependencyError,
+    StateGuard,
     require,
 )
 
@@ -49,3 +50,17 @@ def test_errors_can_be_caught_by_their_standard_class():
     assert issubclass(InputError, ForcingKvError)
     assert issubclass(MissingDependencyError, ImportError)
     assert isinstance(require("types"), types.ModuleType)
+
+
+def test_a_guard_refuses_a_state_that_a_call_left_half_changed():
+    guard = StateGuard("call reset")
+    with pytest.raises(KeyboardInterrupt), guard.changing(InputError):
+        raise KeyboardInterrupt
+    with guard.changing():
+        pass
+    with pytest.raises(ForcingKvError, match="call reset"):
+        guard.require_valid()
+    guard.renew()
+    with pytest.raises(InputError), guard.changing(InputError):
+        raise InputError("refused before anything was changed")
+    guard.require_valid()
