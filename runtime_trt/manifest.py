@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.hashes import check_hashes
-from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 MANIFEST_FILE = "manifest.json"
 GRAPH_FOLDER = "graphs"
 WEIGHT_FILE = "graphs/weights.bin"
+_REMEDY = "export the bundle again"
 SCHEMA_VERSION = 1
 """Version that this runtime writes and the only one that it reads."""
 
@@ -119,9 +119,9 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle}: not a bundle ({MANIFEST_FILE} is missing); make one with `fkv export`"
         )
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not readable ({error}); export the bundle again") from error
+        data = read_json(path, "manifest", _REMEDY)
+    except InputError as error:
+        raise BundleError(str(error)) from error
     version = data.pop("schema_version", None) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -130,30 +130,15 @@ def read_manifest(bundle: Path) -> Manifest:
             "wrote it"
         )
     try:
-        return _manifest(data)
+        manifest = load_as(Manifest, data)
+        _check_graphs(manifest.config, manifest.graphs)
+        for engine in manifest.engines:
+            _check_engine(engine, f"engines.{engine.get('folder')}")
     except InputError as error:
-        raise BundleError(f"{path}: {error}; export the bundle again") from error
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise BundleError(
-            f"{path}: entry {error} is missing or malformed; export the bundle again"
-        ) from error
-
-
-def _manifest(data: dict[str, Any]) -> Manifest:
-    config = RolloutConfig.from_json(data["config"], "config")
-    graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
-    _check_graphs(config, graphs)
-    engines = tuple(data.get("engines", ()))
-    for engine in engines:
-        _check_engine(engine, f"engines.{engine['folder']}")
-    parts = {"config": config, "graphs": graphs, "engines": engines}
-    fp8 = data.get("fp8")
-    parts["fp8"] = None if fp8 is None else Fp8Scales.from_json(fp8, "fp8")
-    parts["decoders"] = {
-        kind: _decoder_info(decoder, f"decoders.{kind}")
-        for kind, decoder in data.get("decoders", {}).items()
-    }
-    return from_mapping(Manifest, {**data, **parts}, "manifest")
+        raise BundleError(f"{path}: {error}; {_REMEDY}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: entry {error} is missing or malformed; {_REMEDY}") from error
+    return manifest
 
 
 def _check_engine(data: Mapping[str, Any], where: str) -> None:
@@ -189,26 +174,13 @@ def _require(holds: bool, where: str, value: Any) -> None:
         raise InputError(f"{where} is {value!r}, which is malformed")
 
 
-def _decoder_info(data: Mapping[str, Any], where: str) -> DecoderInfo:
-    graphs = {name: graph_info(graph, f"{where}.{name}") for name, graph in data["graphs"].items()}
-    return from_mapping(DecoderInfo, {**data, "graphs": graphs}, where)
-
-
 def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
-    """Read a graph's entry, in the manifest or in an engine record.
+    """Read a graph's entry in an engine record.
 
     Raises:
         InputError: unknown or missing keys; names `where`.
     """
-    parts = dict(data)
-    for key in ("inputs", "outputs"):
-        parts[key] = tuple(
-            from_mapping(TensorInfo, {**info, "shape": tuple(info["shape"])}, f"{where}.{key}")
-            for info in parts[key]
-        )
-    for key in ("file", "sha256"):
-        _require(isinstance(parts[key], str), f"{where}.{key}", parts[key])
-    return from_mapping(GraphInfo, parts, where)
+    return load_as(GraphInfo, data, where)
 
 
 def _check_graphs(config: RolloutConfig, graphs: Mapping[str, GraphInfo]) -> None:

@@ -13,8 +13,7 @@ from forcing_kv.runtime_trt.constant_table import read_constants, read_table
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
-from forcing_kv.runtime_trt.layout import from_mapping
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo
+from forcing_kv.runtime_trt.manifest import Manifest, graph_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:
     device = record["environment"]["device"]
     check_environment(record["environment"], device)
     check_hashes(bundle, record["files"], "it was built", REBUILD)
-    graphs = {name: _graph_info(info, name) for name, info in record["graphs"].items()}
+    graphs = {name: graph_info(info, name) for name, info in record["graphs"].items()}
     constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
     (path,) = {bundle / info.file for info in graphs.values()}
     return InductorPackage(path, graphs, constants, device)
@@ -68,19 +67,6 @@ def package_backend(
     cuda = Cuda(package.device.index or 0, extra="inductor")
     engine = InductorEngine(package)
     return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
-
-
-def _graph_info(data: Mapping[str, Any], name: str) -> GraphInfo:
-    ports = {
-        key: tuple(
-            from_mapping(
-                TensorInfo, {**port, "shape": tuple(port["shape"])}, f"graphs.{name}.{key}"
-            )
-            for port in data[key]
-        )
-        for key in ("inputs", "outputs")
-    }
-    return GraphInfo(data["file"], data["sha256"], **ports)
 
 
 def load_constants(bundle: Path, table: Path, device: str) -> dict[str, Tensor]:
