@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import BundleError, ForcingKvError, InputError
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, Manifest, TensorInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
 
 Float32 = NDArray[np.float32]
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.dtypes import DTYPES
+from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import check_hashes
 from forcing_kv.runtime_trt.schema import load_as, read_json
 
@@ -21,37 +22,6 @@ WEIGHT_FILE = "graphs/weights.bin"
 _REMEDY = "export the bundle again"
 SCHEMA_VERSION = 1
 """Version that this runtime writes and the only one that it reads."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of a graph.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """Name in `DTYPES`."""
-
-    def __post_init__(self) -> None:
-        if self.dtype == "float":  # Bundles of 2026 have ONNX's word for it.
-            object.__setattr__(self, "dtype", "float32")
-        if self.dtype not in DTYPES:
-            raise InputError(f"{self.name}: dtype is {self.dtype!r}; allowed are {list(DTYPES)}")
-
-
-@dataclass(frozen=True)
-class GraphInfo:
-    """One exported graph."""
-
-    file: str
-    """Path within the bundle."""
-    sha256: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -98,12 +68,13 @@ class Manifest:
     """Exported decoders by kind: `vae`, `tae`."""
     plugin_abi: int = 1
     """Version of the custom operators that the graphs use."""
-    engines: tuple[Mapping[str, Any], ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
     """One record per built engine."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema version first."""
-        data = {**asdict(self), "config": self.config.to_json()}
+        engines = [engine.to_json() for engine in self.engines]
+        data = {**asdict(self), "config": self.config.to_json(), "engines": engines}
         return {"schema_version": SCHEMA_VERSION, **data}
 
 
@@ -132,55 +103,9 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         manifest = load_as(Manifest, data)
         _check_graphs(manifest.config, manifest.graphs)
-        for engine in manifest.engines:
-            _check_engine(engine, f"engines.{engine.get('folder')}")
     except InputError as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from error
-    except (LookupError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path}: entry {error} is missing or malformed; {_REMEDY}") from error
     return manifest
-
-
-def _check_engine(data: Mapping[str, Any], where: str) -> None:
-    """Refuse a record that nobody could read; what a backend adds is checked where it is read."""
-    for key, kind in {"backend": str, "environment": dict, "options": dict}.items():
-        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
-    built_for = data["environment"].get("device", data["environment"].get("sm"))
-    _require(isinstance(built_for, str), f"{where}.environment", data["environment"])
-    for part in (data, *data.get("decoders", {}).values()):
-        _check_engine_part(part, where)
-
-
-def _check_engine_part(data: Mapping[str, Any], where: str) -> None:
-    """What a record says of the denoiser, and of every decoder."""
-    kinds: dict[str, Any] = {
-        "folder": str, "files": dict, "graphs": dict, "build_seconds": (int, float)
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
-    for file, sha256 in data["files"].items():
-        _require(isinstance(sha256, str), f"{where}.files.{file}", sha256)
-    for name, graph in data["graphs"].items():
-        graph_info(graph, f"{where}.graphs.{name}")
-    for name, detail in data.get("details", {}).items():
-        for key in ("weight_nbytes", "scratch_nbytes"):
-            value = detail.get(key)
-            known = value is None or isinstance(value, int)
-            _require(known, f"{where}.details.{name}.{key}", value)
-
-
-def _require(holds: bool, where: str, value: Any) -> None:
-    if not holds:
-        raise InputError(f"{where} is {value!r}, which is malformed")
-
-
-def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
-    """Read a graph's entry in an engine record.
-
-    Raises:
-        InputError: unknown or missing keys; names `where`.
-    """
-    return load_as(GraphInfo, data, where)
 
 
 def _check_graphs(config: RolloutConfig, graphs: Mapping[str, GraphInfo]) -> None:

@@ -8,20 +8,17 @@ from typing import Any
 from forcing_kv.runtime_trt.buffers import require_free_memory
 from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.decoder import DecodeRunner, VideoDecoder, check_decoder_graphs
-from forcing_kv.runtime_trt.engine_record import (
-    FLAVOURS,
-    EngineRecord,
-    check_plans,
-    check_version,
-    choose_record,
-    decoder_content,
-    find_records,
-)
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     InputError,
     MissingDependencyError,
     require,
+)
+from forcing_kv.runtime_trt.flavours import (
+    FLAVOURS,
+    check_version,
+    choose_record,
+    find_records,
 )
 from forcing_kv.runtime_trt.manifest import Manifest, check_decoder_files
 
@@ -136,14 +133,14 @@ def open_tensorrt_decoder(
     records = find_records(bundle, manifest, flavour)
     trt = require(flavour.module, extra=flavour.extra)
     cuda = cuda or Cuda(extra=flavour.extra)
-    shared = choose_record(records, cuda.device)
-    check_version(shared, flavour, str(trt.__version__))
-    record: EngineRecord = shared.decoder(kind, manifest.decoders[kind])
-    check_plans(record)
+    shared = choose_record(bundle, records, cuda.device)
+    check_version(bundle, shared, flavour, str(trt.__version__))
+    record = shared.decoder(bundle, kind, manifest.decoders[kind].sha256)
+    record.check_files(bundle)
     buffers = plan_decoder_memory(record.graphs, record.scratch_nbytes)
     needed = record.weight_nbytes + buffers.nbytes
     require_free_memory(cuda, needed, f"the {kind} decoder of {bundle} on {name}")
-    engine = TensorRtEngine(LoadedPlans(flavour, trt, record))
+    engine = TensorRtEngine(LoadedPlans(flavour, trt, bundle, record))
     return GraphDecodeRunner(cuda, engine, record.graphs, use_graphs=use_graphs)
 
 
@@ -153,9 +150,9 @@ def _open_inductor(
     from forcing_kv.runtime_trt.backends import inductor_record
     from forcing_kv.runtime_trt.backends.open_inductor import open_package
 
-    record = inductor_record(bundle, manifest)
-    content = decoder_content(bundle, record, kind, manifest.decoders[kind])
-    package = open_package(bundle, content)
+    shared = inductor_record(bundle, manifest)
+    record = shared.decoder(bundle, kind, manifest.decoders[kind].sha256)
+    package = open_package(bundle, record)
     if package.device.type == "cpu":
         from forcing_kv.runtime_trt.backends.decode_inductor import InductorDecodeRunner
 

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -116,7 +116,7 @@ def load_as(
     try:
         # As text, since only then does strict checking take a list for a tuple.
         text = json.dumps([data], allow_nan=False)
-        loaded: tuple[_T] = _adapter(kind, unknown).validate_json(text)
+        loaded: tuple[_T] = _adapter(cast(Any, kind), unknown).validate_json(text)
     except ValidationError as error:
         raise InputError(_message(kind, error.errors(include_url=False), where)) from error
     except (RecursionError, ValueError) as error:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forcing_kv.runtime_trt.backends.base import Backend
-from forcing_kv.runtime_trt.engine_record import FLAVOURS, build_command
+from forcing_kv.runtime_trt.engine_record import EngineRecord, build_command
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     ForcingKvError,
     InputError,
     missing_dependency,
 )
+from forcing_kv.runtime_trt.flavours import FLAVOURS
 from forcing_kv.runtime_trt.manifest import Manifest, check_files, read_manifest
 
 BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
@@ -81,7 +80,7 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
         elif name == "inductor":
             from forcing_kv.runtime_trt.inductor_package import check_environment
 
-            environment = inductor_record(bundle, manifest)["environment"]
+            environment = inductor_record(bundle, manifest).environment
             check_environment(environment, environment["device"])
         elif manifest.config.dtype == "bfloat16":
             return "it does not run bfloat16 on the CPU; export with --dtype float32"
@@ -90,18 +89,18 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
 
     Raises:
         BackendUnavailableError: there is none.
     """
-    records = [record for record in manifest.engines if record.get("backend") == "inductor"]
+    records = [record for record in manifest.engines if record.backend == "inductor"]
     if not records:
         raise BackendUnavailableError(
             f"{bundle} holds no inductor engine; make one with {build_command(bundle, 'inductor')}"
         )
-    return max(records, key=lambda record: record["environment"]["device"] == "cuda")
+    return max(records, key=lambda record: record.environment["device"] == "cuda")
 
 
 def open_backend(

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forcing_kv.runtime_trt.backends.base import Backend
 from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table
+from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import require
-from forcing_kv.runtime_trt.hashes import check_hashes
-from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
-from forcing_kv.runtime_trt.manifest import Manifest, graph_info
+from forcing_kv.runtime_trt.inductor_package import InductorPackage, check_environment
+from forcing_kv.runtime_trt.manifest import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def open_inductor(
-    bundle: Path, manifest: Manifest, record: Mapping[str, Any], *, use_graphs: bool = True
+    bundle: Path, manifest: Manifest, record: EngineRecord, *, use_graphs: bool = True
 ) -> Backend:
     """Open an engine that `fkv build --backend inductor` made.
 
@@ -38,20 +37,19 @@ def open_inductor(
     return package_backend(manifest.config, package, use_graphs=use_graphs)
 
 
-def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:
+def open_package(bundle: Path, record: EngineRecord) -> InductorPackage:
     """Load the package of a record, or of the part of one that is about a decoder.
 
     Raises:
         BackendUnavailableError: it was compiled for another environment.
         BundleError: a file is missing or altered.
     """
-    device = record["environment"]["device"]
-    check_environment(record["environment"], device)
-    check_hashes(bundle, record["files"], "it was built", REBUILD)
-    graphs = {name: graph_info(info, name) for name, info in record["graphs"].items()}
-    constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
-    (path,) = {bundle / info.file for info in graphs.values()}
-    return InductorPackage(path, graphs, constants, device)
+    device = record.environment["device"]
+    check_environment(record.environment, device)
+    record.check_files(bundle)
+    constants = load_constants(bundle, bundle / record.folder / "constants.json", device)
+    (path,) = {bundle / graph.file for graph in record.graphs.values()}
+    return InductorPackage(path, record.graphs, constants, device)
 
 
 def package_backend(

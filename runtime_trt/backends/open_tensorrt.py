@@ -9,15 +9,15 @@ from typing import Any
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.buffers import require_free_memory
 from forcing_kv.runtime_trt.cuda import Cuda
-from forcing_kv.runtime_trt.engine_record import (
+from forcing_kv.runtime_trt.engine_record import EngineRecord
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.flavours import (
     FLAVOURS,
-    EngineRecord,
-    check_plans,
     check_version,
     choose_record,
     find_records,
+    nbytes_on_device,
 )
-from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.runtime_trt.tensorrt_engine import LoadedPlans, TensorRtEngine
 
@@ -45,10 +45,11 @@ def checked_record(
     records = find_records(bundle, manifest, flavour)
     trt = require(flavour.module, extra=flavour.extra)
     cuda = cuda or Cuda(extra=flavour.extra)
-    record = choose_record(records, cuda.device)
-    check_version(record, flavour, str(trt.__version__))
-    check_plans(record)
-    require_free_memory(cuda, record.nbytes_on_device(manifest), f"{bundle} on {name}")
+    record = choose_record(bundle, records, cuda.device)
+    check_version(bundle, record, flavour, str(trt.__version__))
+    record.check_files(bundle)
+    needed = nbytes_on_device(record, manifest.config)
+    require_free_memory(cuda, needed, f"{bundle} on {name}")
     return record, cuda, trt
 
 
@@ -75,7 +76,7 @@ def open_tensorrt(
     start = perf_counter()
     record, cuda, trt = checked_record(bundle, manifest, name, cuda)
     checked = perf_counter()
-    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, record))
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
     loaded = perf_counter()
     backend = ChunkGraphBackend(cuda, engine, manifest.config, record.graphs, use_graphs=use_graphs)
     backend.load_ms = {

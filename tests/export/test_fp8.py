@@ -295,15 +295,15 @@ def test_rtx_builds_fp8_products_where_there_are_some(half_bundle):
     assert "12 products in FP8" in fkv(*build, "sm89").stderr
     (record,) = read_manifest(half_bundle).engines
     # q, k and v are one product.
-    assert record["details"]["step"]["num_fp8_products"] == 6 * SHAPE.num_layers
-    assert record["details"]["step"]["num_fused_attention"] == 2 * SHAPE.num_layers
+    assert record.details["step"].num_fp8_products == 6 * SHAPE.num_layers
+    assert record.details["step"].num_fused_attention == 2 * SHAPE.num_layers
 
 
 @pytest.mark.slow
 def test_inductor_passes_and_shares_the_weights(bundle):
     build_inductor(bundle, InductorOptions("cpu"))
-    (record,) = (r for r in read_manifest(bundle).engines if r["backend"] == "inductor")
-    table = json.loads((bundle / record["folder"] / "constants.json").read_text())
+    (record,) = (r for r in read_manifest(bundle).engines if r.backend == "inductor")
+    table = json.loads((bundle / record.folder / "constants.json").read_text())
     entry = table["model.blocks.0.self_attn.qkv.weight"]
     assert entry["dtype"] == "float8_e4m3fn"
     assert [piece["file"] for piece in entry["pieces"]] == ["graphs/weights.bin"] * 3
