@@ -1,10 +1,7 @@
 """Builds the TensorRT engines of a bundle: only what changed, recorded in the manifest.
 
-An engine record is one entry of the manifest's `engines`; every backend uses the same keys:
-`backend`, `folder`, `files` (path to hash), `graphs` (inputs and outputs; `file` is the plan),
-`environment`, `options`, `build_seconds`, and here `details` by graph. `decoders` holds, by kind,
-the `folder`, `files`, `graphs`, `details` and `build_seconds` of a video decoder, and the hash of
-what it was made of (`decoder_sha256`); the denoiser and each decoder are opened on their own.
+What an engine record holds is said by `EngineRecord`; the denoiser and each decoder are opened on
+their own.
 """
 
 from __future__ import annotations
@@ -13,17 +10,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from time import perf_counter
-from typing import Any
 
 from forcing_kv.export.bundle import write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.planning import BuildPlan, GraphBuild, record_of
 from forcing_kv.export.stripped_weights import write_stripped
-from forcing_kv.runtime_trt.engine_record import weight_table
+from forcing_kv.runtime_trt.engine_record import (
+    DecoderEngines,
+    EngineDetail,
+    EngineRecord,
+    weight_table,
+)
 from forcing_kv.runtime_trt.files import replaced_folder
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
@@ -36,7 +38,7 @@ Report = Callable[[str, str, float], None]
 
 def run_build(
     plan: BuildPlan, report: Report = lambda _, __, ___: None
-) -> tuple[Mapping[str, Any], dict[str, list[LayerInfo]]]:
+) -> tuple[EngineRecord, dict[str, list[LayerInfo]]]:
     """Build what is to do, put all engines in place at once and record them.
 
     Returns:
@@ -49,7 +51,8 @@ def run_build(
     if not plan.to_do and old is not None:
         return old, {}
     start = perf_counter()
-    details, layers = {}, {}
+    details: dict[str, EngineDetail] = {}
+    layers = {}
     target = plan.bundle / plan.folder
     with replaced_folder(target) as folder:
         for graph in plan.graphs:
@@ -79,7 +82,7 @@ def run_build(
 
 def _refit_graph(
     plan: BuildPlan, source: BuildPlan, graph: GraphBuild, file: Path, begin: float
-) -> dict[str, Any]:
+) -> EngineDetail:
     """Write an engine of the source with this bundle's weights, and describe it."""
     from forcing_kv.export.refit import refitted_plan
 
@@ -88,13 +91,13 @@ def _refit_graph(
     with _builder_file(source, old) as before, _builder_file(plan, graph) as after:
         content = refitted_plan(engine, before, after, plan.options)
     file.write_bytes(content)
-    return {
-        **(old.found or {}),
-        "inputs_sha256": graph.inputs_sha256,
-        "nbytes": len(content),
-        "build_seconds": round(perf_counter() - begin, 1),
-        "refitted": True,
-    }
+    return replace(
+        old.found or EngineDetail(),
+        inputs_sha256=graph.inputs_sha256,
+        nbytes=len(content),
+        build_seconds=round(perf_counter() - begin, 1),
+        refitted=True,
+    )
 
 
 def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
@@ -146,52 +149,57 @@ def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
         yield path
 
 
-def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> dict[str, Any]:
+def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> EngineDetail:
     log = built.log
     # They come to the device all the same, whatever the builder counts. Torch-TensorRT tells
     # nothing; a plan is weights for the most part.
     stripped = sum(entry.nbytes for entry in built.stripped.values())
-    return {
-        "inputs_sha256": graph.inputs_sha256,
-        "nbytes": len(built.plan),
-        "weight_nbytes": max(log.nbytes.get("weights", len(built.plan)), stripped),
-        "scratch_nbytes": log.nbytes.get("activation"),
-        "num_layers": len(log.layers),
-        "num_fused_attention": log.num_fused_attention,
-        "num_fp8_products": log.num_fp8_products,
-        "build_seconds": round(seconds, 1),
-    }
+    return EngineDetail(
+        inputs_sha256=graph.inputs_sha256,
+        nbytes=len(built.plan),
+        weight_nbytes=max(log.nbytes.get("weights", len(built.plan)), stripped),
+        scratch_nbytes=log.nbytes.get("activation"),
+        num_layers=len(log.layers),
+        num_fused_attention=log.num_fused_attention,
+        num_fp8_products=log.num_fp8_products,
+        build_seconds=round(seconds, 1),
+    )
 
 
-def _record(
-    plan: BuildPlan, details: Mapping[str, Mapping[str, Any]], seconds: float
-) -> dict[str, Any]:
+def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float) -> EngineRecord:
     decoders = {}
     for kind, decoder in plan.manifest.decoders.items():
-        part = _recorded(plan, kind, details)
-        built = sum(detail["build_seconds"] for detail in part["details"].values())
-        decoders[kind] = {
-            "folder": f"{plan.folder}/{kind}",
-            "decoder_sha256": decoder.sha256,
-            "build_seconds": round(built, 1),
-            **part,
-        }
-    return {
-        "backend": plan.options.backend,
-        "target": plan.target,
-        "folder": plan.folder,
-        "environment": dict(plan.environment),
-        "options": plan.options.to_json(),
-        "build_seconds": round(seconds, 1),
-        **_recorded(plan, None, details),
-        "decoders": decoders,
-    }
+        found = _found(plan, kind, details)
+        built = sum(detail.build_seconds for detail in found.details.values())
+        decoders[kind] = DecoderEngines(
+            f"{plan.folder}/{kind}", round(built, 1), found.files, found.graphs, found.details,
+            decoder_sha256=decoder.sha256,
+        )  # fmt: skip
+    found = _found(plan, None, details)
+    return EngineRecord(
+        plan.folder,
+        round(seconds, 1),
+        found.files,
+        found.graphs,
+        found.details,
+        backend=plan.options.backend,
+        target=plan.target,
+        environment=dict(plan.environment),
+        options=plan.options.to_json(),
+        decoders=decoders,
+    )
 
 
-def _recorded(
-    plan: BuildPlan, decoder: str | None, details: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Files, graphs and details of the denoiser or of a decoder."""
+@dataclass(frozen=True)
+class _Found:
+    """What lies in the folder of the denoiser or of a decoder."""
+
+    files: Mapping[str, str]
+    graphs: Mapping[str, GraphInfo]
+    details: Mapping[str, EngineDetail]
+
+
+def _found(plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDetail]) -> _Found:
     files, graphs, described = {}, {}, {}
     for graph in plan.graphs:
         if graph.decoder != decoder:
@@ -201,14 +209,14 @@ def _recorded(
         if plan.options.strip_weights:
             table = weight_table(relative)
             files[table] = sha256_of(plan.bundle / table)
-        graphs[graph.name] = asdict(replace(graph.info, file=relative, sha256=files[relative]))
-        described[graph.name] = dict(details[graph.label])
-    return {"files": files, "graphs": graphs, "details": described}
+        graphs[graph.name] = replace(graph.info, file=relative, sha256=files[relative])
+        described[graph.name] = details[graph.label]
+    return _Found(files, graphs, described)
 
 
-def write_record(bundle: Path, record: Mapping[str, Any]) -> None:
+def write_record(bundle: Path, record: EngineRecord) -> None:
     """Add an engine record to the manifest, in place of the one of the same folder."""
     # Read again: another build may have added its engines meanwhile.
     manifest = read_manifest(bundle)
-    others = [old for old in manifest.engines if old.get("folder") != record["folder"]]
+    others = [old for old in manifest.engines if old.folder != record.folder]
     write_manifest(replace(manifest, engines=(*others, record)), bundle)

@@ -17,6 +17,7 @@ from forcing_kv.runtime_trt.files import check_folder
 if TYPE_CHECKING:
     from forcing_kv.export.engine_builder import LayerInfo
     from forcing_kv.export.planning import BuildPlan
+    from forcing_kv.runtime_trt.engine_record import EngineRecord
 
 _TENSORRT = "TensorRT"
 _INDUCTOR = "Inductor"
@@ -173,7 +174,7 @@ def build(
     if layer_info is not None:
         _write_layers(layer_info, layers)
     if as_json:
-        print_json(record)
+        print_json(record.to_json())
 
 
 def _build_inductor(
@@ -216,9 +217,9 @@ def _build_inductor(
             bar.describe(part)
 
         record = build_inductor(bundle, options, report)
-    talk(f"recorded {record['folder']} in {bundle}/manifest.json ({record['build_seconds']} s)")
+    talk(f"recorded {record.folder} in {bundle}/manifest.json ({record.build_seconds} s)")
     if as_json:
-        print_json(record)
+        print_json(record.to_json())
 
 
 def describe(plan: BuildPlan) -> str:
@@ -264,21 +265,18 @@ def _dry_record(plan: BuildPlan) -> dict[str, Any]:
     }
 
 
-def _summary(plan: BuildPlan, record: Mapping[str, Any]) -> None:
-    from forcing_kv.export.planning import recorded_part
-
+def _summary(plan: BuildPlan, record: EngineRecord) -> None:
     if not plan.to_do:
         talk("nothing to do: every engine is up to date")
         return
     for graph in plan.to_do:
-        part = recorded_part(record, graph.decoder)
+        part = record.part(graph.decoder)
         assert part is not None, f"{graph.label} was built and is not recorded"
-        detail = part["details"][graph.name]
-        scratch = (detail["scratch_nbytes"] or 0) / 1e6
-        fp8 = detail.get("num_fp8_products")
+        detail = part.details[graph.name]
+        scratch, fp8 = (detail.scratch_nbytes or 0) / 1e6, detail.num_fp8_products
         talk(
-            f"{graph.label}: {detail['nbytes'] / 1e6:.1f} MB in {detail['build_seconds']:.1f} s, "
-            f"{detail['num_layers']} layers, {detail['num_fused_attention']} of them fused "
+            f"{graph.label}: {detail.nbytes / 1e6:.1f} MB in {detail.build_seconds:.1f} s, "
+            f"{detail.num_layers} layers, {detail.num_fused_attention} of them fused "
             f"attention, {f'{fp8} products in FP8, ' if fp8 else ''}{scratch:.0f} MB of scratch"
         )
     talk(f"recorded {plan.folder} in {plan.bundle}/manifest.json")

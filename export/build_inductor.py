@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,14 @@ from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.planning import ENGINE_FOLDER
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.dtypes import dtype_name
+from forcing_kv.runtime_trt.engine_record import DecoderEngines, EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.files import replaced_folder
 from forcing_kv.runtime_trt.fp8 import check_sm
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.inductor_package import environment
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest
+from forcing_kv.runtime_trt.manifest import DecoderInfo, read_manifest
 
 CONSTANTS_FILE = "constants.json"
 SMALL_FILE = "constants.bin"
@@ -34,7 +35,7 @@ SMALL_FILE = "constants.bin"
 
 def build_inductor(
     bundle: Path, options: InductorOptions, report: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+) -> EngineRecord:
     """Compile a bundle's model and put the engine into the bundle, all or nothing.
 
     Args:
@@ -74,27 +75,30 @@ def build_inductor(
             kind: _build_decoder(bundle, kind, decoder, folder, relative, options, report)
             for kind, decoder in manifest.decoders.items()
         }
-        part = _recorded(folder, relative, compiled.graphs)
-    record = {
-        "backend": "inductor",
-        **part,
-        "environment": environment(options.device),
-        "options": options.to_json(),
-        "build_seconds": round(perf_counter() - start, 1),
-        "decoders": decoders,
-    }
+        files = _hashes(folder, relative)
+    record = EngineRecord(
+        str(relative),
+        round(perf_counter() - start, 1),
+        files,
+        _placed(compiled.graphs, relative),
+        backend="inductor",
+        environment=environment(options.device),
+        options=options.to_json(),
+        decoders=decoders,
+    )
     write_record(bundle, record)
     return record
 
 
-def _recorded(folder: Path, relative: Path, graphs: Mapping[str, GraphInfo]) -> dict[str, Any]:
-    """What a record says of the package in `folder`, which will be at `relative`."""
-    described = {
-        name: asdict(replace(info, file=str(relative / info.file))) for name, info in graphs.items()
-    }
+def _hashes(folder: Path, relative: Path) -> Mapping[str, str]:
+    """Hashes of the files in `folder`, which will be at `relative`."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    hashes = {str(relative / file.name): sha256_of(file) for file in files}
-    return {"folder": str(relative), "files": hashes, "graphs": described}
+    return {str(relative / file.name): sha256_of(file) for file in files}
+
+
+def _placed(graphs: Mapping[str, GraphInfo], relative: Path) -> Mapping[str, GraphInfo]:
+    """The same graphs, their file within the bundle."""
+    return {name: replace(info, file=str(relative / info.file)) for name, info in graphs.items()}
 
 
 def _build_decoder(
@@ -105,7 +109,7 @@ def _build_decoder(
     relative: Path,
     options: InductorOptions,
     report: Callable[[str], None],
-) -> dict[str, Any]:
+) -> DecoderEngines:
     """Compile a decoder as its graphs in the bundle have it, into a package of its own.
 
     Returns:
@@ -125,11 +129,13 @@ def _build_decoder(
     compiled = compile_sources(sources, folder, options, lambda name: report(f"{kind}: {name}"))
     entries = {key: entry for module in modules.values() for key, entry in module.entries.items()}
     _write_constants(folder, relative, compiled.constants, entries)
-    return {
-        **_recorded(folder, relative, compiled.graphs),
-        "decoder_sha256": decoder.sha256,
-        "build_seconds": round(perf_counter() - begin, 1),
-    }
+    return DecoderEngines(
+        str(relative),
+        round(perf_counter() - begin, 1),
+        _hashes(folder, relative),
+        _placed(compiled.graphs, relative),
+        decoder_sha256=decoder.sha256,
+    )
 
 
 def _decoder_source(name: str, graph: GraphInfo, module: OnnxModule) -> GraphSource:

@@ -23,15 +23,9 @@ from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.files import check_folder, replaced_folder, write_file
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import (
-    GRAPH_FOLDER,
-    MANIFEST_FILE,
-    WEIGHT_FILE,
-    GraphInfo,
-    Manifest,
-    TensorInfo,
-)
+from forcing_kv.runtime_trt.manifest import GRAPH_FOLDER, MANIFEST_FILE, WEIGHT_FILE, Manifest
 
 Report = Callable[[str], None]
 """Called with the name of what is being written."""

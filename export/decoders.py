@@ -18,14 +18,9 @@ from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.runtime_trt.decode_runner import NEW_STATE, STATE
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import (
-    GRAPH_FOLDER,
-    DecoderInfo,
-    GraphInfo,
-    Manifest,
-    read_manifest,
-)
+from forcing_kv.runtime_trt.manifest import GRAPH_FOLDER, DecoderInfo, Manifest, read_manifest
 from forcing_kv.runtime_trt.ports import port_name
 
 

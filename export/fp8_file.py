@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import LINEARS
 from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 FP8_FORMAT = "forcing_kv.fp8"
 FP8_SCHEMA_VERSION = 1
@@ -29,18 +30,40 @@ class Fp8File:
     """Hash of the checkpoint that was calibrated."""
 
 
+@dataclass(frozen=True)
+class _Model:
+    sha256: str
+    shape: ModelShape
+
+
+@dataclass(frozen=True)
+class _Linear:
+    amax: float
+    headroom: float | None = None
+    """How much larger values could be before they are cut off, for people; so is `error`."""
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The schema of the file."""
+
+    format: str
+    schema_version: int
+    model: _Model
+    linears: Mapping[str, _Linear]
+    tool: Mapping[str, Any] = field(default_factory=dict)
+    rollouts: Mapping[str, Any] = field(default_factory=dict)
+    """What was observed, for people."""
+
+
 def read_fp8(path: Path, model: ModelShape) -> Fp8File:
     """Read a calibration file.
 
     Raises:
         InputError: not readable as one, or made for another model.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such FP8 calibration; {_REMEDY}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from error
+    content = read_json(path, "FP8 calibration", _REMEDY)
     found = content.get("format") if isinstance(content, Mapping) else None
     if found != FP8_FORMAT or content.get("schema_version") != FP8_SCHEMA_VERSION:
         raise InputError(
@@ -48,18 +71,18 @@ def read_fp8(path: Path, model: ModelShape) -> Fp8File:
             f"{_REMEDY}"
         )
     try:
-        amax = {name: float(entry["amax"]) for name, entry in content["linears"].items()}
-        source = content["model"]
-        shape, sha256 = dict(source["shape"]), str(source["sha256"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: entry {error} is missing or malformed; {_REMEDY}") from error
-    if shape != json.loads(json.dumps(asdict(model))):
+        loaded = load_as(_Content, content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {_REMEDY}") from error
+    source = loaded.model
+    if source.shape != model:
         raise InputError(
-            f"{path}: was made for a model of shape {shape}, but this one is {asdict(model)}; "
-            f"calibrate it with `fkv calibrate fp8`"
+            f"{path}: was made for a model of shape {asdict(source.shape)}, but this one is "
+            f"{asdict(model)}; calibrate it with `fkv calibrate fp8`"
         )
+    amax = {name: linear.amax for name, linear in loaded.linears.items()}
     check_amax(amax, model, str(path))
-    return Fp8File(amax, sha256)
+    return Fp8File(amax, source.sha256)
 
 
 def check_amax(amax: Mapping[str, float], model: ModelShape, where: str) -> None:

@@ -6,7 +6,7 @@ here and records which one it used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.rewrite import linear_of
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import from_mapping
 from forcing_kv.runtime_trt.ports import GraphPorts, ports
 from forcing_kv.runtime_trt.schedule import Schedule, time_sinusoid
 from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
@@ -68,11 +67,6 @@ class FusionOptions:
     def to_json(self) -> dict[str, Any]:
         """Plain data for an engine record."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> FusionOptions:
-        """Read what `to_json` wrote."""
-        return from_mapping(cls, data, where)
 
 
 PLAIN = FusionOptions()

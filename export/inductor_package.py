@@ -24,8 +24,8 @@ from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import dtype_name
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo
 
 PACKAGE_FILE = "package.pt2"
 

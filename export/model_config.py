@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.schema import load_as
 
 _OFFICIAL_FIELDS = {
     "in_dim": "in_channels",
@@ -57,7 +56,7 @@ def model_shape_from_official(config: Mapping[str, Any], where: str) -> ModelSha
     known = {ours: config[name] for name, ours in _OFFICIAL_FIELDS.items() if name in config}
     if config.get("out_dim", known.get("in_channels", 16)) != known.get("in_channels", 16):
         raise InputError(f"{where}: out_dim {config['out_dim']} differs from in_dim")
-    return ModelShape(patch_size=patch[1], **known)
+    return load_as(ModelShape, {"patch_size": patch[1], **known}, where)
 
 
 def _official_from_diffusers(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -70,17 +69,3 @@ def _official_from_diffusers(config: Mapping[str, Any], where: str) -> dict[str,
     official = {ours: config[name] for name, ours in _DIFFUSERS_FIELDS.items() if name in config}
     official["dim"] = config["num_attention_heads"] * config.get("attention_head_dim", 128)
     return official
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        InputError: missing or malformed.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error

@@ -8,14 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
 
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
+from forcing_kv.runtime_trt.engine_record import EngineDetail, EnginePart, EngineRecord
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
 from forcing_kv.runtime_trt.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import is_intact
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, read_manifest
+from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
 
 BUILD_VERSION = 2
 """Raised when the same inputs give other engines, or plugins have other tactics."""
@@ -33,7 +34,7 @@ class GraphBuild:
     """Kind of the decoder that it belongs to; None for the denoiser's."""
     inputs_sha256: str
     """Hash of everything that the engine depends on."""
-    found: Mapping[str, Any] | None
+    found: EngineDetail | None
     """Details of the engine that is there, if it was made of the same inputs."""
 
     @property
@@ -123,7 +124,7 @@ def plan_build(
     record = None if force else record_of(manifest, plan.folder)
     graphs = _part(plan, record, None, manifest.graphs, manifest.weights_sha256)
     for kind, decoder in manifest.decoders.items():
-        part = recorded_part(record or {}, kind)
+        part = None if record is None else record.part(kind)
         graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
     plan = replace(plan, graphs=tuple(graphs))
     return plan if refit_from is None else replace(plan, source=_source(plan, refit_from, device))
@@ -175,7 +176,7 @@ def _check_fp8(fp8: Fp8Scales, options: EngineOptions, sm: str | None) -> None:
 
 def _part(
     plan: BuildPlan,
-    recorded: Mapping[str, Any] | None,
+    recorded: EnginePart | None,
     decoder: str | None,
     graphs: Mapping[str, GraphInfo],
     weights_sha256: str,
@@ -186,32 +187,24 @@ def _part(
     for name, info in graphs.items():
         inputs = _inputs_sha256(plan, info, weights_sha256)
         known = details.get(name)
-        same = known is not None and known.get("inputs_sha256") == inputs
+        same = known is not None and known.inputs_sha256 == inputs
         found.append(GraphBuild(name, info, decoder, inputs, known if same else None))
     return found
 
 
-def recorded_part(record: Mapping[str, Any], decoder: str | None) -> Mapping[str, Any] | None:
-    """What a record says of the denoiser (None) or of a decoder."""
-    part: Mapping[str, Any] | None = record.get("decoders", {}).get(decoder)
-    return record if decoder is None else part
-
-
-def record_of(manifest: Manifest, folder: str) -> Mapping[str, Any] | None:
+def record_of(manifest: Manifest, folder: str) -> EngineRecord | None:
     """The record of the engines in a folder of the bundle, if there is one."""
-    return next((record for record in manifest.engines if record.get("folder") == folder), None)
+    return next((record for record in manifest.engines if record.folder == folder), None)
 
 
-def _intact(bundle: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Details of those graphs of a record, or of a part of one, whose files are as written."""
+def _intact(bundle: Path, recorded: EnginePart) -> Mapping[str, EngineDetail]:
+    """Details of those graphs whose files are as written."""
     changed = {
         PurePath(file).name.partition(".")[0]
-        for file, sha256 in record["files"].items()
+        for file, sha256 in recorded.files.items()
         if not is_intact(bundle / file, sha256)
     }
-    return {
-        name: detail for name, detail in record.get("details", {}).items() if name not in changed
-    }
+    return {name: detail for name, detail in recorded.details.items() if name not in changed}
 
 
 def _inputs_sha256(plan: BuildPlan, graph: GraphInfo, weights_sha256: str) -> str:

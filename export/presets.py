@@ -6,16 +6,16 @@ Nothing heavy is imported: `fkv plan` and `--help` read presets too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from forcing_kv.export.model_config import model_shape_from_official, read_json
+from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape, from_mapping
+from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
 """Wan2.1-T2V-1.3B."""
@@ -165,17 +165,10 @@ def load_preset(name: str) -> Preset:
             f"no model {name!r} is known; there is {list(PRESETS)}; describe another one in a "
             ".json file"
         )
-    content = read_json(Path(name))
+    path = Path(name)
+    content = read_json(path, "model description", "its `model` entry is the official config.json")
     if not isinstance(content, Mapping) or "model" not in content:
         raise InputError(f"{name}: entry 'model' (an official Wan config) is missing")
-    parts: dict[str, Any] = {"name": Path(name).stem, "title": Path(name).stem, **content}
-    parts["model"] = model_shape_from_official(parts["model"], f"{name}: model")
-    for key, kind in (("schedule", Schedule), ("policy", CachePolicy)):
-        if key in parts:
-            values = dict(parts[key])
-            if "steps" in values:
-                values["steps"] = tuple(values["steps"])
-            parts[key] = from_mapping(kind, values, f"{name}: {key}")
-    if "latent_size" in parts:
-        parts["latent_size"] = tuple(parts["latent_size"])
-    return from_mapping(Preset, parts, name)
+    model = model_shape_from_official(content["model"], f"{name}: model")
+    parts = {"name": path.stem, "title": path.stem, **content, "model": asdict(model)}
+    return load_as(Preset, parts, name)

@@ -14,7 +14,7 @@ from forcing_kv.export.checkpoints import CheckpointSource, load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import scales_for
-from forcing_kv.export.model_config import model_shape_from_official, read_json
+from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.export.origin import Origin
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
@@ -27,6 +27,7 @@ from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.resolution import check_latent_size
 from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.schema import read_json
 
 SHIPPED_DEFAULT = "digits"
 
@@ -185,7 +186,7 @@ def _given(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | Non
     if request.model != SHIPPED_DEFAULT:
         preset = load_preset(request.model)
     if request.config is not None:
-        content = read_json(request.config)
+        content = read_json(request.config, "model config", "give the official config.json")
         shape = model_shape_from_official(content.get("model", content), str(request.config))
         name = request.checkpoint.stem
         preset = replace(preset, model=shape) if preset else Preset(name, name, shape)

@@ -19,13 +19,14 @@ from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
-from forcing_kv.export.model_config import model_shape_from_official, read_json
+from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.backends import choose_backend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import parse_partition
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.schema import read_json
 from forcing_kv.runtime_trt.session import Chunk, Session
 
 LATENT_ATOL = 1e-4
@@ -127,7 +128,7 @@ class GoldenCase:
                     arrays.append({key: data[key] for key in data.files})
             except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise InputError(f"{file}: cannot be read ({error})") from error
-        return cls(path, read_json(needed[0]), *arrays)
+        return cls(path, read_json(needed[0], "golden case", "restore it"), *arrays)
 
     @property
     def config(self) -> RolloutConfig:

@@ -16,7 +16,7 @@ from pathlib import Path
 from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
 from forcing_kv.runtime_trt.files import write_file
-from forcing_kv.runtime_trt.layout import from_mapping
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 TABLE = Path(__file__).with_name("tuned_tactics.json")
 
@@ -59,10 +59,8 @@ def read_table(path: Path = TABLE) -> dict[tuple[object, ...], TunedTactic]:
     Raises:
         InputError: an entry has unknown or missing fields.
     """
-    entries = (
-        from_mapping(TunedTactic, entry, str(path)) for entry in json.loads(path.read_text())
-    )
-    return {entry.key: entry for entry in entries}
+    content = read_json(path, "table of tactics", "measure one with `fkv bench ops`")
+    return {entry.key: entry for entry in load_as(tuple[TunedTactic, ...], content, str(path))}
 
 
 def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:

@@ -17,8 +17,8 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.graph_engine import SCRATCH, GraphEngine
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.layout import HeadKind
-from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.moves import HeadRows, moves
 from forcing_kv.runtime_trt.ports import (
     PARTS,

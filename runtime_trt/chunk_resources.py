@@ -11,7 +11,7 @@ from forcing_kv.runtime_trt.chunk_program import SLOTS, plan_memory, result_name
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.graph import CapturedGraph
-from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 
 SLOT_EVENTS = ("uploaded", "start", "steps", "clean", "evict", "commit", "chunk", "held", "copied")
 """Marks of a slot's current chunk, in the order in which they pass."""

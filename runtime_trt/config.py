@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,6 @@ from forcing_kv.runtime_trt.layout import (
     LayerLayout,
     ModelShape,
     check_policy,
-    from_mapping,
     pool_layouts,
     pool_nbytes,
 )
@@ -92,25 +90,3 @@ class RolloutConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> RolloutConfig:
-        """Read what `to_json` wrote.
-
-        Raises:
-            InputError: unknown, missing or invalid entries.
-        """
-        parts = dict(data)
-        try:
-            parts["model"] = from_mapping(ModelShape, parts["model"], f"{where}.model")
-            parts["chunk"] = from_mapping(ChunkShape, parts["chunk"], f"{where}.chunk")
-            parts["policy"] = from_mapping(CachePolicy, parts["policy"], f"{where}.policy")
-            heads = parts["partition"]
-            static = tuple(tuple(layer) for layer in heads["static_heads"])
-            parts["partition"] = HeadPartition(heads["num_heads"], static)
-            schedule = dict(parts["schedule"])
-            schedule["steps"] = tuple(schedule["steps"])
-            parts["schedule"] = from_mapping(Schedule, schedule, f"{where}.schedule")
-        except KeyError as error:
-            raise InputError(f"{where}: entry {error} is missing") from error
-        return from_mapping(cls, parts, where)

@@ -9,33 +9,59 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import BundleError
+from forcing_kv.runtime_trt.dtypes import DTYPES
+from forcing_kv.runtime_trt.errors import BundleError, InputError
+from forcing_kv.runtime_trt.schema import load_as, read_json
+
+_REMEDY = "build the engine again"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of bytes."""
+    """A run of bytes.
+
+    Raises:
+        InputError: it begins before its file, or ends before it begins.
+    """
 
     file: str
     """Path within the bundle."""
     offset: int
     nbytes: int
 
+    def __post_init__(self) -> None:
+        if min(self.offset, self.nbytes) < 0:
+            raise InputError(f"{self.nbytes} bytes at {self.offset} are no part of {self.file}")
+
 
 @dataclass(frozen=True)
 class ConstantEntry:
-    """One constant: its pieces one after another."""
+    """One constant: its pieces one after another.
+
+    Raises:
+        InputError: there is no such dtype, or the pieces are not the bytes of its elements.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     """Name in `DTYPES`."""
     pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; allowed are {list(DTYPES)}")
+        needed = prod(self.shape) * DTYPES[self.dtype].nbytes
+        if self.nbytes != needed:
+            raise InputError(
+                f"{self.nbytes} bytes are given for {self.dtype} {list(self.shape)}, which has "
+                f"{needed}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -55,17 +81,10 @@ def read_table(path: Path) -> dict[str, ConstantEntry]:
         BundleError: missing or malformed.
     """
     try:
-        content: dict[str, dict[str, Any]] = json.loads(path.read_text())
-        return {
-            name: ConstantEntry(
-                tuple(entry["shape"]),
-                entry["dtype"],
-                tuple(Piece(**piece) for piece in entry["pieces"]),
-            )
-            for name, entry in content.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path}: not readable ({error}); build the engine again") from error
+        content = read_json(path, "table of constants", _REMEDY)
+        return dict(load_as(Mapping[str, ConstantEntry], content, str(path)))  # type: ignore[type-abstract]
+    except InputError as error:
+        raise BundleError(f"{error}; {_REMEDY}") from error
 
 
 def read_constants(

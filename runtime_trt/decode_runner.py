@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.ports import split_name
 
 Float32 = NDArray[np.float32]

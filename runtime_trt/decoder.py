@@ -21,7 +21,6 @@ from forcing_kv.runtime_trt.decode_runner import (
     Float32,
     state_inputs,
 )
-from forcing_kv.runtime_trt.engine_record import FLAVOURS
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     BundleError,
@@ -30,7 +29,9 @@ from forcing_kv.runtime_trt.errors import (
     MissingDependencyError,
     StateGuard,
 )
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, Manifest, check_decoder_files
+from forcing_kv.runtime_trt.flavours import FLAVOURS
+from forcing_kv.runtime_trt.graph_info import GraphInfo
+from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest, check_decoder_files
 from forcing_kv.runtime_trt.ports import split_name
 
 _ONNXRUNTIME_DEVICES = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}

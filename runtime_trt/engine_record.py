@@ -1,181 +1,214 @@
-"""Which of a bundle's TensorRT engines fits this machine, and why none does.
-
-Everything here is checked before a TensorRT runtime exists: without a driver, creating one and
-using it ends the process. One error each, with the command that mends it.
-"""
+"""What a manifest records of built engines, whichever backend's, and how to build them again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.runtime_trt.chunk_program import plan_memory
-from forcing_kv.runtime_trt.cuda import DeviceInfo
-from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import check_hashes
-from forcing_kv.runtime_trt.manifest import (
-    DecoderInfo,
-    GraphInfo,
-    Manifest,
-    graph_info,
-)
+
+COMPATIBLE_MIN_SM = 80
+"""First generation of GPUs for hardware-compatible engines (Ampere)."""
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """One of the three packages that run TensorRT engines."""
+class EngineDetail:
+    """What TensorRT's builder told of one graph's engine."""
 
-    name: str
-    """Backend name."""
-    module: str
-    """Python module of the runtime."""
-    extra: str
-    """Extra of `forcing-kv` that brings it."""
-    built_by: str
-    """Backend name in the records of the engines that it runs."""
-    built_with: str
-    """Module whose version those records hold."""
+    inputs_sha256: str = ""
+    """Hash of everything that it was made of."""
+    nbytes: int = 0
+    """Size of the plan."""
+    weight_nbytes: int = 0
+    """Device memory of its weights."""
+    scratch_nbytes: int | None = None
+    """None where the builder does not tell (Torch-TensorRT)."""
+    num_layers: int = 0
+    num_fused_attention: int = 0
+    num_fp8_products: int = 0
+    build_seconds: float = 0.0
+    refitted: bool = False
+    """Whether it is another bundle's engine with this one's weights."""
 
-
-FLAVOURS: Mapping[str, Flavour] = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", "trt", "tensorrt", "tensorrt"),
-    "tensorrt-lean": Flavour("tensorrt-lean", "tensorrt_lean", "trt", "tensorrt", "tensorrt"),
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", "tensorrt-rtx", "tensorrt_rtx"),
-}
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        if not self.refitted:
+            del data["refitted"]
+        return data
 
 
 @dataclass(frozen=True)
-class EngineRecord:
-    """The engines of one folder of a bundle."""
+class EnginePart:
+    """The engines of the denoiser or of one decoder, in one folder."""
 
-    bundle: Path
-    content: Mapping[str, Any]
-    """The entry of the manifest."""
+    folder: str
+    """Path within the bundle."""
+    build_seconds: float
+    files: Mapping[str, str]
+    """Hash of every file, by its path within the bundle."""
     graphs: Mapping[str, GraphInfo]
-    """Inputs and outputs; `file` is the plan."""
+    """Inputs and outputs; `file` is the plan or the package."""
+    details: Mapping[str, EngineDetail] = field(default_factory=dict)
+    """By graph; none for Inductor."""
 
-    @classmethod
-    def of(cls, bundle: Path, content: Mapping[str, Any]) -> EngineRecord:
-        """Read one entry of the manifest's engines.
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Every file, graphs last, and its hash."""
+        return {**self.files, **{graph.file: graph.sha256 for graph in self.graphs.values()}}
 
-        Raises:
-            BundleError: it is malformed.
-        """
-        where = f"{bundle}: engine {content.get('folder')}"
-        try:
-            graphs = {
-                name: graph_info(info, f"{where}: {name}")
-                for name, info in content["graphs"].items()
-            }
-            int(content["environment"]["sm"])
-            dict(content["options"])
-            dict(content["files"])
-            return cls(bundle, content, graphs)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"{where}: its record is malformed ({error}); build it again with `fkv build`"
-            ) from error
+    @property
+    def weight_nbytes(self) -> int:
+        """Device memory of the weights of all graphs."""
+        return sum(detail.weight_nbytes for detail in self.details.values())
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Largest scratch of any graph."""
+        return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {key: getattr(self, key) for key in ("folder", "build_seconds", "files")}
+        data["graphs"] = {name: asdict(graph) for name, graph in self.graphs.items()}
+        if self.details:
+            data["details"] = {name: each.to_json() for name, each in self.details.items()}
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderEngines(EnginePart):
+    """The engines of one video decoder."""
+
+    decoder_sha256: str
+    """Hash of the decoder that they were made of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        first = {"folder": self.folder, "decoder_sha256": self.decoder_sha256}
+        return {**first, **super().to_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord(EnginePart):
+    """One entry of a manifest's `engines`: the denoiser's, and with them those of the decoders.
+
+    Raises:
+        InputError: it does not say what it was built for.
+    """
+
+    backend: str
+    """What built it: tensorrt, tensorrt-rtx or inductor."""
+    environment: Mapping[str, str]
+    """What it was built for and with: device or sm, and versions."""
+    options: Mapping[str, Any]
+    """Those of the build that differ from the defaults (TensorRT), or all."""
+    target: str | None = None
+    """GPU architecture that TensorRT built for, such as sm89."""
+    decoders: Mapping[str, DecoderEngines] = field(default_factory=dict)
+    """By kind: vae, tae."""
+
+    def __post_init__(self) -> None:
+        needed = "device" if self.backend == "inductor" else "sm"
+        found = self.environment.get(needed, "")
+        if not found or (needed == "sm" and not found.isdecimal()):
+            raise InputError(
+                f"environment.{needed} is {found!r}; it must say what the engine is for, such as "
+                "cuda (device) or 89 (sm)"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        target = {} if self.target is None else {"target": self.target}
+        first = {
+            "backend": self.backend, **target, "folder": self.folder,
+            "environment": self.environment, "options": self.options,
+        }  # fmt: skip
+        decoders = {kind: part.to_json() for kind, part in self.decoders.items()}
+        return {**first, **super().to_json(), "decoders": decoders}
+
+    @property
+    def parts(self) -> tuple[EnginePart, ...]:
+        """The denoiser's, and each decoder's."""
+        return (self, *self.decoders.values())
+
+    def part(self, decoder: str | None) -> EnginePart | None:
+        """The denoiser's (None) or a decoder's, if there is one."""
+        return self if decoder is None else self.decoders.get(decoder)
 
     @property
     def sm(self) -> int:
         """Compute capability that it was built for, major * 10 + minor."""
-        return int(self.content["environment"]["sm"])
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Build options."""
-        return dict(self.content["options"])
-
-    @property
-    def build_command(self) -> str:
-        """Command that builds it again."""
-        return build_command(self.bundle, str(self.content["backend"]), self.sm, self.options)
+        return int(self.environment["sm"])
 
     def runs_on(self, sm: int) -> bool:
         """Whether a GPU of that compute capability can run it."""
-        compatible = self.options.get("hardware_compatible") and min(sm, self.sm) >= 80
-        return self.sm == sm or bool(compatible)
+        compatible = self.options.get("hardware_compatible") is True
+        return self.sm == sm or (compatible and min(sm, self.sm) >= COMPATIBLE_MIN_SM)
 
-    def check_graphs(self, manifest: Manifest) -> None:
+    def rebuild_command(self, bundle: Path) -> str:
+        """The `fkv build` that makes these engines again."""
+        if self.backend == "inductor":
+            return build_command(bundle, "inductor", options={"device": self.environment["device"]})
+        return build_command(bundle, self.backend, self.sm, self.options)
+
+    def check_graphs(self, bundle: Path, graphs: Mapping[str, GraphInfo]) -> None:
         """Compare inputs and outputs with those of the bundle's own graphs.
 
         Raises:
             BundleError: they differ.
         """
         found = {name: (graph.inputs, graph.outputs) for name, graph in self.graphs.items()}
-        wanted = {name: (graph.inputs, graph.outputs) for name, graph in manifest.graphs.items()}
+        wanted = {name: (graph.inputs, graph.outputs) for name, graph in graphs.items()}
         if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
             raise BundleError(
-                f"{self.bundle}: engine {self.content['folder']} is not of this bundle's graphs "
-                f"{wrong}; {self.build_command}"
+                f"{bundle}: engine {self.folder} is not of this bundle's graphs {wrong}; "
+                f"{self.rebuild_command(bundle)}"
             )
 
-    @property
-    def weight_nbytes(self) -> int:
-        """Device memory of the weights of all graphs."""
-        return sum(self._sizes("weight_nbytes"))
+    def check_files(self, bundle: Path) -> None:
+        """Compare the files of its graphs, decoders left out, with their recorded hashes.
 
-    @property
-    def scratch_nbytes(self) -> int:
-        """Largest scratch of any graph."""
-        return max(self._sizes("scratch_nbytes"), default=0)
+        Raises:
+            BundleError: one is missing or altered.
+        """
+        check_hashes(bundle, self.hashes, "it was built", self.rebuild_command(bundle))
 
-    def _sizes(self, key: str) -> list[int]:
-        return [detail.get(key) or 0 for detail in self.content.get("details", {}).values()]
+    def decoder(self, bundle: Path, kind: str, sha256: str) -> EngineRecord:
+        """The record of one decoder's engines, as if they had been built alone.
 
-    def nbytes_on_device(self, manifest: Manifest) -> int:
-        """Device memory that a first session needs: weights, buffers and scratch."""
-        buffers = plan_memory(manifest.config, self.graphs, self.scratch_nbytes).nbytes
-        return self.weight_nbytes + buffers
-
-    def decoder(self, kind: str, info: DecoderInfo) -> EngineRecord:
-        """The engines of one of the bundle's decoders, built together with these.
+        Args:
+            bundle: directory of the bundle.
+            kind: vae or tae.
+            sha256: hash of the decoder that the bundle holds now.
 
         Raises:
             BackendUnavailableError: there are none.
-            BundleError: they were built from another decoder, or their record is malformed.
+            BundleError: they were made of another decoder.
         """
-        return EngineRecord.of(self.bundle, decoder_content(self.bundle, self.content, kind, info))
-
-
-def decoder_content(
-    bundle: Path, content: Mapping[str, Any], kind: str, info: DecoderInfo
-) -> Mapping[str, Any]:
-    """The part of an engine record that is about a decoder, in the form of a record.
-
-    Args:
-        bundle: directory of the bundle.
-        content: an entry of the manifest's engines.
-        kind: vae or tae.
-        info: the decoder that the bundle holds now.
-
-    Raises:
-        BackendUnavailableError: the record has no such part.
-        BundleError: it was compiled from another decoder.
-    """
-    parts = content.get("decoders")
-    part = parts.get(kind) if isinstance(parts, Mapping) else None
-    where = f"{bundle}: engine {content.get('folder')}"
-    if not isinstance(part, Mapping):
-        raise BackendUnavailableError(
-            f"{where} holds no {kind} decoder; make it with {rebuild_command(bundle, content)}"
+        part, where = self.decoders.get(kind), f"{bundle}: engine {self.folder}"
+        if part is None:
+            raise BackendUnavailableError(
+                f"{where} holds no {kind} decoder; make it with {self.rebuild_command(bundle)}"
+            )
+        if part.decoder_sha256 != sha256:
+            raise BundleError(
+                f"{where}: its {kind} decoder was compiled from another one than the bundle holds "
+                f"now; {self.rebuild_command(bundle)}"
+            )
+        return replace(
+            self,
+            folder=part.folder,
+            build_seconds=part.build_seconds,
+            files=part.files,
+            graphs=part.graphs,
+            details=part.details,
+            decoders={},
         )
-    if part.get("decoder_sha256") != info.sha256:
-        raise BundleError(
-            f"{where}: its {kind} decoder was compiled from another one than the bundle holds now; "
-            f"{rebuild_command(bundle, content)}"
-        )
-    return {**content, **part}
-
-
-def rebuild_command(bundle: Path, content: Mapping[str, Any]) -> str:
-    """The `fkv build` that makes the engines of a record again."""
-    if content.get("backend") == "inductor":
-        device = content["environment"]["device"]
-        return f"`fkv build {bundle} --backend inductor --device {device}`"
-    return EngineRecord.of(bundle, content).build_command
 
 
 _NAMED_APART = ("backend", "target")
@@ -189,7 +222,7 @@ def build_command(
 
     Args:
         bundle: directory of the bundle.
-        backend: tensorrt or tensorrt-rtx.
+        backend: tensorrt, tensorrt-rtx or inductor.
         sm: compute capability of the GPU.
         options: those of the build that differ from the defaults.
     """
@@ -203,97 +236,15 @@ def build_command(
     return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"
 
 
-def find_records(bundle: Path, manifest: Manifest, flavour: Flavour) -> list[EngineRecord]:
-    """Engines of the bundle that this flavour could run on some GPU.
+def check_engines(bundle: Path, records: Iterable[EngineRecord]) -> None:
+    """Compare the files of every engine, decoders' too, with their recorded hashes.
 
     Raises:
-        BackendUnavailableError: there is none.
-        BundleError: one is not of the bundle's graphs.
+        BundleError: one is missing or altered.
     """
-    records = [
-        EngineRecord.of(bundle, content)
-        for content in manifest.engines
-        if content.get("backend") == flavour.built_by
-    ]
-    if not records:
-        raise BackendUnavailableError(
-            f"{bundle} holds no {flavour.built_by} engine; make one with "
-            f"{build_command(bundle, flavour.built_by)}"
-        )
     for record in records:
-        record.check_graphs(manifest)
-    if flavour.name != "tensorrt-lean":
-        return records
-    compatible = [record for record in records if record.options.get("version_compatible")]
-    if not compatible:
-        command = build_command(bundle, "tensorrt", options={"version_compatible": True})
-        raise BackendUnavailableError(
-            "the lean runtime runs version-compatible engines only, and none of this bundle's "
-            f"engines is; {command}"
-        )
-    return compatible
-
-
-def choose_record(records: list[EngineRecord], device: DeviceInfo) -> EngineRecord:
-    """The engine for this GPU: its own before one that is merely compatible.
-
-    Raises:
-        BackendUnavailableError: none fits.
-    """
-    fitting = [record for record in records if record.runs_on(device.sm)]
-    if not fitting:
-        found = ", ".join(sorted({f"sm{record.sm}" for record in records}))
-        backend, bundle = str(records[0].content["backend"]), records[0].bundle
-        raise BackendUnavailableError(
-            f"{bundle}: its {backend} engines are for {found}, but this GPU ({device.name}) is "
-            f"sm{device.sm}; {build_command(bundle, backend, device.sm)}"
-        )
-    return max(fitting, key=lambda record: record.sm == device.sm)
-
-
-def check_version(record: EngineRecord, flavour: Flavour, version: str) -> None:
-    """Compare the version that built an engine with the one that is installed.
-
-    Raises:
-        BackendUnavailableError: the installed one cannot run it.
-    """
-    built = str(record.content["environment"].get(flavour.built_with))
-    if built == version:
-        return
-    newer = _numbers(version) >= _numbers(built)
-    if record.options.get("version_compatible") and newer:
-        return
-    raise BackendUnavailableError(
-        f"{record.bundle}: the engine was built with {flavour.built_with} {built}, but "
-        f"{flavour.module} {version} is installed; {record.build_command}, or install version "
-        f"{built}"
-    )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
-
-
-def check_plans(record: EngineRecord) -> None:
-    """Compare every plan, and every table of weights, with its recorded hash.
-
-    Raises:
-        BundleError: one is missing or altered.
-    """
-    plans = {graph.file: graph.sha256 for graph in record.graphs.values()}
-    files = {**record.content["files"], **plans}
-    check_hashes(record.bundle, files, "it was built", record.build_command)
-
-
-def check_engines(bundle: Path, manifest: Manifest) -> None:
-    """Compare the files of every engine, whichever backend's, with their recorded hashes.
-
-    Raises:
-        BundleError: one is missing or altered.
-    """
-    for content in manifest.engines:
-        for part in (content, *content.get("decoders", {}).values()):
-            check_hashes(bundle, part["files"], "it was built", rebuild_command(bundle, content))
+        for part in record.parts:
+            check_hashes(bundle, part.hashes, "it was built", record.rebuild_command(bundle))
 
 
 def weight_table(plan: str) -> str:

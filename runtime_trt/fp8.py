@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 
@@ -40,43 +39,29 @@ class LinearScales:
 
 @dataclass(frozen=True)
 class Fp8Scales:
-    """The layers of a model that run in FP8; all others keep the compute dtype."""
+    """The layers of a model that run in FP8; all others keep the compute dtype.
+
+    Raises:
+        InputError: a layer that FP8 does not serve, or a scale that is not a power of two.
+    """
 
     linears: Mapping[str, LinearScales]
     """By official name, such as `blocks.0.ffn.2`."""
+
+    def __post_init__(self) -> None:
+        for name, scales in self.linears.items():
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"no layer is called {name!r}; names are blocks.N. and one of {list(LINEARS)}"
+                )
+            for scale in (scales.input, scales.weight):
+                if not (scale > 0 and math.isfinite(scale) and math.frexp(scale)[0] == 0.5):
+                    raise InputError(f"{name}: scale {scale} is not a power of two")
 
     @property
     def counts(self) -> Fp8Counts:
         """How many blocks have each layer in FP8."""
         return Counter(name.split(".", 2)[2] for name in self.linears)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> Fp8Scales:
-        """Read the entry of a manifest.
-
-        Raises:
-            InputError: a layer that FP8 does not serve, a scale that is not a power of two, or
-                another form.
-        """
-        try:
-            linears = {
-                name: LinearScales(float(scales["input"]), float(scales["weight"]))
-                for name, scales in data["linears"].items()
-            }
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: scales of layers are missing or malformed ({error})") from (
-                error
-            )
-        for name, scales in linears.items():
-            if not _NAME.fullmatch(name):
-                raise InputError(
-                    f"{where}: no layer is called {name!r}; names are blocks.N. and one of "
-                    f"{list(LINEARS)}"
-                )
-            for scale in (scales.input, scales.weight):
-                if not (scale > 0 and math.isfinite(scale) and math.frexp(scale)[0] == 0.5):
-                    raise InputError(f"{where}.{name}: scale {scale} is not a power of two")
-        return cls(linears)
 
 
 def check_sm(fp8: Fp8Scales, sm: int) -> None:

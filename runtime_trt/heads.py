@@ -6,22 +6,22 @@ the bare list of layers. `fkv calibrate heads` writes the first form with more b
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.layout import HeadPartition, ModelShape
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 HEADS_FORMAT = "forcing_kv.heads"
 """`format` entry of the project's own files."""
 HEADS_SCHEMA_VERSION = 1
 """Newest `schema_version` that this reader understands."""
 
-_LISTS = ("static_head", "dynamic_head")
+_MAX_COUNT = 1 << 16
 _REMEDY = "use the partition made for this model, or make one with `fkv calibrate heads`"
 
 
@@ -38,6 +38,46 @@ class HeadFile:
     """Score of each head [layer][head]; None in published files."""
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer as every format lists it."""
+
+    layer_idx: int | None = None
+    static_head: tuple[int, ...] | None = None
+    dynamic_head: tuple[int, ...] | None = None
+
+    @property
+    def heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Static and dynamic ones, as listed."""
+        return self.static_head or (), self.dynamic_head or ()
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What a file that is an object may declare."""
+
+    num_layers: int | None = None
+    num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in asdict(self).items():
+            if count is not None and not 1 <= count <= _MAX_COUNT:
+                raise InputError(f"`{name}` is {count}; it must be an integer of 1 to {_MAX_COUNT}")
+
+
+@dataclass(frozen=True)
+class _Model:
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _OwnEntries:
+    """What the project's own files tell beside the partition."""
+
+    model: _Model = _Model()
+    scores: tuple[tuple[float, ...], ...] | None = None
+
+
 def read_heads(path: Path, model: ModelShape | None = None) -> HeadFile:
     """Read a head partition file of any known format.
 
@@ -48,17 +88,9 @@ def read_heads(path: Path, model: ModelShape | None = None) -> HeadFile:
     Raises:
         InputError: the file is not readable as a partition, or is not one of `model`.
     """
-    try:
-        content = path.read_bytes()
-        payload = json.loads(content)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such head partition file; {_REMEDY}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not readable as a JSON head partition ({error}); {_REMEDY}"
-        ) from error
+    payload = read_json(path, "head partition file", _REMEDY)
     partition = parse_partition(payload, str(path), model)
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = sha256_of(path)
     if not _is_own(payload):
         return HeadFile(partition, sha256)
     return HeadFile(partition, sha256, *_own_entries(payload, partition, str(path)))
@@ -77,16 +109,16 @@ def parse_partition(payload: Any, where: str, model: ModelShape | None = None) -
             lists, in neither, or not of this model, or another number of layers or heads.
     """
     _check_version(payload, where)
-    declared: Mapping[str, Any] = payload if isinstance(payload, Mapping) else {}
-    layers = declared.get("layers") if isinstance(payload, Mapping) else payload
-    layers = _layers_by_index(layers, where)
-    heads = {index: _read_layer(layer, index, where) for index, layer in layers.items()}
+    declared = payload if isinstance(payload, Mapping) else {"layers": payload}
+    counts = load_as(_Counts, declared, where, unknown="ignore")
+    layers = _layers_by_index(declared.get("layers"), where)
+    heads = {index: layer.heads for index, layer in layers.items()}
     highest = max((head for lists in heads.values() for head in (*lists[0], *lists[1])), default=0)
-    num_layers = model.num_layers if model else _count(declared, "num_layers", len(layers), where)
-    num_heads = model.num_heads if model else _count(declared, "num_heads", highest + 1, where)
-    if declared and model:
-        for name in ("num_layers", "num_heads"):
-            _require_equal(declared, name, getattr(model, name), where)
+    num_layers = counts.num_layers or max(1, len(layers))
+    num_heads = counts.num_heads or highest + 1
+    if model:
+        _check_counts(counts, model, where)
+        num_layers, num_heads = model.num_layers, model.num_heads
     _check_layers(set(layers), num_layers, where)
     return HeadPartition(
         num_heads,
@@ -125,26 +157,17 @@ def _check_version(payload: Any, where: str) -> None:
 def _own_entries(
     payload: Mapping[str, Any], partition: HeadPartition, where: str
 ) -> tuple[str | None, tuple[tuple[float, ...], ...] | None]:
-    model = payload.get("model")
-    sha256 = model.get("sha256") if isinstance(model, Mapping) else None
-    scores = payload.get("scores")
-    if scores is None:
-        return sha256, None
-    try:
-        rows = tuple(tuple(float(score) for score in row) for row in scores)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: `scores` must be numbers by layer and head ({error})"
-        ) from error
-    if [len(row) for row in rows] != [partition.num_heads] * partition.num_layers:
+    own = load_as(_OwnEntries, payload, where, unknown="ignore")
+    sizes = None if own.scores is None else [len(row) for row in own.scores]
+    if sizes not in (None, [partition.num_heads] * partition.num_layers):
         raise InputError(
             f"{where}: `scores` must hold {partition.num_layers} layers of {partition.num_heads} "
             "heads; calibrate again with `fkv calibrate heads`"
         )
-    return sha256, rows
+    return own.model.sha256, own.scores
 
 
-def _layers_by_index(layers: Any, where: str) -> dict[int, Any]:
+def _layers_by_index(layers: Any, where: str) -> dict[int, _Layer]:
     """Layers by index; a layer without `layer_idx` has the index of its place."""
     if isinstance(layers, Mapping):
         places = [(int(key) if str(key).isdecimal() else key, layers[key]) for key in layers]
@@ -155,12 +178,11 @@ def _layers_by_index(layers: Any, where: str) -> dict[int, Any]:
             f"{where}: expected a list of layers or an object with `layers`, found "
             f"{type(layers).__name__}; {_REMEDY}"
         )
-    found: dict[int, Any] = {}
-    for place, layer in places:
-        if not isinstance(layer, Mapping):
-            raise InputError(f"{where}: layer {place} is not an object; {_REMEDY}")
-        index = layer.get("layer_idx", place)
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+    found: dict[int, _Layer] = {}
+    for place, content in places:
+        layer = _read_layer(content, place, where)
+        index = place if layer.layer_idx is None else layer.layer_idx
+        if not isinstance(index, int) or index < 0:
             raise InputError(f"{where}: layer index {index!r} must be an integer from 0 on")
         if index in found:
             raise InputError(f"{where}: layer {index} is listed twice; keep one of them")
@@ -168,36 +190,23 @@ def _layers_by_index(layers: Any, where: str) -> dict[int, Any]:
     return found
 
 
-def _read_layer(layer: Mapping[str, Any], index: int, where: str) -> tuple[list[int], list[int]]:
-    """Static and dynamic heads of a layer, as listed."""
-    if not any(key in layer for key in _LISTS):
+def _read_layer(content: Any, place: object, where: str) -> _Layer:
+    if not isinstance(content, Mapping):
+        raise InputError(f"{where}: layer {place} is not an object; {_REMEDY}")
+    layer = load_as(_Layer, content, f"{where}: layer {place}", unknown="ignore")
+    if layer.static_head is None and layer.dynamic_head is None:
         raise InputError(
-            f"{where}: layer {index} has neither `static_head` nor `dynamic_head`; found "
-            f"{sorted(map(str, layer))}"
+            f"{where}: layer {place} has neither `static_head` nor `dynamic_head`; found "
+            f"{sorted(content)}"
         )
-    static, dynamic = (_head_list(layer.get(key), key, index, where) for key in _LISTS)
-    return static, dynamic
+    return layer
 
 
-def _head_list(value: Any, key: str, index: int, where: str) -> list[int]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or any(type(head) is not int for head in value):
-        raise InputError(f"{where}: layer {index}: `{key}` must be a list of head indices")
-    return value
-
-
-def _count(declared: Mapping[str, Any], name: str, inferred: int, where: str) -> int:
-    count = declared.get(name, inferred)
-    if type(count) is not int or count < 1:
-        raise InputError(f"{where}: `{name}` is {count!r}; it must be an integer >= 1")
-    return count
-
-
-def _require_equal(declared: Mapping[str, Any], name: str, needed: int, where: str) -> None:
-    found = _count(declared, name, needed, where)
-    if found != needed:
-        raise InputError(f"{where}: `{name}` is {found}, but the model has {needed}; {_REMEDY}")
+def _check_counts(counts: _Counts, model: ModelShape, where: str) -> None:
+    for name, found in asdict(counts).items():
+        needed = getattr(model, name)
+        if found not in (None, needed):
+            raise InputError(f"{where}: `{name}` is {found}, but the model has {needed}; {_REMEDY}")
 
 
 def _check_layers(found: set[int], num_layers: int, where: str) -> None:
@@ -211,10 +220,10 @@ def _check_layers(found: set[int], num_layers: int, where: str) -> None:
 
 
 def _static_heads(
-    static: list[int], dynamic: list[int], num_heads: int, index: int, where: str
+    static: Sequence[int], dynamic: Sequence[int], num_heads: int, index: int, where: str
 ) -> tuple[int, ...]:
     """Sorted static heads, once every head is known to be in exactly one list."""
-    listed, needed = static + dynamic, set(range(num_heads))
+    listed, needed = [*static, *dynamic], set(range(num_heads))
     problems = {
         "in both lists": set(static) & set(dynamic),
         "in neither list": needed - set(listed),

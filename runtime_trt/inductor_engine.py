@@ -12,8 +12,8 @@ import numpy as np
 
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.graph_info import TensorInfo
 from forcing_kv.runtime_trt.inductor_package import InductorPackage
-from forcing_kv.runtime_trt.manifest import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

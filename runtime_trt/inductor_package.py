@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
-from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.ports import split_name
 
 if TYPE_CHECKING:

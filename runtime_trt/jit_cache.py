@@ -35,12 +35,12 @@ class JitCache:
 
     Args:
         trt: module of the runtime; only TensorRT-RTX has such a cache.
-        record: the engine's entry in the manifest.
+        files: the engine's files and their hashes, from its record.
     """
 
-    def __init__(self, trt: Any, record: Mapping[str, Any]) -> None:
+    def __init__(self, trt: Any, files: Mapping[str, str]) -> None:
         self.available = hasattr(trt, "IRuntimeCache")
-        key = hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         self.path = cache_folder() / f"jit-{key[:24]}.bin"
         self._cache: Any = None
         self._loaded_nbytes = 0

@@ -8,29 +8,12 @@ P segments per frame, a the last warm-up chunk.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from forcing_kv.runtime_trt.errors import InputError
 
 HeadKind = Literal["uncompressed", "static", "dynamic"]
-_T = TypeVar("_T")
-
-
-def from_mapping(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
-    """Build a frozen dataclass from `values`, refusing unknown keys by name.
-
-    Raises:
-        InputError: a key is not a field of `cls`, or a required field is missing.
-    """
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise InputError(f"{where}: unknown keys {unknown}; allowed are {known}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise InputError(f"{where}: {error}; the fields are {known}") from error
 
 
 def _require_at_least(where: str, values: Mapping[str, int], minimum: int) -> None:

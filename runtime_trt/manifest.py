@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -11,49 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.dtypes import DTYPES
+from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.hashes import check_hashes
-from forcing_kv.runtime_trt.layout import from_mapping
 from forcing_kv.runtime_trt.ports import PortLike, ports
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 MANIFEST_FILE = "manifest.json"
 GRAPH_FOLDER = "graphs"
 WEIGHT_FILE = "graphs/weights.bin"
+_REMEDY = "export the bundle again"
 SCHEMA_VERSION = 1
 """Version that this runtime writes and the only one that it reads."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of a graph.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """Name in `DTYPES`."""
-
-    def __post_init__(self) -> None:
-        if self.dtype == "float":  # Bundles of 2026 have ONNX's word for it.
-            object.__setattr__(self, "dtype", "float32")
-        if self.dtype not in DTYPES:
-            raise InputError(f"{self.name}: dtype is {self.dtype!r}; allowed are {list(DTYPES)}")
-
-
-@dataclass(frozen=True)
-class GraphInfo:
-    """One exported graph."""
-
-    file: str
-    """Path within the bundle."""
-    sha256: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -100,12 +70,13 @@ class Manifest:
     """Exported decoders by kind: `vae`, `tae`."""
     plugin_abi: int = 1
     """Version of the custom operators that the graphs use."""
-    engines: tuple[Mapping[str, Any], ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
     """One record per built engine."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema version first."""
-        data = {**asdict(self), "config": self.config.to_json()}
+        engines = [engine.to_json() for engine in self.engines]
+        data = {**asdict(self), "config": self.config.to_json(), "engines": engines}
         return {"schema_version": SCHEMA_VERSION, **data}
 
 
@@ -121,9 +92,9 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle}: not a bundle ({MANIFEST_FILE} is missing); make one with `fkv export`"
         )
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not readable ({error}); export the bundle again") from error
+        data = read_json(path, "manifest", _REMEDY)
+    except InputError as error:
+        raise BundleError(str(error)) from error
     version = data.pop("schema_version", None) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -132,85 +103,11 @@ def read_manifest(bundle: Path) -> Manifest:
             "wrote it"
         )
     try:
-        return _manifest(data)
+        manifest = load_as(Manifest, data)
+        _check_graphs(manifest.config, manifest.graphs)
     except InputError as error:
-        raise BundleError(f"{path}: {error}; export the bundle again") from error
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise BundleError(
-            f"{path}: entry {error} is missing or malformed; export the bundle again"
-        ) from error
-
-
-def _manifest(data: dict[str, Any]) -> Manifest:
-    config = RolloutConfig.from_json(data["config"], "config")
-    graphs = {name: graph_info(graph, f"graphs.{name}") for name, graph in data["graphs"].items()}
-    _check_graphs(config, graphs)
-    engines = tuple(data.get("engines", ()))
-    for engine in engines:
-        _check_engine(engine, f"engines.{engine['folder']}")
-    parts = {"config": config, "graphs": graphs, "engines": engines}
-    fp8 = data.get("fp8")
-    parts["fp8"] = None if fp8 is None else Fp8Scales.from_json(fp8, "fp8")
-    parts["decoders"] = {
-        kind: _decoder_info(decoder, f"decoders.{kind}")
-        for kind, decoder in data.get("decoders", {}).items()
-    }
-    return from_mapping(Manifest, {**data, **parts}, "manifest")
-
-
-def _check_engine(data: Mapping[str, Any], where: str) -> None:
-    """Refuse a record that nobody could read; what a backend adds is checked where it is read."""
-    for key, kind in {"backend": str, "environment": dict, "options": dict}.items():
-        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
-    built_for = data["environment"].get("device", data["environment"].get("sm"))
-    _require(isinstance(built_for, str), f"{where}.environment", data["environment"])
-    for part in (data, *data.get("decoders", {}).values()):
-        _check_engine_part(part, where)
-
-
-def _check_engine_part(data: Mapping[str, Any], where: str) -> None:
-    """What a record says of the denoiser, and of every decoder."""
-    kinds: dict[str, Any] = {
-        "folder": str, "files": dict, "graphs": dict, "build_seconds": (int, float)
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        _require(isinstance(data[key], kind), f"{where}.{key}", data[key])
-    for file, sha256 in data["files"].items():
-        _require(isinstance(sha256, str), f"{where}.files.{file}", sha256)
-    for name, graph in data["graphs"].items():
-        graph_info(graph, f"{where}.graphs.{name}")
-    for name, detail in data.get("details", {}).items():
-        for key in ("weight_nbytes", "scratch_nbytes"):
-            value = detail.get(key)
-            known = value is None or isinstance(value, int)
-            _require(known, f"{where}.details.{name}.{key}", value)
-
-
-def _require(holds: bool, where: str, value: Any) -> None:
-    if not holds:
-        raise InputError(f"{where} is {value!r}, which is malformed")
-
-
-def _decoder_info(data: Mapping[str, Any], where: str) -> DecoderInfo:
-    graphs = {name: graph_info(graph, f"{where}.{name}") for name, graph in data["graphs"].items()}
-    return from_mapping(DecoderInfo, {**data, "graphs": graphs}, where)
-
-
-def graph_info(data: Mapping[str, Any], where: str) -> GraphInfo:
-    """Read a graph's entry, in the manifest or in an engine record.
-
-    Raises:
-        InputError: unknown or missing keys; names `where`.
-    """
-    parts = dict(data)
-    for key in ("inputs", "outputs"):
-        parts[key] = tuple(
-            from_mapping(TensorInfo, {**info, "shape": tuple(info["shape"])}, f"{where}.{key}")
-            for info in parts[key]
-        )
-    for key in ("file", "sha256"):
-        _require(isinstance(parts[key], str), f"{where}.{key}", parts[key])
-    return from_mapping(GraphInfo, parts, where)
+        raise BundleError(f"{path}: {error}; {_REMEDY}") from error
+    return manifest
 
 
 def _check_graphs(config: RolloutConfig, graphs: Mapping[str, GraphInfo]) -> None:

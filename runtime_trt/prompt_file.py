@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.files import replaced_file
+from forcing_kv.runtime_trt.schema import parse_json
 
 Float32 = NDArray[np.float32]
 
@@ -125,7 +126,7 @@ def _read_safetensors(path: Path) -> PromptFile:
         stored = np.frombuffer(data[begin:end], np.dtype(dtype.numpy).newbyteorder("<"))
         array = stored.reshape(tensor["shape"])
         metadata: Mapping[str, Any] = header.get("__metadata__", {})
-        texts = json.loads(metadata.get("prompts", "[]"))
+        texts = parse_json(metadata.get("prompts", "[]"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a file of encoded prompts, or truncated ({error!r}); {remedy}"
@@ -142,7 +143,7 @@ def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
     length = int.from_bytes(content[:8], "little")
     if not 2 <= length <= min(_MAX_HEADER_NBYTES, len(content) - 8):
         raise ValueError("no safetensors header")
-    header = json.loads(content[8 : 8 + length])
+    header = parse_json(content[8 : 8 + length])
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     return header, content[8 + length :]

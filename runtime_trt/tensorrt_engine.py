@@ -16,11 +16,12 @@ from typing import Any
 
 from forcing_kv.runtime_trt.constant_table import map_constants, read_table
 from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
-from forcing_kv.runtime_trt.engine_record import EngineRecord, Flavour, weight_table
+from forcing_kv.runtime_trt.engine_record import EngineRecord, weight_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
+from forcing_kv.runtime_trt.flavours import Flavour
 from forcing_kv.runtime_trt.graph_engine import SCRATCH
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.jit_cache import JitCache
-from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.refit import NamedWeight, refit
 
 
@@ -54,6 +55,7 @@ class LoadedPlans:
     Args:
         flavour: which package runs them.
         trt: its module.
+        bundle: directory of the bundle.
         record: the engine; files, version and GPU are checked by the caller.
 
     Raises:
@@ -61,8 +63,10 @@ class LoadedPlans:
         BundleError: a plan does not fit its record.
     """
 
-    def __init__(self, flavour: Flavour, trt: Any, record: EngineRecord) -> None:
+    def __init__(self, flavour: Flavour, trt: Any, bundle: Path, record: EngineRecord) -> None:
         self.flavour, self.trt, self.record = flavour, trt, record
+        self.rebuild_command = record.rebuild_command(bundle)
+        self._bundle = bundle
         self.log = EngineLog(trt)
         self.num_users = 0
         self._runtime = trt.Runtime(self.log.logger)
@@ -74,7 +78,7 @@ class LoadedPlans:
         """By graph: manifest name of a tensor → the engine's."""
         try:
             for name, graph in record.graphs.items():
-                self.engines[name] = self._load(name, record.bundle / graph.file)
+                self.engines[name] = self._load(name, bundle / graph.file)
                 self.names[name] = self._match(name, graph)
         except BaseException:
             self.release()
@@ -86,7 +90,7 @@ class LoadedPlans:
         if engine is None:
             raise BackendUnavailableError(
                 f"{path}: {self.flavour.name} cannot load it ({self.log.last()}); "
-                f"{self.record.build_command}"
+                f"{self.rebuild_command}"
             )
         if self.record.options.get("strip_weights"):
             self._refit(engine, path)
@@ -99,12 +103,12 @@ class LoadedPlans:
             return
         weights = (
             NamedWeight(name, entry.dtype, math.prod(entry.shape), content)
-            for name, entry, content in map_constants(self.record.bundle, table)
+            for name, entry, content in map_constants(self._bundle, table)
         )
         if (wrong := refit(self.trt, engine, self.log.logger, weights)) is not None:
             raise BundleError(
                 f"{plan}: the bundle's weights do not fit the engine: {wrong} "
-                f"({self.log.last()}); {self.record.build_command}"
+                f"({self.log.last()}); {self.rebuild_command}"
             )
 
     def _match(self, name: str, graph: GraphInfo) -> dict[str, str]:
@@ -138,13 +142,13 @@ class LoadedPlans:
             if wrong:
                 raise BundleError(
                     f"{graph.file}: tensors {sorted(wrong)[:3]} of graph {name} differ from the "
-                    f"record; {self.record.build_command}"
+                    f"record; {self.rebuild_command}"
                 )
             names |= matched
         if getattr(engine, "num_aux_streams", 0):
             raise BundleError(
                 f"{graph.file}: it uses auxiliary streams, which a capture would lose; "
-                f"{self.record.build_command}"
+                f"{self.rebuild_command}"
             )
         return names
 
@@ -175,7 +179,7 @@ class TensorRtEngine:
         self._contexts: dict[str, Any] = {}
         self._bound: dict[str, dict[str, int]] = {}
         plans.num_users += 1
-        self._jit_cache = JitCache(plans.trt, plans.record.content)
+        self._jit_cache = JitCache(plans.trt, plans.record.files)
         try:
             for name, engine in plans.engines.items():
                 context = self._create_context(engine)
@@ -228,7 +232,7 @@ class TensorRtEngine:
     def _refused(self, what: str, graph: str) -> ForcingKvError:
         return ForcingKvError(
             f"{self.name} refused {what} of graph {graph} ({self._plans.log.last()}); "
-            f"{self._plans.record.build_command}"
+            f"{self._plans.rebuild_command}"
         )
 
     @contextmanager
@@ -239,7 +243,7 @@ class TensorRtEngine:
             if asked is not None and not asked(stream):
                 raise ForcingKvError(
                     f"{self.name} cannot capture graph {name} ({self._plans.log.last()}); run with "
-                    f"--no-cuda-graph, or {self._plans.record.build_command}"
+                    f"--no-cuda-graph, or {self._plans.rebuild_command}"
                 )
         self._jit_cache.save()
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.console import print_json
 from forcing_kv.runtime_trt.dtypes import DTYPES
-from forcing_kv.runtime_trt.engine_record import check_engines
+from forcing_kv.runtime_trt.engine_record import EngineRecord, check_engines
 from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
 from forcing_kv.runtime_trt.manifest import (
     Manifest,
@@ -32,7 +31,7 @@ def inspect(
         check_files(bundle, manifest)
         for decoder in manifest.decoders.values():
             check_decoder_files(bundle, decoder)
-        check_engines(bundle, manifest)
+        check_engines(bundle, manifest.engines)
     if as_json:
         print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
         return
@@ -123,19 +122,19 @@ def _graphs(bundle: Path, manifest: Manifest) -> Any:
     return table
 
 
-def _engine(bundle: Path, engine: Mapping[str, Any]) -> Any:
+def _engine(bundle: Path, engine: EngineRecord) -> Any:
     """A row a part: the denoiser, and each decoder."""
-    built_for = engine.get("target") or engine["environment"].get("device", "")
-    versions = ", ".join(f"{key} {value}" for key, value in engine["environment"].items())
-    given = {k: v for k, v in engine["options"].items() if v and k not in ("backend", "target")}
+    built_for = engine.target or engine.environment.get("device", "")
+    versions = ", ".join(f"{key} {value}" for key, value in engine.environment.items())
+    given = {k: v for k, v in engine.options.items() if v and k not in ("backend", "target")}
     options = ", ".join(f"{key} {value}" for key, value in given.items()) or "default options"
-    title = f"{engine['folder']}: {engine['backend']} for {built_for}, {options}; built with"
+    title = f"{engine.folder}: {engine.backend} for {built_for}, {options}; built with"
     table = _table(f"{title} {versions}", "graphs", "MB", "seconds", "sha256")
-    for part in (engine, *engine.get("decoders", {}).values()):
-        files = [bundle / file for file in part["files"]]
+    for part in engine.parts:
+        files = [bundle / file for file in part.files]
         nbytes = sum(file.stat().st_size for file in files if file.is_file())
         table.add_row(
-            " ".join(part["graphs"]), f"{nbytes / 1e6:.1f}", str(part["build_seconds"]),
-            " ".join(sha256[:12] for sha256 in part["files"].values()),
+            " ".join(part.graphs), f"{nbytes / 1e6:.1f}", str(part.build_seconds),
+            " ".join(sha256[:12] for sha256 in part.files.values()),
         )  # fmt: skip
     return table

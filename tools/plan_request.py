@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from forcing_kv.export.memory_model import NO_FP8, all_fp8
-from forcing_kv.export.model_config import read_json
 from forcing_kv.export.presets import (
     DENSE_WINDOW_FRAMES,
     PUBLISHED_STATIC_HEADS,
@@ -19,9 +17,10 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape, from_mapping
+from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.resolution import check_latent_size, parse_latent_size
+from forcing_kv.runtime_trt.schema import load_as, read_json
 
 DEFAULT_MODEL = "self-forcing-1.3b"
 
@@ -74,10 +73,7 @@ class Subject:
         if text in known:
             return known[text]
         if text.endswith(".json"):
-            content = read_json(Path(text))
-            if not isinstance(content, Mapping):
-                raise InputError(f"{text}: give an object with fields of the policy")
-            return from_mapping(CachePolicy, content, text)
+            return load_as(CachePolicy, read_json(Path(text), "policy", "give its fields"), text)
         if "=" not in text:
             raise InputError(
                 f"policy {text!r} is unknown; give one of {list(known)}, a .json file, or changes "

@@ -203,7 +203,7 @@ def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
         from forcing_kv.export.inductor_package import InductorOptions
 
         compiled = InductorOptions(cast(Literal["cpu", "cuda"], device))
-        return {"build_seconds": build_inductor(bundle, compiled)["build_seconds"]}
+        return {"build_seconds": build_inductor(bundle, compiled).build_seconds}
     from forcing_kv.export.build import run_build
     from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend
     from forcing_kv.export.planning import plan_build, target_device
@@ -211,8 +211,11 @@ def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
     options = EngineOptions(cast(TensorRtBackend, backend))
     record, layers = run_build(plan_build(bundle, options, device=target_device(options)))
     kinds = sorted({layer.kind for found in layers.values() for layer in found})
-    return {"details": dict(record["details"]), "environment": record["environment"],
-            "layer_kinds": kinds}  # fmt: skip
+    return {
+        "details": record.to_json()["details"],
+        "environment": record.environment,
+        "layer_kinds": kinds,
+    }
 
 
 def open_bundle(

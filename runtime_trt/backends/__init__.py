@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 
 from forcing_kv.runtime_trt.backends.base import Backend
-from forcing_kv.runtime_trt.engine_record import FLAVOURS
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     ForcingKvError,
     InputError,
     missing_dependency,
 )
+from forcing_kv.runtime_trt.flavours import FLAVOURS
 from forcing_kv.runtime_trt.manifest import Manifest, check_files, read_manifest
 
 BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
@@ -80,7 +80,7 @@ def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
             from forcing_kv.runtime_trt.backends.open_inductor import inductor_record
             from forcing_kv.runtime_trt.inductor_package import check_environment
 
-            environment = inductor_record(bundle, manifest)["environment"]
+            environment = inductor_record(bundle, manifest).environment
             check_environment(environment, environment["device"])
         elif manifest.config.dtype == "bfloat16":
             return "it does not run bfloat16 on the CPU; export with --dtype float32"

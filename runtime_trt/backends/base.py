@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.layout import HeadKind
-from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.moves import HeadRows, RowMove, moves
 from forcing_kv.runtime_trt.ports import PARTS, POSITIONS, STEP_SCALARS, kv_name, kv_names
 from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid

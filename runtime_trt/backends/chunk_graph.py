@@ -40,7 +40,7 @@ from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.graph import CapturedGraph, capture
 from forcing_kv.runtime_trt.graph_engine import GraphEngine
-from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.ports import pool_ports
 from forcing_kv.runtime_trt.text_fold import fold_text
 from forcing_kv.runtime_trt.timeline import ChunkPlan

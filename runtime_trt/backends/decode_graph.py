@@ -29,7 +29,7 @@ from forcing_kv.runtime_trt.decode_runner import (
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.graph import CapturedGraph, capture
 from forcing_kv.runtime_trt.graph_engine import SCRATCH, GraphEngine
-from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
 
 
 def plan_decoder_memory(graphs: Mapping[str, GraphInfo], scratch_nbytes: int) -> MemoryPlan:

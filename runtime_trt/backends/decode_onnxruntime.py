@@ -20,7 +20,7 @@ from forcing_kv.runtime_trt.decode_runner import (
 )
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
-from forcing_kv.runtime_trt.manifest import GraphInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 
 
 class OnnxRuntimeDecodeRunner(DecodeRunner):

@@ -18,7 +18,8 @@ from forcing_kv.runtime_trt.backends.base import (
 )
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest
+from forcing_kv.runtime_trt.graph_info import GraphInfo
+from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.runtime_trt.timeline import ChunkPlan
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forcing_kv.runtime_trt.backends.base import Backend
 from forcing_kv.runtime_trt.backends.decode_inductor import InductorDecodeRunner
@@ -12,33 +11,31 @@ from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table
 from forcing_kv.runtime_trt.decode_runner import DecodeRunner
-from forcing_kv.runtime_trt.engine_record import build_command, decoder_content
+from forcing_kv.runtime_trt.engine_record import EngineRecord, build_command
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, require
-from forcing_kv.runtime_trt.hashes import check_hashes
-from forcing_kv.runtime_trt.inductor_package import REBUILD, InductorPackage, check_environment
-from forcing_kv.runtime_trt.layout import from_mapping
-from forcing_kv.runtime_trt.manifest import GraphInfo, Manifest, TensorInfo
+from forcing_kv.runtime_trt.inductor_package import InductorPackage, check_environment
+from forcing_kv.runtime_trt.manifest import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def inductor_record(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
 
     Raises:
         BackendUnavailableError: there is none.
     """
-    records = [record for record in manifest.engines if record.get("backend") == "inductor"]
+    records = [record for record in manifest.engines if record.backend == "inductor"]
     if not records:
         raise BackendUnavailableError(
             f"{bundle} holds no inductor engine; make one with {build_command(bundle, 'inductor')}"
         )
-    return max(records, key=lambda record: record["environment"]["device"] == "cuda")
+    return max(records, key=lambda record: record.environment["device"] == "cuda")
 
 
 def open_inductor(
-    bundle: Path, manifest: Manifest, record: Mapping[str, Any], *, use_graphs: bool = True
+    bundle: Path, manifest: Manifest, record: EngineRecord, *, use_graphs: bool = True
 ) -> Backend:
     """Open an engine that `fkv build --backend inductor` made.
 
@@ -72,8 +69,7 @@ def open_inductor_decoder(
         BundleError: a file is missing or altered, or the engine is of another decoder.
     """
     record = inductor_record(bundle, manifest)
-    content = decoder_content(bundle, record, kind, manifest.decoders[kind])
-    package = open_package(bundle, content)
+    package = open_package(bundle, record.decoder(bundle, kind, manifest.decoders[kind].sha256))
     if package.device.type == "cpu":
         return InductorDecodeRunner(package)
     from forcing_kv.runtime_trt.backends.decode_graph import GraphDecodeRunner
@@ -85,20 +81,19 @@ def open_inductor_decoder(
     return GraphDecodeRunner(cuda, engine, package.graphs, use_graphs=use_graphs)
 
 
-def open_package(bundle: Path, record: Mapping[str, Any]) -> InductorPackage:
+def open_package(bundle: Path, record: EngineRecord) -> InductorPackage:
     """Load the package of a record, or of the part of one that is about a decoder.
 
     Raises:
         BackendUnavailableError: it was compiled for another environment.
         BundleError: a file is missing or altered.
     """
-    device = record["environment"]["device"]
-    check_environment(record["environment"], device)
-    check_hashes(bundle, record["files"], "it was built", REBUILD)
-    graphs = {name: _graph_info(info, name) for name, info in record["graphs"].items()}
-    constants = load_constants(bundle, bundle / record["folder"] / "constants.json", device)
-    (path,) = {bundle / info.file for info in graphs.values()}
-    return InductorPackage(path, graphs, constants, device)
+    device = record.environment["device"]
+    check_environment(record.environment, device)
+    record.check_files(bundle)
+    constants = load_constants(bundle, bundle / record.folder / "constants.json", device)
+    (path,) = {bundle / graph.file for graph in record.graphs.values()}
+    return InductorPackage(path, record.graphs, constants, device)
 
 
 def package_backend(
@@ -114,19 +109,6 @@ def package_backend(
     cuda = Cuda(package.device.index or 0, extra="inductor")
     engine = InductorEngine(package)
     return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
-
-
-def _graph_info(data: Mapping[str, Any], name: str) -> GraphInfo:
-    ports = {
-        key: tuple(
-            from_mapping(
-                TensorInfo, {**port, "shape": tuple(port["shape"])}, f"graphs.{name}.{key}"
-            )
-            for port in data[key]
-        )
-        for key in ("inputs", "outputs")
-    }
-    return GraphInfo(data["file"], data["sha256"], **ports)
 
 
 def load_constants(bundle: Path, table: Path, device: str) -> dict[str, Tensor]:

@@ -10,15 +10,15 @@ from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.backends.decode_graph import GraphDecodeRunner, plan_decoder_memory
 from forcing_kv.runtime_trt.buffers import require_free_memory
 from forcing_kv.runtime_trt.cuda import Cuda
-from forcing_kv.runtime_trt.engine_record import (
+from forcing_kv.runtime_trt.engine_record import EngineRecord
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.flavours import (
     FLAVOURS,
-    EngineRecord,
-    check_plans,
     check_version,
     choose_record,
     find_records,
+    nbytes_on_device,
 )
-from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.runtime_trt.tensorrt_engine import LoadedPlans, TensorRtEngine
 
@@ -46,8 +46,8 @@ def fitting_record(
     records = find_records(bundle, manifest, flavour)
     trt = require(flavour.module, extra=flavour.extra)
     cuda = cuda or Cuda(extra=flavour.extra)
-    record = choose_record(records, cuda.device)
-    check_version(record, flavour, str(trt.__version__))
+    record = choose_record(bundle, records, cuda.device)
+    check_version(bundle, record, flavour, str(trt.__version__))
     return record, cuda, trt
 
 
@@ -62,8 +62,9 @@ def checked_record(
         MissingDependencyError: the runtime is not installed.
     """
     record, cuda, trt = fitting_record(bundle, manifest, name, cuda)
-    check_plans(record)
-    require_free_memory(cuda, record.nbytes_on_device(manifest), f"{bundle} on {name}")
+    record.check_files(bundle)
+    needed = nbytes_on_device(record, manifest.config)
+    require_free_memory(cuda, needed, f"{bundle} on {name}")
     return record, cuda, trt
 
 
@@ -90,7 +91,7 @@ def open_tensorrt(
     start = perf_counter()
     record, cuda, trt = checked_record(bundle, manifest, name, cuda)
     checked = perf_counter()
-    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, record))
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
     loaded = perf_counter()
     backend = ChunkGraphBackend(cuda, engine, manifest.config, record.graphs, use_graphs=use_graphs)
     backend.load_ms = {
@@ -124,10 +125,10 @@ def open_tensorrt_decoder(
         MissingDependencyError: the runtime is not installed.
     """
     shared, cuda, trt = fitting_record(bundle, manifest, name, cuda)
-    record = shared.decoder(kind, manifest.decoders[kind])
-    check_plans(record)
+    record = shared.decoder(bundle, kind, manifest.decoders[kind].sha256)
+    record.check_files(bundle)
     buffers = plan_decoder_memory(record.graphs, record.scratch_nbytes)
     nbytes = record.weight_nbytes + buffers.nbytes
     require_free_memory(cuda, nbytes, f"the {kind} decoder of {bundle} on {name}")
-    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, record))
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
     return GraphDecodeRunner(cuda, engine, record.graphs, use_graphs=use_graphs)

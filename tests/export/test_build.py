@@ -85,16 +85,16 @@ def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
     layers = tmp_path / "layers.json"
     rtx(half_bundle, "--layer-info", layers)
     (record,) = read_manifest(half_bundle).engines
-    assert record["target"] == "sm89"
+    assert record.target == "sm89"
     # Self- and cross-attention of every layer.
-    assert record["details"]["step"]["num_fused_attention"] == 2 * SHAPE.num_layers
-    assert record["details"]["step"]["scratch_nbytes"] > 0
+    assert record.details["step"].num_fused_attention == 2 * SHAPE.num_layers
+    assert record.details["step"].scratch_nbytes > 0
     found = json.loads(layers.read_text())
     assert sum("_gemm_mha" in layer["tactic"] for layer in found["step"]) == 4
-    for graph in record["graphs"].values():
-        assert (half_bundle / graph["file"]).stat().st_size > 1000
-    plan = half_bundle / record["graphs"]["evict"]["file"]
-    before = {name: detail["build_seconds"] for name, detail in record["details"].items()}
+    for graph in record.graphs.values():
+        assert (half_bundle / graph.file).stat().st_size > 1000
+    plan = half_bundle / record.graphs["evict"].file
+    before = {name: detail.build_seconds for name, detail in record.details.items()}
 
     assert "nothing to do" in rtx(half_bundle).stderr
     assert read_manifest(half_bundle).engines == (record,)
@@ -107,11 +107,11 @@ def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
     assert said["to_build"] == ["evict"]
     rtx(half_bundle)
     (again,) = read_manifest(half_bundle).engines
-    assert again["details"]["step"]["build_seconds"] == before["step"]
+    assert again.details["step"].build_seconds == before["step"]
     assert plan.read_bytes() != b"damaged"
     listed = fkv("inspect", half_bundle).stdout
     assert "engines/tensorrt-rtx-sm89: tensorrt-rtx for sm89, default options; built" in listed
-    assert again["files"][again["graphs"]["evict"]["file"]][:12] in listed
+    assert again.files[again.graphs["evict"].file][:12] in listed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -121,7 +121,7 @@ def test_other_dtypes_and_targets_build(tmp_path, dtype):
     rtx(bundle, target="sm120" if dtype == "bfloat16" else "sm86")
     (record,) = read_manifest(bundle).engines
     fused = 0 if dtype == "float32" else 2 * SHAPE.num_layers
-    assert record["details"]["step"]["num_fused_attention"] == fused
+    assert record.details["step"].num_fused_attention == fused
 
 
 def test_a_place_for_layers_is_checked_before_the_build(half_bundle, tmp_path):
@@ -207,20 +207,21 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
     record, _ = build.run_build(plan_build(half_bundle, STRIPPED, force=True))
     assert set(wanted) == {"prompt", "step", "evict"}
     for name, contents in wanted.items():
-        file = f"{record['folder']}/{name}.weights.json"
+        file = f"{record.folder}/{name}.weights.json"
         table = read_table(half_bundle / file)
         found = {n: bytes(content) for n, _, content in read_constants(half_bundle, table)}
         assert found == contents
-        assert file in record["files"]
-        assert record["details"][name]["weight_nbytes"] == sum(map(len, contents.values()))
+        assert file in record.files
+        assert record.details[name].weight_nbytes == sum(map(len, contents.values()))
     assert len(wanted["step"]) > 10
     assert not plan_build(half_bundle, STRIPPED).to_do
-    (half_bundle / record["folder"] / "step.weights.json").write_text("{}")
+    (half_bundle / record.folder / "step.weights.json").write_text("{}")
     assert [graph.name for graph in plan_build(half_bundle, STRIPPED).to_do] == ["step"]
     build.run_build(plan_build(half_bundle, STRIPPED))
     assert not plan_build(half_bundle, STRIPPED).to_do
     path = half_bundle / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "engines": list(before)}))
+    engines = [each.to_json() for each in before]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engines": engines}))
 
 
 def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):

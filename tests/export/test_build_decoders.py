@@ -68,7 +68,7 @@ def test_rtx_engines_of_decoders_build_when_they_changed(plain_bundle, files, tm
     vae, tae = files
     rtx(bundle)
     (before,) = read_manifest(bundle).engines
-    assert before["decoders"] == {}
+    assert before.decoders == {}
 
     fkv("add-decoder", bundle, "--vae", vae, "--tae", tae, "--dtype", dtype)
     assert to_build(bundle) == ["vae.decode", "vae.decode_first", "tae.decode"]
@@ -77,20 +77,20 @@ def test_rtx_engines_of_decoders_build_when_they_changed(plain_bundle, files, tm
     assert "vae.decode_first: " in said
     assert set(json.loads(layers.read_text())) == {"vae.decode", "vae.decode_first", "tae.decode"}
     (record,) = read_manifest(bundle).engines
-    assert record["graphs"] == before["graphs"]
-    assert record["details"] == before["details"]
+    assert record.graphs == before.graphs
+    assert record.details == before.details
     for kind, info in read_manifest(bundle).decoders.items():
-        part = record["decoders"][kind]
-        assert part["decoder_sha256"] == info.sha256
-        assert set(part["graphs"]) == set(part["details"]) == set(info.graphs)
-        assert all(detail["num_layers"] > 0 for detail in part["details"].values())
-        assert all((bundle / file).stat().st_size > 1000 for file in part["files"])
+        part = record.decoders[kind]
+        assert part.decoder_sha256 == info.sha256
+        assert set(part.graphs) == set(part.details) == set(info.graphs)
+        assert all(detail.num_layers > 0 for detail in part.details.values())
+        assert all((bundle / file).stat().st_size > 1000 for file in part.files)
     assert "nothing to do" in rtx(bundle).stderr
     assert read_manifest(bundle).engines == (record,)
     assert "engines/tensorrt-rtx-sm89/vae" in fkv("inspect", bundle, "--json").stdout
     assert fkv("inspect", bundle).exit_code == 0
 
-    (bundle / record["decoders"]["tae"]["graphs"]["decode"]["file"]).write_bytes(b"damaged")
+    (bundle / record.decoders["tae"].graphs["decode"].file).write_bytes(b"damaged")
     assert to_build(bundle) == ["tae.decode"]
     other = "float16" if dtype == "float32" else "float32"
     fkv("add-decoder", bundle, "--vae", vae, "--dtype", other, "--force")
@@ -162,7 +162,7 @@ def test_inductor_decodes_what_onnx_runtime_does(plain_bundle, files, tmp_path, 
         assert len(data["frames"]) == 11
 
     # Its own files and those of the bundle are checked, each on its own.
-    (package,) = (bundle / record["decoders"]["vae"]["folder"]).glob("*.pt2")
+    (package,) = (bundle / record.decoders["vae"].folder).glob("*.pt2")
     content = bytearray(package.read_bytes())
     content[len(content) // 2] ^= 1
     package.write_bytes(content)

@@ -36,8 +36,8 @@ from forcing_kv.runtime_trt.buffers import BufferSpec
 from forcing_kv.runtime_trt.chunk_resources import ChunkResources
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.graph_info import GraphInfo
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import GraphInfo
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
 
 PERCENT = 0.01

@@ -36,6 +36,7 @@ from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Scales, LinearScales
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.schema import load_as
 from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
@@ -294,15 +295,15 @@ def test_rtx_builds_fp8_products_where_there_are_some(half_bundle):
     assert "12 products in FP8" in fkv(*build, "sm89").stderr
     (record,) = read_manifest(half_bundle).engines
     # q, k and v are one product.
-    assert record["details"]["step"]["num_fp8_products"] == 6 * SHAPE.num_layers
-    assert record["details"]["step"]["num_fused_attention"] == 2 * SHAPE.num_layers
+    assert record.details["step"].num_fp8_products == 6 * SHAPE.num_layers
+    assert record.details["step"].num_fused_attention == 2 * SHAPE.num_layers
 
 
 @pytest.mark.slow
 def test_inductor_passes_and_shares_the_weights(bundle):
     build_inductor(bundle, InductorOptions("cpu"))
-    (record,) = (r for r in read_manifest(bundle).engines if r["backend"] == "inductor")
-    table = json.loads((bundle / record["folder"] / "constants.json").read_text())
+    (record,) = (r for r in read_manifest(bundle).engines if r.backend == "inductor")
+    table = json.loads((bundle / record.folder / "constants.json").read_text())
     entry = table["model.blocks.0.self_attn.qkv.weight"]
     assert entry["dtype"] == "float8_e4m3fn"
     assert [piece["file"] for piece in entry["pieces"]] == ["graphs/weights.bin"] * 3
@@ -325,9 +326,11 @@ def record_of(amax, shape=SHAPE):
     [
         ({"format": "other"}, "not a forcing_kv.fp8 file"),
         ({"linears": {"blocks.7.ffn.0": {"amax": 1.0}}}, "unknown layers"),
-        ({"linears": {"blocks.0.ffn.0": {"amax": float("nan")}}}, "no finite magnitude"),
+        ({"linears": {"blocks.0.ffn.0": {"amax": float("nan")}}}, "NaN is no finite number"),
+        ({"linears": {"blocks.0.ffn.0": {"amax": -1.0}}}, "no finite magnitude"),
+        ({"linears": {"blocks.0.ffn.0": {"amax": 1.0, "max": 2}}}, r"unknown keys .'max'.*amax"),
         ({"linears": {"blocks.0.self_attn.q": {"amax": 1.0}}}, "need one amax"),
-        ({"linears": {"blocks.0.ffn.0": {}}}, "'amax'.*missing or malformed"),
+        ({"linears": {"blocks.0.ffn.0": {}}}, r"blocks\.0\.ffn\.0: entry 'amax' is missing"),
         ({"model": {"sha256": "0", "shape": {"dim": 3}}}, "another|model of shape"),
     ],
 )
@@ -342,7 +345,7 @@ def test_other_files_and_widths_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such FP8 calibration"):
         read_fp8(tmp_path / "none.json", SHAPE)
     (tmp_path / "text.json").write_text("[")
-    with pytest.raises(InputError, match="not readable as JSON"):
+    with pytest.raises(InputError, match="not readable as a JSON FP8 calibration"):
         read_fp8(tmp_path / "text.json", SHAPE)
     odd = ModelShape(2, dim=24, ffn_dim=96, num_heads=2)
     path = tmp_path / "odd.json"
@@ -352,9 +355,9 @@ def test_other_files_and_widths_are_refused(tmp_path):
 
 
 def test_scales_of_a_manifest_are_checked():
-    assert Fp8Scales.from_json({"linears": {}}, "fp8") == Fp8Scales({})
-    with pytest.raises(InputError, match="malformed"):
-        Fp8Scales.from_json({"linears": {"blocks.0.ffn.0": {"input": 1.0}}}, "fp8")
+    assert load_as(Fp8Scales, {"linears": {}}, "fp8") == Fp8Scales({})
+    with pytest.raises(InputError, match=r"fp8: linears\.blocks.*: entry 'weight' is missing"):
+        load_as(Fp8Scales, {"linears": {"blocks.0.ffn.0": {"input": 1.0}}}, "fp8")
     for name in ("ffn.0", "blocks.0.ffn.1", "blocks.x.ffn.0", "blocks.0.cross_attn.k"):
         with pytest.raises(InputError, match=f"no layer is called '{name}'"):
-            Fp8Scales.from_json({"linears": {name: {"input": 1.0, "weight": 1.0}}}, "fp8")
+            load_as(Fp8Scales, {"linears": {name: {"input": 1.0, "weight": 1.0}}}, "fp8")

@@ -71,6 +71,7 @@ from forcing_kv.export.planning import plan_build
 
 plan = plan_build(Path({bundle!r}), EngineOptions("tensorrt-rtx", target="sm89"))
 record, _ = run_build(plan)
+record = record.to_json()
 decoder = record["decoders"].get("vae", {{}})
 result = {{"details": record["details"], "decoder": decoder.get("details")}}
 """

@@ -22,9 +22,10 @@ from forcing_kv.runtime_trt.backends.inductor import InductorBackend
 from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.inductor_package import check_environment, environment
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import GraphInfo, TensorInfo, read_manifest
+from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.session import Session
 
 
@@ -54,7 +55,7 @@ def test_weights_come_back_out_of_a_bundle(bundle, case):
 def test_engine_passes_the_golden_case(bundle, case, fusion):
     build_inductor(bundle, InductorOptions("cpu", fusion))
     (record,) = read_manifest(bundle).engines
-    stored = (bundle / record["folder"] / "constants.bin").stat().st_size
+    stored = (bundle / record.folder / "constants.bin").stat().st_size
     assert stored < 0.05 * (bundle / "graphs/weights.bin").stat().st_size
     manifest = read_manifest(bundle)
     with Session.open(bundle, "inductor") as session:
@@ -64,7 +65,7 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
         report = verify_bundle(bundle, backend)
         assert report.passed, report
         assert {"cross_k.0", "new_v.1", "dyn_k.1"} <= {check.tensor for check in report.tensors}
-    package = bundle / record["folder"] / "package.pt2"
+    package = bundle / record.folder / "package.pt2"
     content = bytearray(package.read_bytes())
     content[len(content) // 2] ^= 1
     package.write_bytes(content)

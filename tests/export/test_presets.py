@@ -121,7 +121,9 @@ def test_contradictions_are_refused(tiny, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not readable as a JSON model description"),
+        (json.dumps({"model": TINY, "fps": "16"}), r"fps is '16'; it must be an integer"),
+        (json.dumps({"model": {**TINY, "dim": 24.0}}), r"model: dim is 24\.0; .* an integer"),
         ("[]", "entry 'model'"),
         (json.dumps({"model": TINY, "speed": 1}), "unknown keys"),
         (json.dumps({"model": TINY, "policy": {"segments": 1}}), "unknown keys"),

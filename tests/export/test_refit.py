@@ -158,14 +158,14 @@ def test_engines_get_the_weights_of_the_other_bundle(trt, old, bundles):
         content = json.loads((new / plan.folder / graph.file).read_text())
         with build._builder_file(plan, graph) as path:
             assert content == hashes(path)
-        assert record["details"][graph.name]["refitted"]
+        assert record.details[graph.name].refitted
     # Eviction has no weights of the model: its engine is the old one.
     assert trt.num_refits == 2
     before = (old / plan.folder / "step.plan").read_bytes()
     assert (new / plan.folder / "step.plan").read_bytes() != before
     # It is what a build of the same inputs would have made.
     assert not plan_build(trt, new).to_do
-    assert read_manifest(new).engines[-1]["details"] == record["details"]
+    assert read_manifest(new).engines[-1].details == record.details
 
 
 @pytest.mark.parametrize("fault", ["fixed", "missing", "not loaded"])

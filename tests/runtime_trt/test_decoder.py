@@ -6,7 +6,8 @@ import pytest
 from forcing_kv.runtime_trt.decode_runner import DecodeRunner
 from forcing_kv.runtime_trt.decoder import VideoDecoder
 from forcing_kv.runtime_trt.errors import ForcingKvError
-from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.manifest import DecoderInfo
 
 LATENTS = np.zeros((1, 2, 3, 3), np.float32)
 

@@ -18,7 +18,6 @@ from forcing_kv.runtime_trt import cuda as cuda_module
 from forcing_kv.runtime_trt.backends import choose_backend, open_backend
 from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt
 from forcing_kv.runtime_trt.constant_table import read_constants, read_table, write_table
-from forcing_kv.runtime_trt.engine_record import EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.jit_cache import JitCache
@@ -157,13 +156,13 @@ def test_the_mending_command_has_the_options_of_the_build(copied_bundle, monkeyp
         "tensorrt", refit=True, workspace_gb=2.5, optimization_level=0, profiling_verbosity="none"
     )
     deployment.record(sm=90, options=options.to_json())
-    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[0]).build_command
+    command = read_manifest(copied_bundle).engines[0].rebuild_command(copied_bundle)
     assert command == (
         f"`fkv build {copied_bundle} --backend tensorrt --refit --workspace-gb 2.5 "
         "--optimization-level 0 --profiling-verbosity none`"
     )
     deployment.record(sm=86, options=EngineOptions("tensorrt-rtx", "sm86").to_json())
-    command = EngineRecord.of(copied_bundle, read_manifest(copied_bundle).engines[1]).build_command
+    command = read_manifest(copied_bundle).engines[1].rebuild_command(copied_bundle)
     assert command == f"`fkv build {copied_bundle} --backend tensorrt`"
 
 
