@@ -40,7 +40,6 @@ def test_progress_is_silent_off_a_terminal(capsys):
     with progress("working [hard]", total=2) as task:
         task.advance()
         task.describe("still [working]")
-        task.resize(3)
     assert list(track(iter("abc"), "reading")) == ["a", "b", "c"]
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""

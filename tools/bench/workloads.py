@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from forcing_kv.export.denoiser import CausalWanModel
-    from forcing_kv.tools.bench.measure.pixel_decoders import PixelDecoder
+    from forcing_kv.tools.bench.pixel_decoders import PixelDecoder
 
 PolicyName = Literal["forcing-kv", "dense"]
 
@@ -198,7 +198,7 @@ def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
     )
 
     def decoders(device: str) -> Iterable[PixelDecoder]:
-        from forcing_kv.tools.bench.measure.pixel_decoders import random_decoders
+        from forcing_kv.tools.bench.pixel_decoders import random_decoders
 
         return random_decoders(WAN_1_3B.in_channels, RESOLUTIONS[size], device)
 

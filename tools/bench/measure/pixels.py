@@ -60,7 +60,7 @@ def decoder_row(
     first_latents_ms: float,
 ) -> Row:
     """Time of each decoder that the workload has, frames a second and the first frame with it."""
-    from forcing_kv.tools.bench.measure.pixel_decoders import time_decoder
+    from forcing_kv.tools.bench.pixel_decoders import time_decoder
 
     assert workload.decoders is not None
     metrics: dict[str, Any] = {}

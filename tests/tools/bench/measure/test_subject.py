@@ -17,8 +17,8 @@ from forcing_kv.export.memory_model import buffer_nbytes
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure.options import MeasureOptions
-from forcing_kv.tools.bench.measure.pixel_decoders import PixelDecoder, random_decoders
 from forcing_kv.tools.bench.measure.subject import measure
+from forcing_kv.tools.bench.pixel_decoders import PixelDecoder, random_decoders
 from forcing_kv.tools.bench.pytorch.backend import TorchBackend
 from forcing_kv.tools.bench.pytorch.options import TorchOptions
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, subject
