@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host_cuda import HostCuda, HostEngine
+from shared_exports import export_once
 
 from forcing_kv.export.build_inductor import build_inductor
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.inductor_package import InductorOptions
@@ -52,7 +53,7 @@ def made(request, tmp_path_factory):
     with eager_session(model, config) as session:
         wanted = generate(session)
     bundle = tmp_path_factory.mktemp("switch") / "bundle"
-    export_bundle(model, config, bundle, BundleLabels("digits", "digits", "digits"))
+    export_once(model, config, bundle, BundleLabels("digits", "digits", "digits"))
     return bundle, wanted
 
 
