@@ -34,8 +34,9 @@ def hash_of_sources() -> bytes:
     """Of everything that an export is made by."""
     digest = hashlib.sha256(repr([(name, version(name)) for name in PACKAGES]).encode())
     repository = Path(__file__).parents[2]
-    for file in sorted(file for folder in FOLDERS for file in (repository / folder).rglob("*.py")):
-        digest.update(f"{file.relative_to(repository)}\0".encode() + file.read_bytes())
+    for file in sorted(file for folder in FOLDERS for file in (repository / folder).rglob("*.*")):
+        if file.suffix in (".json", ".py"):
+            digest.update(f"{file.relative_to(repository)}\0".encode() + file.read_bytes())
     return digest.digest()
 
 
@@ -49,7 +50,7 @@ def key_of(
     digest.update(repr((config, labels, fp8)).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 

@@ -53,7 +53,14 @@ def made(request, tmp_path_factory):
     with eager_session(model, config) as session:
         wanted = generate(session)
     bundle = tmp_path_factory.mktemp("switch") / "bundle"
-    export_once(model, config, bundle, BundleLabels("digits", "digits", "digits"))
+    # The host alone knows of the sink: both run the same graphs.
+    plain = replace(config, policy=shipped.POLICY)
+    export_once(model, plain, bundle, BundleLabels("digits", "digits", "digits"))
+    manifest = bundle / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["policy"]["global_sink"] = request.param
+    manifest.write_text(json.dumps(content))
+    assert read_manifest(bundle).config == config
     return bundle, wanted
 
 
