@@ -90,7 +90,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _shared_bundles(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Names the folder of shared bundles: one for all workers of a run."""
     base = tmp_path_factory.getbasetemp()
-    os.environ.setdefault(TEST_CACHE, str((base.parent if IN_WORKER else base) / "bundles"))
+    own = (base.parent if IN_WORKER else base) / "bundles"
+    os.environ[TEST_CACHE] = str(Path(os.environ.get(TEST_CACHE, own)).resolve())
 
 
 @pytest.fixture(scope="session", autouse=True)
