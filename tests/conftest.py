@@ -1,5 +1,11 @@
-"""What every test may use: capability markers, blocked imports, and the hypothesis profile."""
+"""What every test may use: capability markers, blocked imports, and the hypothesis profile.
 
+It also says how the tests run in parallel (pyproject.toml asks for `-n auto --dist loadfile`): a
+file's tests share fixtures, so a file stays with one worker; bundles are shared between files and
+workers (doubles/shared_exports.py).
+"""
+
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -14,6 +20,11 @@ from hypothesis import settings
 
 settings.register_profile("forcing_kv", deadline=None, print_blob=True)
 settings.load_profile("forcing_kv")
+
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    # Workers that have a thread for every core each would wait for one another.
+    os.environ |= dict.fromkeys(("MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 
 # Output is compared as plain text, also where the environment asks for colours.
 for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
@@ -53,6 +64,44 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
+
+
+TEST_CACHE = "FORCING_KV_TEST_CACHE"
+"""Environment variable: where shared bundles lie. Set it to keep them from one run to the next."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Workers pay where folders of tests run. Each imports torch, so a file is quicker without.
+
+    None is one a core. Tests that need a GPU, or are slow for what they fill or compile, have the
+    machine to themselves: give `-n` to run those, or the others beside a GPU, in parallel too.
+    """
+    in_parts = not all(Path(argument).is_dir() for argument in config.args)
+    chosen = config.option.markexpr != "not slow" or config.option.keyword
+    return 0 if in_parts or chosen or missing_gpu() is None else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_bundles(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Names the folder of shared bundles: one for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    own = (base.parent if IN_WORKER else base) / "bundles"
+    os.environ[TEST_CACHE] = str(Path(os.environ.get(TEST_CACHE, own)).resolve())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once() -> None:
+    """Has the exporter read the sources of ONNX's functions once: a third of a small export."""
+    if "onnxscript" in sys.modules:
+        with contextlib.suppress(ImportError):  # Other releases may keep it elsewhere.
+            from torch.onnx._internal._lazy_import import onnxscript_apis
+
+            onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 @cache

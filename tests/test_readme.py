@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 BLOCK = re.compile(

@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from shared_exports import export_once
 from typer.testing import CliRunner
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
@@ -55,7 +56,7 @@ def export(folder, dtype, policy=None):
     model = CausalWanModel(SHAPE).requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    export_bundle(model, config, folder, BundleLabels("small"), consume=True, force=True)
+    export_once(model, config, folder, BundleLabels("small"))
     return folder
 
 

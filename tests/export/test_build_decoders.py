@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from shared_exports import export_once
 from stand_ins import tiny_decoder_files
 from typer.testing import CliRunner
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.decoder import VideoDecoder
@@ -48,7 +49,7 @@ def plain_bundle(tmp_path_factory):
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     bundle = tmp_path_factory.mktemp("bundles") / "plain"
-    export_bundle(model, config, bundle, BundleLabels("small"), consume=True)
+    export_once(model, config, bundle, BundleLabels("small"))
     return bundle
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from host_cuda import HostCuda, HostEngine
+from shared_exports import export_once
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.verify import GoldenCase, verify_golden
 from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
@@ -21,9 +22,7 @@ CASES = sorted(
 def test_golden_cases_pass_captured(path, tmp_path):
     case = GoldenCase.load(path)
     bundle = tmp_path / "bundle"
-    manifest = export_bundle(
-        case.load_model(), case.config, bundle, BundleLabels("golden"), consume=True
-    )
+    manifest = export_once(case.load_model(), case.config, bundle, BundleLabels("golden"))
     cuda = HostCuda()
     engine = HostEngine(cuda, bundle, manifest)
     with Session(ChunkGraphBackend(cuda, engine, case.config, manifest.graphs)) as session:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_exports import export_once
 from typer.testing import CliRunner
 
 from forcing_kv.export import fp8
 from forcing_kv.export.build_inductor import build_inductor
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.bundle_weights import read_bundle_weights
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.denoiser import CausalWanModel
@@ -64,7 +65,7 @@ def export(folder, dtype="float32", skip=()):
     )  # fmt: skip
     model = model_of()
     scales = scales_for(model, amax_of(model, skip))
-    export_bundle(model, config, folder, BundleLabels("small"), fp8=scales)
+    export_once(model, config, folder, BundleLabels("small"), fp8=scales)
     return folder
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from shared_exports import export_once
 
 from forcing_kv.export.build_inductor import build_inductor
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.bundle_weights import read_bundle_weights
 from forcing_kv.export.fusion import FUSED, FusionOptions
 from forcing_kv.export.inductor_package import InductorOptions
@@ -37,7 +38,7 @@ def case(repository: Path) -> GoldenCase:
 @pytest.fixture(scope="module")
 def bundle(case: GoldenCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inductor") / "bundle"
-    export_bundle(case.load_model(), case.config, folder, BundleLabels("golden"))
+    export_once(case.load_model(), case.config, folder, BundleLabels("golden"))
     return folder
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from shared_exports import export_once
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.runtime_trt import Session
@@ -47,7 +48,7 @@ def test_policy(name, tmp_path):
     )
     torch.manual_seed(1)
     model = CausalWanModel(SHAPE).requires_grad_(False)
-    export_bundle(model, config, tmp_path / "b", BundleLabels(name))
+    export_once(model, config, tmp_path / "b", BundleLabels(name))
     random = np.random.default_rng(0)
     prompts = random.standard_normal((2, SHAPE.text_len, SHAPE.text_dim)).astype(np.float32)
     videos = []

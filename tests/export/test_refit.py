@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from host_cuda import HostCuda
+from shared_exports import export_once
 
 from forcing_kv.export import build, planning, plugin_setup
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
@@ -42,7 +43,7 @@ def export(folder, seed, dtype="float16", policy=None):
     model = CausalWanModel(shape).requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    export_bundle(model, config, folder, BundleLabels("small"), consume=True, force=True)
+    export_once(model, config, folder, BundleLabels("small"))
     return folder
 
 

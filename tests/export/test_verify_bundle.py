@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from shared_exports import export_once
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.bundle_weights import read_bundle_weights
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.verify_bundle import verify_bundle
@@ -33,7 +34,7 @@ def exported(folder, dtype, *, equal=False):
     else:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    export_bundle(model, config, folder, BundleLabels("tiny"))
+    export_once(model, config, folder, BundleLabels("tiny"))
     return folder
 
 

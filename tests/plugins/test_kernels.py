@@ -25,6 +25,8 @@ from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa
 from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE  # noqa: E402
 from forcing_kv.plugins.triton_run import accepted_inputs  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 def release(version: str) -> tuple[int, int]:
     major, minor, *_ = version.split(".")

@@ -28,14 +28,15 @@ def tiny_config() -> RolloutConfig:
 def tiny_bundle(tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only: copy it to change it (`copied_bundle`)."""
     import torch
+    from shared_exports import export_once
 
-    from forcing_kv.export.bundle import BundleLabels, export_bundle
+    from forcing_kv.export.bundle import BundleLabels
     from forcing_kv.export.denoiser import CausalWanModel
 
     torch.manual_seed(0)
     model = CausalWanModel(tiny_config.model).requires_grad_(False)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(model, tiny_config, folder, BundleLabels("tiny"), consume=True)
+    export_once(model, tiny_config, folder, BundleLabels("tiny"))
     return folder
 
 

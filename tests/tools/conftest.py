@@ -23,7 +23,9 @@ class Result(NamedTuple):
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed bundle of the digits shape; half of the heads static."""
-    from forcing_kv.export.bundle import BundleLabels, export_bundle
+    from shared_exports import export_once
+
+    from forcing_kv.export.bundle import BundleLabels
     from forcing_kv.export.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.config import RolloutConfig
     from forcing_kv.runtime_trt.layout import HeadPartition
@@ -35,7 +37,7 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "digits"
     labels = BundleLabels("random digits", text_encoder="digits", decoder="digits")
     model = CausalWanModel(MODEL).requires_grad_(False)
-    export_bundle(model, config, folder, labels, consume=True)
+    export_once(model, config, folder, labels)
     return folder
 
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host_cuda import HostCuda, HostEngine
+from shared_exports import export_once
 
 from forcing_kv.export.build_inductor import build_inductor
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.inductor_package import InductorOptions
@@ -52,7 +53,14 @@ def made(request, tmp_path_factory):
     with eager_session(model, config) as session:
         wanted = generate(session)
     bundle = tmp_path_factory.mktemp("switch") / "bundle"
-    export_bundle(model, config, bundle, BundleLabels("digits", "digits", "digits"))
+    # The host alone knows of the sink: both run the same graphs.
+    plain = replace(config, policy=shipped.POLICY)
+    export_once(model, plain, bundle, BundleLabels("digits", "digits", "digits"))
+    manifest = bundle / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["policy"]["global_sink"] = request.param
+    manifest.write_text(json.dumps(content))
+    assert read_manifest(bundle).config == config
     return bundle, wanted
 
 

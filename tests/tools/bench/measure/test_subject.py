@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import HostCuda, HostEngine
+from shared_exports import export_once
 
-from forcing_kv.export.bundle import BundleLabels, export_bundle
+from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.cost_model import first_steady_chunk
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.memory_model import buffer_nbytes
@@ -80,7 +81,7 @@ def captured():
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         bundle = Path(folder) / "bundle"
         labels = BundleLabels("tiny")
-        manifest = export_bundle(workload.load(device), workload.config, bundle, labels)
+        manifest = export_once(workload.load(device), workload.config, bundle, labels)
         cuda = HostCuda()
         engine = HostEngine(cuda, bundle, manifest)
         return Session(ChunkGraphBackend(cuda, engine, workload.config, manifest.graphs))
