@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from forcing_kv.export.model_config import model_shape_from_official, read_json
 from forcing_kv.runtime_trt.errors import InputError
@@ -21,6 +21,9 @@ WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
 """Wan2.1-T2V-1.3B."""
 WAN_14B = ModelShape(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
 """Wan2.1-T2V-14B."""
+
+Weights = Literal["auto", "ema", "plain"]
+"""Which of the state dicts that a trainer saved side by side."""
 
 UMT5 = "umt5-xxl"
 WAN_VAE = "wan-vae"
