@@ -3,125 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any
 
-import typer
-
-from forcing_kv.export.model_options import (
-    Checkpoint,
-    ChunkFrames,
-    ComputeDType,
-    LatentSize,
-    Lora,
-    LoraAlpha,
-    ModelConfig,
-    ModelName,
-    PromptEmbeds,
-    WeightSet,
-)
+from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
+from forcing_kv.export.flags import Integers, Natural, Numbers, YesNo, flags, panel
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.files import check_folder
-from forcing_kv.runtime_trt.resolution import parse_latent_size
+from forcing_kv.runtime_trt.schedule import Schedule
 
-_SCHEDULE_PANEL = "Schedule"
-_ROLLOUT_PANEL = "Rollouts"
-_RULE_PANEL = "Rule"
 
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(help="Prompt of a shipped model; repeat it for more. Default: its own set."),
-]
-Seeds = Annotated[
-    str, typer.Option(help="Seeds, each with every prompt.", rich_help_panel=_ROLLOUT_PANEL)
-]
-NumChunks = Annotated[
-    int, typer.Option(min=1, help="Chunks of a rollout.", rich_help_panel=_ROLLOUT_PANEL)
-]
-WindowFrames = Annotated[
-    int | None,
-    typer.Option(
-        help="Frames that dense attention sees, sink and own chunk included. Default: all.",
-        rich_help_panel=_ROLLOUT_PANEL,
-    ),
-]
-TorchDevice = Annotated[str, typer.Option(help="PyTorch device.", rich_help_panel=_ROLLOUT_PANEL)]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
-]
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class HeadsOutput(CalibrationOutput):
+    """Where the partition goes."""
+
+    out: Path
+    """Folder that receives heads.json and heads.png."""
+
+
+@flags(panel("Schedule"))
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """Denoising steps other than the model's own."""
+
+    denoise_steps: Numbers | None = None
+    """Denoising step list. Default: the model's own."""
+    warped: YesNo = True
+    """Whether that list indexes the shifted schedule."""
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule that was given, if any."""
+        return None if self.denoise_steps is None else Schedule(self.denoise_steps, self.warped)
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class HeadRollouts(RolloutOptions):
+    """Rollouts whose heads are profiled."""
+
+    profile_chunks: Integers | None = None
+    """Chunks to record, such as 5,6. Default: those that see the most frames."""
+    profile_steps: Integers | None = None
+    """Denoise steps to record; the clean pass is the last. Default: all."""
+    sink_frames: Natural = 0
+    """First frames that stay in that window."""
+    device: str = "cpu"
+    """PyTorch device."""
+
+
+@flags(panel("Rule"))
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """What makes a head static."""
+
+    threshold: float | None = None
+    """Lowest score of a static head. Default: the model's own; 0.8 as published."""
+    skip_first: int = 1
+    """First key frames left out."""
+    last_k: int = 4
+    """Last key frames compared."""
 
 
 def calibrate_heads(
-    out: Annotated[Path, typer.Option(help="Folder that receives heads.json and heads.png.")],
-    model: ModelName = "digits",
-    prompt: Prompts = None,
-    checkpoint: Checkpoint = None,
-    config: ModelConfig = None,
-    weights: WeightSet = None,
-    lora: Lora = None,
-    lora_alpha: LoraAlpha = None,
-    prompt_embeds: PromptEmbeds = None,
-    latent_size: LatentSize = None,
-    chunk_frames: ChunkFrames = None,
-    denoise_steps: Annotated[
-        str | None,
-        typer.Option(
-            help="Denoising step list. Default: the model's own.",
-            rich_help_panel=_SCHEDULE_PANEL,
-        ),
-    ] = None,
-    warped: Annotated[
-        bool,
-        typer.Option(
-            help="Whether that list indexes the shifted schedule.",
-            rich_help_panel=_SCHEDULE_PANEL,
-        ),
-    ] = True,
-    seeds: Seeds = "0,1",
-    num_chunks: NumChunks = 7,
-    profile_chunks: Annotated[
-        str | None,
-        typer.Option(
-            help="Chunks to record, such as 5,6. Default: those that see the most frames.",
-            rich_help_panel=_ROLLOUT_PANEL,
-        ),
-    ] = None,
-    profile_steps: Annotated[
-        str | None,
-        typer.Option(
-            help="Denoise steps to record; the clean pass is the last. Default: all.",
-            rich_help_panel=_ROLLOUT_PANEL,
-        ),
-    ] = None,
-    window_frames: WindowFrames = None,
-    sink_frames: Annotated[
-        int,
-        typer.Option(
-            min=0, help="First frames that stay in that window.", rich_help_panel=_ROLLOUT_PANEL
-        ),
-    ] = 0,
-    dtype: ComputeDType = "float32",
-    device: TorchDevice = "cpu",
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Lowest score of a static head. Default: the model's own; 0.8 as published.",
-            rich_help_panel=_RULE_PANEL,
-        ),
-    ] = None,
-    skip_first: Annotated[
-        int, typer.Option(help="First key frames left out.", rich_help_panel=_RULE_PANEL)
-    ] = 1,
-    last_k: Annotated[
-        int, typer.Option(help="Last key frames compared.", rich_help_panel=_RULE_PANEL)
-    ] = 4,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the content of heads.json on stdout.")
-    ] = False,
+    *,
+    output: HeadsOutput,
+    model: SourceOptions = SourceOptions(),
+    schedule: ScheduleOptions = ScheduleOptions(),
+    rollouts: HeadRollouts = HeadRollouts(),
+    rule: RuleOptions = RuleOptions(),
 ) -> None:
     """Find out which attention heads are static and which dynamic.
 
@@ -132,77 +83,29 @@ def calibrate_heads(
     from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
     from forcing_kv.calibration.model_source import load_source
     from forcing_kv.calibration.rollouts import ProfilePlan
-    from forcing_kv.export.request import ExportRequest
-    from forcing_kv.runtime_trt.schedule import Schedule
 
-    files = [out / HEADS_FILE, out / PICTURE_FILE]
-    existing = [str(file) for file in files if file.exists()]
-    if existing and not force:
-        raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
-    check_folder(out)
-    require("matplotlib")
-    steps = parse_numbers("--denoise-steps", denoise_steps) if denoise_steps else None
-    request = ExportRequest(
-        model=model,
-        checkpoint=checkpoint,
-        config=config,
-        weights=cast(Any, weights),
-        lora=lora,
-        lora_alpha=lora_alpha,
-        latent_size=parse_latent_size("--latent-size", latent_size) if latent_size else None,
-        chunk_frames=chunk_frames,
-        schedule=Schedule(steps, warped) if steps else None,
-        dtype=cast(Any, dtype),
-    )
-    source = load_source(request, prompt or [], prompt_embeds)
+    files = output.files((HEADS_FILE, PICTURE_FILE))
+    model = replace(model, schedule=schedule.schedule)
+    source = load_source(model, model.prompt, model.prompt_embeds)
+    threshold = source.threshold if rule.threshold is None else rule.threshold
     calibration = HeadCalibration(
         source,
         ProfilePlan(
-            num_chunks,
-            parse_integers("--profile-chunks", profile_chunks) if profile_chunks else None,
-            parse_integers("--profile-steps", profile_steps) if profile_steps else None,
-            HeadRule(source.threshold if threshold is None else threshold, skip_first, last_k),
+            rollouts.num_chunks, rollouts.profile_chunks, rollouts.profile_steps,
+            HeadRule(threshold, rule.skip_first, rule.last_k),
         ),
-        parse_integers("--seeds", seeds),
-        window_frames,
-        sink_frames,
-        dtype,  # type: ignore[arg-type]  # checked by the rollout's configuration
-        device,
-    )
+        rollouts.seeds, rollouts.window_frames, rollouts.sink_frames, model.dtype, rollouts.device,
+    )  # fmt: skip
     talk(calibration.description)
-    if dry_run:
+    if output.dry_run:
         return
     with progress("profiling heads", calibration.num_passes) as bar:
         profile = calibration.run(bar.advance)
-    record = calibration.write(out, profile)
+    record = calibration.write(output.out, profile)
     _show(record)
     talk(f"wrote {files[0]} and {files[1]}")
-    if as_json:
+    if output.as_json:
         print_json(record)
-
-
-def parse_integers(option: str, text: str) -> tuple[int, ...]:
-    """Read a list such as `0,3,5`.
-
-    Raises:
-        InputError: another form.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"{option} is {text!r}; give integers such as 0,3,5") from error
-
-
-def parse_numbers(option: str, text: str) -> tuple[float, ...]:
-    """Read a list such as `1000,750`.
-
-    Raises:
-        InputError: another form.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"{option} is {text!r}; give numbers such as 1000,750") from error
 
 
 def _show(record: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.request import ExportRequest, resolve_model
+from forcing_kv.export.options import ModelOptions
+from forcing_kv.export.request import resolve_model
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.hashes import sha256_of
@@ -39,7 +40,7 @@ class ModelSource:
 
 
 def load_source(
-    request: ExportRequest, texts: Sequence[str], prompt_embeds: Path | None
+    request: ModelOptions, texts: Sequence[str], prompt_embeds: Path | None
 ) -> ModelSource:
     """Load the model that a calibration asks for.
 
@@ -80,7 +81,7 @@ def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
     )
 
 
-def load_checkpoint(request: ExportRequest, prompt_embeds: Path) -> ModelSource:
+def load_checkpoint(request: ModelOptions, prompt_embeds: Path) -> ModelSource:
     """Load the model of a checkpoint.
 
     Args:

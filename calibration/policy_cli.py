@@ -2,161 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from forcing_kv.calibration.cli import parse_integers, parse_numbers
+from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
+from forcing_kv.calibration.policy_grid import PolicyGrid
 from forcing_kv.export.devices import DEVICES, find_device
-from forcing_kv.export.model_options import (
-    Checkpoint,
-    ComputeDType,
-    LatentSize,
-    Lora,
-    ModelConfig,
-    ModelName,
-    PromptEmbeds,
-)
+from forcing_kv.export.flags import Integers, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.files import check_folder
-from forcing_kv.runtime_trt.resolution import parse_latent_size
+from forcing_kv.runtime_trt.errors import InputError
 
-_GRID_PANEL = "Grid (each a list; every combination is tried)"
+if TYPE_CHECKING:
+    from forcing_kv.calibration.policy_measures import Candidate
+    from forcing_kv.calibration.policy_search import PolicySearch
+
 FILES = ("policy.json", "policy.png")
 
 
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class PolicyOutput(CalibrationOutput):
+    """Where the comparison goes."""
+
+    out: Path
+    """Folder that receives policy.json and policy.png."""
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class PolicyRollouts(RolloutOptions):
+    """Videos that policies are compared by."""
+
+    seeds: Integers = (0,)
+    """Seeds, each with every prompt."""
+    num_chunks: Annotated[int, between(2)] = 7
+    """Chunks of a rollout."""
+    num_threads: Natural = 0
+    """CPU threads of torch; 0: its choice."""
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """What is searched for besides the grid."""
+
+    heads: Path | None = None
+    """Head partition of `fkv calibrate heads`. Default: the shipped one."""
+    device: Annotated[str, Parameter(choices=tuple(DEVICES))] = "h200"
+    """GPU to predict speed for."""
+
+
 def calibrate_policy(
-    out: Annotated[Path, typer.Option(help="Folder that receives policy.json and policy.png.")],
-    model: ModelName = "digits",
-    heads: Annotated[
-        Path | None,
-        typer.Option(help="Head partition of `fkv calibrate heads`. Default: the shipped one."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt of a shipped model; repeat it for more.")
-    ] = None,
-    checkpoint: Checkpoint = None,
-    config: ModelConfig = None,
-    lora: Lora = None,
-    prompt_embeds: PromptEmbeds = None,
-    latent_size: LatentSize = None,
-    thresholds: Annotated[
-        str | None,
-        typer.Option(
-            help="Lowest scores of a static head. Default: the partition as its file has it.",
-            rich_help_panel=_GRID_PANEL,
-        ),
-    ] = None,
-    dynamic_frames: Annotated[
-        str,
-        typer.Option(
-            help="Retained segments in frames: of three candidates, 1 is a retention of 0.33.",
-            rich_help_panel=_GRID_PANEL,
-        ),
-    ] = "0,1,2",
-    segments: Annotated[
-        str | None,
-        typer.Option(
-            help="Segments per frame. Default: the model's own.", rich_help_panel=_GRID_PANEL
-        ),
-    ] = None,
-    static_frames: Annotated[
-        str, typer.Option(help="Local frames of static heads.", rich_help_panel=_GRID_PANEL)
-    ] = "1",
-    temporal_frames: Annotated[
-        str, typer.Option(help="Local frames of dynamic heads.", rich_help_panel=_GRID_PANEL)
-    ] = "1,2",
-    window_frames: Annotated[
-        int | None, typer.Option(help="Frames that dense attention sees. Default: all.")
-    ] = None,
-    num_chunks: Annotated[int, typer.Option(min=2, help="Chunks of a rollout.")] = 7,
-    seeds: Annotated[str, typer.Option(help="Seeds, each with every prompt.")] = "0",
-    dtype: ComputeDType = "float32",
-    device: Annotated[
-        str, typer.Option(help=f"GPU to predict speed for: {', '.join(DEVICES)}.")
-    ] = "h200",
-    num_threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads of torch; 0: its choice.")
-    ] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite earlier files.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the content of policy.json.")] = (
-        False
-    ),
+    *,
+    output: PolicyOutput,
+    model: SourceOptions = SourceOptions(),
+    grid: PolicyGrid = PolicyGrid(),
+    rollouts: PolicyRollouts = PolicyRollouts(),
+    target: TargetOptions = TargetOptions(),
 ) -> None:
     """Find the cache policy that a model needs: quality against bytes and predicted speed.
 
     Generates the same videos with dense attention and with every policy of the grid, compares
     latents and chunk boundaries, and draws which policies no other beats.
     """
-    from forcing_kv.calibration.artifacts import write_json
-    from forcing_kv.calibration.policy_picture import draw_policies
-    from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
-    from forcing_kv.calibration.policy_source import SearchRequest, load_search
-    from forcing_kv.export.request import ExportRequest
+    from forcing_kv.calibration.policy_search import PolicySearch
+    from forcing_kv.calibration.policy_source import load_search
 
-    existing = [str(out / name) for name in FILES if (out / name).exists()]
-    if existing and not force:
-        raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
-    check_folder(out)
-    require("matplotlib")
-    target = find_device(device)
-    size = None if latent_size is None else parse_latent_size("--latent-size", latent_size)
-    request = SearchRequest(
-        ExportRequest(
-            model=model, checkpoint=checkpoint, config=config, lora=lora, latent_size=size,
-            heads=heads, dtype=cast(Any, dtype),
-        ),
-        prompt_embeds,
-        tuple(prompt or ()),
-        window_frames,
-        num_chunks,
-    )  # fmt: skip
-    loaded = load_search(request)
-    grid = PolicyGrid(
-        parse_numbers("--thresholds", thresholds) if thresholds else (None,),
-        parse_integers("--dynamic-frames", dynamic_frames),
-        parse_integers("--segments", segments) if segments else (loaded.base.num_segments,),
-        parse_integers("--static-frames", static_frames),
-        parse_integers("--temporal-frames", temporal_frames),
-    )
-    if thresholds and loaded.scores is None:
+    output.files(FILES)
+    loaded = load_search(model, target.heads, rollouts.num_chunks, rollouts.window_frames)
+    if grid.thresholds and loaded.scores is None:
         raise InputError(
             "--thresholds needs scores, which this head partition does not hold; make one with "
             "`fkv calibrate heads`, or leave the option out"
         )
     search = PolicySearch(
-        loaded.source, loaded.dense, loaded.base, grid, loaded.scores, loaded.partition, target,
-        num_chunks, parse_integers("--seeds", seeds),
+        loaded.source, loaded.dense, loaded.base, grid, loaded.scores, loaded.partition,
+        find_device(target.device), rollouts.num_chunks, rollouts.seeds,
     )  # fmt: skip
     candidates = search.candidates()
     talk(
         f"{loaded.source.name}: {len(candidates)} policies and dense, {search.num_rollouts} "
-        f"videos of {num_chunks} chunks each; {len(search.skipped)} combinations cannot run"
+        f"videos of {search.num_chunks} chunks each; {len(search.skipped)} combinations cannot run"
     )
     for reason in search.skipped:
         talk(f"left out: {reason}")
-    if dry_run:
-        return
+    if not output.dry_run:
+        _compare(search, candidates, output, rollouts.num_threads)
+
+
+def _compare(
+    search: PolicySearch, candidates: Sequence[Candidate], output: PolicyOutput, num_threads: int
+) -> None:
+    """Run the search, draw it and write it."""
+    from forcing_kv.calibration.artifacts import write_json
+    from forcing_kv.calibration.policy_picture import draw_policies
+    from forcing_kv.calibration.policy_search import search_record
+
     if num_threads:
         import torch
 
         torch.set_num_threads(num_threads)
-    total = (len(candidates) + 1) * search.num_rollouts * num_chunks
+    total = (len(candidates) + 1) * search.num_rollouts * search.num_chunks
     with progress("comparing policies", total) as bar:
         measurements = search.run(candidates, bar.advance)
     record = search_record(search, measurements)
-    out.mkdir(parents=True, exist_ok=True)
-    draw_policies(out / FILES[1], record)
-    write_json(out / FILES[0], record)
+    file, picture = (output.out / name for name in FILES)
+    output.out.mkdir(parents=True, exist_ok=True)
+    draw_policies(picture, record)
+    write_json(file, record)
     _show(record)
-    talk(f"wrote {out / FILES[0]} and {out / FILES[1]}")
-    if as_json:
+    talk(f"wrote {file} and {picture}")
+    if output.as_json:
         print_json(record)
 
 

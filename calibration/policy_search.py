@@ -6,8 +6,7 @@ close its latents stay (PSNR over the rollout), and whether chunks join as smoot
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.policy_grid import PolicyGrid
 from forcing_kv.calibration.policy_measures import (
     Candidate,
     Float32,
@@ -29,34 +29,6 @@ from forcing_kv.export.engine import eager_session
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
-
-
-@dataclass(frozen=True)
-class PolicyGrid:
-    """Values to try; every combination is one candidate."""
-
-    thresholds: tuple[float | None, ...] = (None,)
-    """Lowest score of a static head; None for the partition as its file has it."""
-    dynamic_frames: tuple[int, ...] = (0, 1, 2)
-    """B: retained segments in frames, a retention of B of every F candidate frames."""
-    segments: tuple[int, ...] = (6,)
-    """P: segments per frame."""
-    static_frames: tuple[int, ...] = (1,)
-    """S."""
-    temporal_frames: tuple[int, ...] = (1, 2)
-    """T_d."""
-
-    def combinations(self) -> Iterator[tuple[float | None, dict[str, Any]]]:
-        """Threshold and changed policy fields of every candidate."""
-        fields = {
-            "num_dynamic_frames": self.dynamic_frames,
-            "num_segments": self.segments,
-            "num_static_frames": self.static_frames,
-            "num_temporal_frames": self.temporal_frames,
-        }
-        for threshold in self.thresholds:
-            for values in itertools.product(*fields.values()):
-                yield threshold, dict(zip(fields, values, strict=True))
 
 
 @dataclass(frozen=True)

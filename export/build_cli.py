@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from forcing_kv.export.engine_options import RTX_TARGETS, EngineOptions
+from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend, TensorRtOptions
+from forcing_kv.export.flags import Json, YesNo, flags, given, panel
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.files import check_folder
@@ -19,145 +19,91 @@ if TYPE_CHECKING:
     from forcing_kv.export.planning import BuildPlan
     from forcing_kv.runtime_trt.engine_record import EngineRecord
 
-_TENSORRT = "TensorRT"
-_INDUCTOR = "Inductor"
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class TensorRtBuild(TensorRtOptions):
+    """What `fkv build` can be told about either TensorRT."""
+
+    refit_from: Path | None = None
+    """Give this bundle's weights to the engines that another bundle of the same model has from a
+    build with --refit, instead of building."""
+    layer_info: Path | None = None
+    """Write the layers of the graphs that were built, JSON."""
+
+    def engine(self, backend: TensorRtBackend) -> EngineOptions:
+        """The options of the engines."""
+        own = {field.name: getattr(self, field.name) for field in fields(TensorRtOptions)}
+        return EngineOptions(backend, **own | {"refit": self.refit or self.refit_from is not None})
+
+
+@flags(panel("Inductor"))
+@dataclass(frozen=True, kw_only=True)
+class InductorBuild:
+    """What `fkv build` can be told about PyTorch's compiler."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    """The one of this machine."""
+    text_rows: int | None = None
+    """Fold a prompt's padding, and attend to this many text rows instead of all; longer prompts are
+    refused."""
+    autotune: YesNo = True
+    """Measure matrix-product kernels and keep the fastest."""
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class BuildRun:
+    """What is built at all, and what is said of it."""
+
+    backend: Literal["tensorrt", "tensorrt-rtx", "inductor"]
+    """What runs the engines (onnxruntime needs no build)."""
+    force: bool = False
+    """Build what is up to date too."""
+    dry_run: bool = False
+    """Say what would be built, its size and memory; stop."""
+    as_json: Json = False
+    """Print the engine record."""
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory, written by `fkv export`.")],
-    backend: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx or inductor.")],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help=f"tensorrt-rtx: GPU to build for, {', '.join(RTX_TARGETS)}; needs no GPU here. "
-            "Default: the GPU of this machine.",
-            rich_help_panel=_TENSORRT,
-        ),
-    ] = None,
-    frontend: Annotated[
-        str, typer.Option(help="onnx or torch-tensorrt.", rich_help_panel=_TENSORRT)
-    ] = "onnx",
-    version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible",
-            help="Run on later versions and on the lean runtime.",
-            rich_help_panel=_TENSORRT,
-        ),
-    ] = False,
-    hardware_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--hardware-compatible",
-            help="Run on every GPU from Ampere on.",
-            rich_help_panel=_TENSORRT,
-        ),
-    ] = False,
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit", help="Weights can be replaced (--refit-from).", rich_help_panel=_TENSORRT
-        ),
-    ] = False,
-    refit_from: Annotated[
-        Path | None,
-        typer.Option(
-            help="Give this bundle's weights to the engines that another bundle of the same model "
-            "has from a build with --refit, instead of building.",
-            rich_help_panel=_TENSORRT,
-        ),
-    ] = None,
-    strip_weights: Annotated[
-        bool,
-        typer.Option(
-            "--strip-weights",
-            help="Leave the weights out and read them from the bundle on opening.",
-            rich_help_panel=_TENSORRT,
-        ),
-    ] = False,
-    tf32: Annotated[
-        bool, typer.Option("--tf32", help="Allow TF32 in float32.", rich_help_panel=_TENSORRT)
-    ] = False,
-    workspace_gb: Annotated[
-        float | None,
-        typer.Option(help="Largest scratch of a kernel.", rich_help_panel=_TENSORRT),
-    ] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="0 to 5.", rich_help_panel=_TENSORRT)
-    ] = None,
-    profiling_verbosity: Annotated[
-        str, typer.Option(help="detailed, layer-names or none.", rich_help_panel=_TENSORRT)
-    ] = "detailed",
-    layer_info: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the layers of the graphs that were built, JSON.", rich_help_panel=_TENSORRT
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cuda or cpu: the one of this machine.", rich_help_panel=_INDUCTOR)
-    ] = "cuda",
-    text_rows: Annotated[
-        int | None,
-        typer.Option(
-            help="Fold a prompt's padding, and attend to this many text rows instead of all; "
-            "longer prompts are refused.",
-            rich_help_panel=_INDUCTOR,
-        ),
-    ] = None,
-    autotune: Annotated[
-        bool,
-        typer.Option(
-            help="Measure matrix-product kernels and keep the fastest.", rich_help_panel=_INDUCTOR
-        ),
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Build what is up to date too.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be built, its size and memory; stop.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the engine record.")] = False,
+    bundle: Path,
+    /,
+    *,
+    run: BuildRun,
+    tensorrt: TensorRtBuild = TensorRtBuild(),
+    inductor: InductorBuild = InductorBuild(),
 ) -> None:
-    """Compile engines into a bundle: only what is missing or changed."""
-    if backend not in ("tensorrt", "tensorrt-rtx", "inductor"):
-        raise InputError(
-            f"--backend is {backend!r}; allowed are tensorrt, tensorrt-rtx and inductor "
-            "(onnxruntime needs no build)"
-        )
+    """Compile engines into a bundle: only what is missing or changed.
+
+    Args:
+        bundle: Bundle directory, written by `fkv export`.
+    """
+    backend = run.backend
+    if foreign := given(tensorrt if backend == "inductor" else inductor):
+        raise InputError(f"--backend {backend} does not have {', '.join(foreign)}")
     if backend == "inductor":
-        foreign: dict[str, Any] = {
-            "--target": target, "--frontend": frontend != "onnx", "--refit": refit,
-            "--refit-from": refit_from, "--strip-weights": strip_weights, "--tf32": tf32,
-            "--version-compatible": version_compatible, "--workspace-gb": workspace_gb,
-            "--hardware-compatible": hardware_compatible, "--layer-info": layer_info,
-            "--optimization-level": optimization_level is not None,
-            "--profiling-verbosity": profiling_verbosity != "detailed",
-        }  # fmt: skip
+        _build_inductor(bundle, inductor, run)
     else:
-        foreign = {
-            "--device": device != "cuda", "--text-rows": text_rows, "--no-autotune": not autotune
-        }  # fmt: skip
-    if given := [option for option, value in foreign.items() if value]:
-        raise InputError(f"--backend {backend} does not have {', '.join(given)}")
-    if backend == "inductor":
-        _build_inductor(bundle, device, text_rows, autotune, dry_run=dry_run, as_json=as_json)
-        return
+        _build_tensorrt(bundle, tensorrt, tensorrt.engine(backend), run)
+
+
+def _build_tensorrt(
+    bundle: Path, given: TensorRtBuild, options: EngineOptions, run: BuildRun
+) -> None:
+    """Build what is missing or changed, with the builder of either TensorRT."""
     from forcing_kv.export.build import run_build
     from forcing_kv.export.planning import plan_build, target_device
 
-    options = EngineOptions(
-        cast(Any, backend), target, cast(Any, frontend), version_compatible, hardware_compatible,
-        refit or refit_from is not None, strip_weights, tf32, workspace_gb, optimization_level,
-        cast(Any, profiling_verbosity),
-    )  # fmt: skip
-    if layer_info is not None:
-        check_folder(layer_info.absolute().parent, "--layer-info")
-    if dry_run and refit_from is not None:
+    if given.layer_info is not None:
+        check_folder(given.layer_info.absolute().parent, "--layer-info")
+    if run.dry_run and given.refit_from is not None:
         raise InputError("--refit-from needs to know this machine's GPU; leave out --dry-run")
-    gpu = None if dry_run else target_device(options)
-    plan = plan_build(bundle, options, force=force, device=gpu, refit_from=refit_from)
+    gpu = None if run.dry_run else target_device(options)
+    plan = plan_build(bundle, options, force=run.force, device=gpu, refit_from=given.refit_from)
     talk(describe(plan))
-    if dry_run:
-        if as_json:
+    if run.dry_run:
+        if run.as_json:
             print_json(_dry_record(plan))
         return
     with progress(f"building for {plan.target}", float(len(plan.to_do) or 1)) as bar:
@@ -171,44 +117,33 @@ def build(
 
         record, layers = run_build(plan, report)
     _summary(plan, record)
-    if layer_info is not None:
-        _write_layers(layer_info, layers)
-    if as_json:
+    if given.layer_info is not None:
+        _write_layers(given.layer_info, layers)
+    if run.as_json:
         print_json(record.to_json())
 
 
-def _build_inductor(
-    bundle: Path,
-    device: str,
-    text_rows: int | None,
-    autotune: bool,
-    *,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _build_inductor(bundle: Path, given: InductorBuild, run: BuildRun) -> None:
     """Compile with PyTorch's own compiler; always anew, for its cache knows what is unchanged."""
-    from dataclasses import replace
-
     from forcing_kv.export.build_inductor import build_inductor
     from forcing_kv.export.fusion import FUSED
     from forcing_kv.export.inductor_package import InductorOptions
     from forcing_kv.runtime_trt.manifest import read_manifest
 
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device is {device!r}; give cpu or cuda")
-    fusion = replace(FUSED, text_rows=text_rows)
+    fusion = replace(FUSED, text_rows=given.text_rows)
     manifest = read_manifest(bundle)
     config = manifest.config
     fusion.check(config.model.text_len)
-    options = InductorOptions(cast(Any, device), fusion, autotune)
+    options = InductorOptions(given.device, fusion, given.autotune)
     decoders = [
         f"{kind}.{name}" for kind, info in manifest.decoders.items() for name in info.graphs
     ]
     added = f", with {', '.join(decoders)}" if decoders else ""
     talk(
-        f"{bundle} -> engines/inductor-{device}, {config.dtype}{added}, for this machine's {device}"
+        f"{bundle} -> engines/inductor-{given.device}, {config.dtype}{added}, for this machine's "
+        f"{given.device}"
     )
-    if dry_run:
+    if run.dry_run:
         return
     with progress("reading the weights", 7.0 + len(decoders)) as bar:
 
@@ -218,7 +153,7 @@ def _build_inductor(
 
         record = build_inductor(bundle, options, report)
     talk(f"recorded {record.folder} in {bundle}/manifest.json ({record.build_seconds} s)")
-    if as_json:
+    if run.as_json:
         print_json(record.to_json())
 
 

@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
+from forcing_kv.export.presets import Weights
 from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.hashes import sha256_of
 
-Weights = Literal["auto", "ema", "plain"]
-"""Which of the state dicts that a trainer saved side by side."""
 WEIGHT_CHOICES = ("auto", "ema", "plain")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")

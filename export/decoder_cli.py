@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from forcing_kv.export.flags import Json, flags
 from forcing_kv.runtime_trt.console import print_json, progress, talk
-from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES
+from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import read_manifest
 
 
-def add_decoder(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Wan2.1 VAE: a diffusers folder, or Wan2.1_VAE.pth."),
-    ] = None,
-    tae: Annotated[
-        Path | None,
-        typer.Option(help="Tiny auto-encoder in TAEHV's format: taew2_1.pth or .safetensors."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    force: Annotated[bool, typer.Option("--force", help="Replace a decoder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the decoders' entries.")] = False,
-) -> None:
-    """Export a video decoder into a bundle, so that a video needs no torch."""
-    if vae is None and tae is None:
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """Which decoders are added."""
+
+    vae: Path | None = None
+    """Wan2.1 VAE: a diffusers folder, or Wan2.1_VAE.pth."""
+    tae: Path | None = None
+    """Tiny auto-encoder in TAEHV's format: taew2_1.pth or .safetensors."""
+    dtype: DType = "float32"
+    """What the decoder computes in."""
+    force: bool = False
+    """Replace a decoder."""
+    as_json: Json = False
+    """Print the decoders' entries."""
+
+
+def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) -> None:
+    """Export a video decoder into a bundle, so that a video needs no torch.
+
+    Args:
+        bundle: Bundle directory.
+    """
+    if options.vae is None and options.tae is None:
         raise InputError("give --vae, --tae or both")
-    if dtype not in COMPUTE_DTYPES:
-        raise InputError(f"--dtype is {dtype!r}; give one of {list(COMPUTE_DTYPES)}")
     manifest = read_manifest(bundle)
     from forcing_kv.export.decoders import add_decoder as export_decoder
     from forcing_kv.export.decoders import check_decoder_target
@@ -41,7 +46,8 @@ def add_decoder(
 
     chunk = manifest.config.chunk
     size = (chunk.latent_height, chunk.latent_width)
-    wanted = [("vae", vae, wan_decoder), ("tae", tae, tiny_decoder)]
+    dtype, force = options.dtype, options.force
+    wanted = [("vae", options.vae, wan_decoder), ("tae", options.tae, tiny_decoder)]
     loaders = [(kind, path, load) for kind, path, load in wanted if path is not None]
     for kind, _, _ in loaders:
         check_decoder_target(manifest, bundle, kind, force=force)
@@ -56,5 +62,5 @@ def add_decoder(
             manifest = export_decoder(bundle, source, force=force, report=report)
         state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
-    if as_json:
+    if options.as_json:
         print_json(manifest.to_json()["decoders"])

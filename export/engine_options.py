@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args
 
+from cyclopts import Parameter
+
+from forcing_kv.export.flags import between, flags, panel
 from forcing_kv.runtime_trt.errors import InputError
 
 TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -20,8 +23,43 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python module of each builder."""
 
 
+TENSORRT = panel("TensorRT")
+
+
+@flags(TENSORRT)
+@dataclass(frozen=True, kw_only=True)
+class TensorRtOptions:
+    """How engines of either TensorRT are built."""
+
+    target: Annotated[
+        str | None,
+        Parameter(
+            help=f"tensorrt-rtx: GPU to build for, {', '.join(RTX_TARGETS)}; needs no GPU here. "
+            "Default: the GPU of this machine."
+        ),
+    ] = None
+    frontend: Frontend = "onnx"
+    """`onnx` parses the bundle's graphs; `torch-tensorrt` converts the exported programs."""
+    version_compatible: bool = False
+    """Run on later versions and on the lean runtime."""
+    hardware_compatible: bool = False
+    """Run on every GPU from Ampere on; kernels use 48 KiB of shared memory at most."""
+    refit: bool = False
+    """Weights can be replaced (--refit-from), all of them or, if stripped, those left out."""
+    strip_weights: bool = False
+    """Leave the weights out and read them from the bundle on opening."""
+    tf32: bool = False
+    """Allow TF32 in float32 products; about 1e-3 instead of 1e-6 from the reference."""
+    workspace_gb: float | None = None
+    """Largest scratch of a kernel. Default: the builder's choice."""
+    optimization_level: Annotated[int | None, between(0, 5)] = None
+    """0 (fast build) to 5 (thorough). Default: the builder's, 3."""
+    profiling_verbosity: Verbosity = "detailed"
+    """What an engine says about its layers."""
+
+
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(TensorRtOptions):
     """Options of a TensorRT or TensorRT-RTX build.
 
     Raises:
@@ -29,26 +67,6 @@ class EngineOptions:
     """
 
     backend: TensorRtBackend
-    target: str | None = None
-    """GPU architecture such as sm89. None is the GPU of this machine, which `tensorrt` needs."""
-    frontend: Frontend = "onnx"
-    """`onnx` parses the bundle's graphs; `torch-tensorrt` converts the exported programs."""
-    version_compatible: bool = False
-    """Engines that later versions, and the lean runtime, can run."""
-    hardware_compatible: bool = False
-    """Engines that run on every GPU from Ampere on; kernels use 48 KiB of shared memory at most."""
-    refit: bool = False
-    """Engines whose weights can be replaced, all of them or, if stripped, those left out."""
-    strip_weights: bool = False
-    """Engines without the weights of the bundle's weight file, which gives them on opening."""
-    tf32: bool = False
-    """Allow TF32 in float32 products; about 1e-3 instead of 1e-6 from the reference."""
-    workspace_gb: float | None = None
-    """Largest scratch of any kernel; None leaves it to the builder."""
-    optimization_level: int | None = None
-    """0 (fast build) to 5 (thorough); None is the builder's default, 3."""
-    profiling_verbosity: Verbosity = "detailed"
-    """What an engine says about its layers."""
 
     def __post_init__(self) -> None:
         where = f"--backend {self.backend}"
@@ -103,5 +121,9 @@ class EngineOptions:
 
     def to_json(self) -> dict[str, Any]:
         """What differs from the defaults, as plain data for an engine record."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in fields(TensorRtOptions)
+            if getattr(self, field.name) != field.default
+        }
+        return {"backend": self.backend, **changed}

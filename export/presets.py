@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
@@ -28,6 +29,8 @@ PIXEL_FRAMES_PER_LATENT = 4
 """Pixel frames that Wan's VAE makes of a latent frame, as every published FPS counts them."""
 FPS = 16
 """Pixel frames per second of the videos that Wan was trained on."""
+Weights = Literal["auto", "ema", "plain"]
+"""Which of the state dicts that a trainer saved side by side."""
 
 UMT5 = "umt5-xxl"
 WAN_VAE = "wan-vae"

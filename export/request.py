@@ -9,58 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.checkpoint_files import Weights, checkpoint_sha256, weight_files
+from forcing_kv.export.checkpoint_files import checkpoint_sha256, weight_files
 from forcing_kv.export.checkpoints import CheckpointSource, load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import scales_for
 from forcing_kv.export.model_config import model_shape_from_official
+from forcing_kv.export.options import SHIPPED_DEFAULT, ExportRequest, ModelOptions
 from forcing_kv.export.origin import Origin
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.resolution import check_latent_size
-from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.runtime_trt.schema import read_json
-
-SHIPPED_DEFAULT = "digits"
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Options of an export; None takes the model's own value."""
-
-    model: str = SHIPPED_DEFAULT
-    """A shipped model, a preset, or a preset in a `.json` file."""
-    checkpoint: Path | None = None
-    """Weights of a preset's model, or of the model that `config` describes."""
-    config: Path | None = None
-    """Official Wan `config.json` of the checkpoint, in place of the preset's architecture."""
-    weights: Weights | None = None
-    """Which state dict of the checkpoint."""
-    lora: Path | None = None
-    lora_alpha: float | None = None
-    heads: Path | None = None
-    latent_size: tuple[int, int] | None = None
-    chunk_frames: int | None = None
-    dense: bool = False
-    """Export the uncompressed model, with the window that its authors use."""
-    dense_window: int | None = None
-    """Frames of a dense window, sink and own chunk included; None compresses."""
-    policy_changes: tuple[tuple[str, Any], ...] = ()
-    """(field, value) of `CachePolicy` that differ from the model's own."""
-    schedule: Schedule | None = None
-    dtype: DType = "float32"
-    fp8: Path | None = None
-    """Calibration of linear layers that run in FP8; None runs none."""
-    allow_other_checkpoint: bool = False
-    """Take heads and FP8 scales that were calibrated on another checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +123,7 @@ def _check_origins(resolved: ResolvedExport, *, allow_other: bool) -> None:
         scales.refuse_other(checkpoint, lambda: resolved.checkpoint_sha256)
 
 
-def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+def resolve_model(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None]:
     """The model asked for, with the request's size and schedule, and its weights.
 
     Returns:
@@ -179,7 +145,7 @@ def resolve_model(request: ExportRequest) -> tuple[Preset, CheckpointSource, Pat
     return replace(preset, **given), source, heads
 
 
-def _given(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+def _given(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None]:
     """A model whose checkpoint is given."""
     assert request.checkpoint is not None
     preset = None
@@ -201,7 +167,7 @@ def _given(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | Non
     return preset, source, None
 
 
-def _shipped(request: ExportRequest) -> tuple[Preset, CheckpointSource, Path | None]:
+def _shipped(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None]:
     if request.config is not None or request.lora is not None:
         raise InputError("--config and --lora belong to --checkpoint; give it too, or neither")
     if request.model not in SHIPPED_MODELS:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command; raise `typer.Exit(ExitCode.CHECK_FAILED)`."""
+    """Exit codes of every command, which returns one or none."""
 
     GOOD = 0
     """It did what it was asked to."""

@@ -121,7 +121,7 @@ class CachePolicy:
     num_segments: int = 6
     """P: segments per frame."""
     last_warmup_chunk: int = 1
-    """a: chunks 1..a see the sink and max(S, T_d) frames in every head."""
+    """a: last chunk before compression; till then all heads see the sink and max(S, T_d) frames."""
     compress_first_layer: bool = False
     """Whether layer 0 is split into static and dynamic heads too (the published 14B setting)."""
     global_sink: bool = True

@@ -41,4 +41,4 @@ def test_runtime_loads_neither_torch_nor_an_engine(run_blocked):
     done = run_blocked("import forcing_kv.runtime_trt; print(*sys.modules)", blocked=[])
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert loaded.isdisjoint({"onnx", "onnxruntime", "rich", "tensorrt", "torch", "typer"})
+    assert loaded.isdisjoint({"onnx", "onnxruntime", "rich", "tensorrt", "torch", "cyclopts"})

@@ -57,7 +57,7 @@ def is_light(module: str) -> bool:
         module.startswith("forcing_kv.runtime_trt")
         or (module.startswith("forcing_kv.plugins") and specification)
         or module.endswith(".cli")
-        or module in {command.module for command in COMMANDS}
+        or module in {command.function.partition(":")[0] for command in COMMANDS}
     )
 
 
@@ -97,7 +97,7 @@ def test_typing_links_lead_to_the_folders(repository):
 
 def test_core_is_numpy_and_the_command_line(project):
     names = {requirement.split(">")[0] for requirement in project["project"]["dependencies"]}
-    assert names == {"numpy", "rich", "typer"}
+    assert names == {"cyclopts", "docstring-parser", "numpy", "rich"}
 
 
 def test_tensorrt_is_in_its_own_extra_alone(project):

@@ -2,14 +2,16 @@
 
 Adding a command takes a function and a line in `COMMANDS`:
 
-- The function is an ordinary typer command in a *light* module: `export/cli.py`,
-  `calibration/cli.py`, or a module of `tools/`. It imports torch, onnx, matplotlib and the like
-  inside its body, so that `fkv X --help` works with none of them installed. Its docstring is the
-  help text, its first line the summary.
+- The function stands in a *light* module, which is loaded when the command is called:
+  `export/cli.py`, `calibration/cli.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
+  and the like inside its body, so that `fkv X --help` works with none of them installed. Its
+  docstring is the help text, its first line the summary.
+- Its parameters are frozen dataclasses, one a subject, whose fields are the flags
+  (`export/flags.py`); a flag that is the command's own may be a parameter, documented under `Args`.
 - Long flags carry units (`--timeout-s`). `--json` prints one object on stdout (`print_json`);
   everything else goes to stderr (`talk`, `progress`, `track`). All four live in
   `runtime_trt/console.py`. `--dry-run` wherever something is built or written.
-- Exit codes are `ExitCode`: 0 good, 1 a check failed (`raise typer.Exit(ExitCode.CHECK_FAILED)`),
+- Exit codes are `ExitCode`: 0 good, 1 a check failed (`return ExitCode.CHECK_FAILED`),
   2 bad use. A user's mistake is raised as a `ForcingKvError` (or a ValueError): the boundary below
   prints its message and exits with 2. A missing optional package is turned into the name of the
   extra to install. Anything else is a defect: traceback and exit code 70, never 1.
@@ -22,16 +24,16 @@ The layout: `demo`, `calibrate heads`, `export`, `build`, `run`, `verify`, `benc
 from __future__ import annotations
 
 import errno
-import importlib
 import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import typer
+from cyclopts import App, CycloptsError
 
+from forcing_kv.export.flags import MANNERS, OPTIONS
 from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
 from forcing_kv.runtime_trt.errors import EXTRA_OF_MODULE, ForcingKvError, missing_dependency
 
@@ -41,35 +43,33 @@ class Command(NamedTuple):
 
     name: str
     """As typed after `fkv`: one word, or a group and a word."""
-    module: str
-    """Light module that holds the function."""
     function: str
-    """The typer command in that module."""
+    """`module:function`, in a light module."""
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("demo", "forcing_kv.tools.demo", "demo"),
-    Command("encode-prompt", "forcing_kv.tools.encode_prompt", "encode_prompt"),
-    Command("export", "forcing_kv.export.cli", "export"),
-    Command("add-decoder", "forcing_kv.export.decoder_cli", "add_decoder"),
-    Command("build", "forcing_kv.export.build_cli", "build"),
-    Command("run", "forcing_kv.tools.run", "run"),
-    Command("verify", "forcing_kv.export.cli", "verify"),
-    Command("inspect", "forcing_kv.tools.inspect", "inspect"),
-    Command("selftest", "forcing_kv.tools.selftest", "selftest"),
-    Command("eval", "forcing_kv.tools.digits.evaluate", "evaluate_command"),
-    Command("plan", "forcing_kv.tools.plan", "plan"),
-    Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads"),
-    Command("calibrate fp8", "forcing_kv.calibration.fp8_cli", "calibrate_fp8"),
-    Command("calibrate policy", "forcing_kv.calibration.policy_cli", "calibrate_policy"),
-    Command("bench step", "forcing_kv.tools.bench.cli", "bench_step"),
-    Command("bench chunk", "forcing_kv.tools.bench.cli", "bench_chunk"),
-    Command("bench rollout", "forcing_kv.tools.bench.cli", "bench_rollout"),
-    Command("bench ops", "forcing_kv.tools.bench.ops", "bench_ops"),
-    Command("bench load", "forcing_kv.tools.bench.cli", "bench_load"),
-    Command("bench suite", "forcing_kv.tools.bench.cli", "bench_suite"),
-    Command("bench report", "forcing_kv.tools.bench.cli", "bench_report"),
-    Command("plugins list", "forcing_kv.tools.plugins", "list_plugins"),
+    Command("demo", "forcing_kv.tools.demo:demo"),
+    Command("encode-prompt", "forcing_kv.tools.encode_prompt:encode_prompt"),
+    Command("export", "forcing_kv.export.cli:export"),
+    Command("add-decoder", "forcing_kv.export.decoder_cli:add_decoder"),
+    Command("build", "forcing_kv.export.build_cli:build"),
+    Command("run", "forcing_kv.tools.run:run"),
+    Command("verify", "forcing_kv.export.cli:verify"),
+    Command("inspect", "forcing_kv.tools.inspect:inspect"),
+    Command("selftest", "forcing_kv.tools.selftest:selftest"),
+    Command("eval", "forcing_kv.tools.digits.evaluate:evaluate_command"),
+    Command("plan", "forcing_kv.tools.plan:plan"),
+    Command("calibrate heads", "forcing_kv.calibration.cli:calibrate_heads"),
+    Command("calibrate fp8", "forcing_kv.calibration.fp8_cli:calibrate_fp8"),
+    Command("calibrate policy", "forcing_kv.calibration.policy_cli:calibrate_policy"),
+    Command("bench step", "forcing_kv.tools.bench.cli:bench_step"),
+    Command("bench chunk", "forcing_kv.tools.bench.cli:bench_chunk"),
+    Command("bench rollout", "forcing_kv.tools.bench.cli:bench_rollout"),
+    Command("bench ops", "forcing_kv.tools.bench.ops:bench_ops"),
+    Command("bench load", "forcing_kv.tools.bench.cli:bench_load"),
+    Command("bench suite", "forcing_kv.tools.bench.cli:bench_suite"),
+    Command("bench report", "forcing_kv.tools.bench.cli:bench_report"),
+    Command("plugins list", "forcing_kv.tools.plugins:list_plugins"),
 )
 """Every command of `fkv`, in the order in which `fkv --help` lists them."""
 
@@ -81,20 +81,28 @@ GROUPS = {
 """First word of the two-word commands → what the group is for."""
 
 
-def build_app(commands: Sequence[Command]) -> typer.Typer:
-    """Returns the typer application of the given commands."""
-    app = _new_app(help="Compiled deployment of autoregressive video diffusion with Forcing-KV.")
-    app.callback()(_root)
-    groups: dict[str, typer.Typer] = {}
-    for command in commands:
-        *group, name = command.name.split()
+def build_app(commands: Sequence[Command]) -> App:
+    """Returns the application of the given commands, of which none is loaded."""
+    app = App(
+        "fkv",
+        help="Compiled deployment of autoregressive video diffusion with Forcing-KV.",
+        help_flags=("--help", "-h"),
+        help_format="markdown",
+        version=lambda: f"fkv {project_version()}",
+        version_flags="--version",
+        default_parameter=MANNERS,
+        group_parameters=OPTIONS,
+        print_error=False,
+        exit_on_error=False,
+    )
+    for place, (name, function) in enumerate(commands):
+        *group, word = name.split()
         parent = app
         if group:
-            parent = groups.get(group[0]) or _new_app(help=GROUPS[group[0]])
-            if group[0] not in groups:
-                groups[group[0]] = parent
-                app.add_typer(parent, name=group[0])
-        parent.command(name)(getattr(importlib.import_module(command.module), command.function))
+            if group[0] not in app:
+                app.command(App(group[0], help=GROUPS[group[0]], sort_key=place))
+            parent = app[group[0]]
+        parent.command(function, name=word, sort_key=place)
     return app
 
 
@@ -104,10 +112,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: What follows `fkv`; by default the arguments of this process.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    app = build_app(COMMANDS)
     try:
-        build_app(COMMANDS)(args=arguments, prog_name="fkv")
+        if _load_what_is_listed(app, arguments):
+            app.help_print(arguments)
+            sys.exit(ExitCode.BAD_USE)
+        app(arguments)
     except Exception as error:
         sys.exit(_report(error))
+
+
+def _load_what_is_listed(app: App, arguments: Sequence[str]) -> bool:
+    """Load every command of a group that is called without one: its help names their summaries.
+
+    Returns:
+        Whether a command is missing, and nothing else is wrong or asked for.
+    """
+    words, apps, rest = app.parse_commands(arguments)
+    group = apps[sum(not word.startswith("-") for word in words)]
+    if group.default_command is None:
+        group.resolved_commands()
+    return apps[-1].default_command is None and not rest
 
 
 def _report(error: Exception) -> ExitCode:
@@ -123,6 +149,9 @@ def _report(error: Exception) -> ExitCode:
 
 def _user_message(error: Exception) -> str | None:
     """Returns what to tell a user who made a mistake, None where the mistake is not theirs."""
+    if isinstance(error, CycloptsError):
+        words = " ".join(("fkv", *(error.command_chain or ())))
+        return f"{error} (`{words} --help` lists what there is)"
     if isinstance(error, ForcingKvError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -138,34 +167,6 @@ def _user_message(error: Exception) -> str | None:
         # A write names no file.
         return f"{error.strerror}; free some, or choose another disk"
     return None
-
-
-def _new_app(help: str) -> typer.Typer:
-    return typer.Typer(
-        help=help,
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"fkv {project_version()}")
-        raise typer.Exit
-
-
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """The options of `fkv` itself; typer calls their callbacks."""
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from forcing_kv.export.flags import Json, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
@@ -27,42 +27,66 @@ FILES = (
 BUNDLES = ("bundle-dense", "bundle-forcing-kv")
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")],
-    prompt: Annotated[str, typer.Option(help="What to generate.")] = "a digit 3 moving left .",
-    num_chunks: Annotated[int, typer.Option(min=3, help="Chunks of three frames.")] = 7,
-    seed: Annotated[int, typer.Option(min=0, help="Key of the noise generator.")] = 0,
-    num_threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: automatic.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary.")] = False,
-) -> None:
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo makes, and where."""
+
+    out: Path
+    """Folder for everything that the demo makes."""
+    prompt: str = "a digit 3 moving left ."
+    """What to generate."""
+    num_chunks: Annotated[int, between(3)] = 7
+    """Chunks of three frames."""
+    seed: Natural = 0
+    """Key of the noise generator."""
+    num_threads: Natural = 0
+    """CPU threads; 0: automatic."""
+    force: bool = False
+    """Replace an earlier demo."""
+    as_json: Json = False
+    """Print the summary."""
+
+    def prepare(self) -> None:
+        """Make the folder.
+
+        Raises:
+            InputError: it holds an earlier demo, or is none.
+        """
+        out = self.out
+        existing = [name for name in (*FILES, *BUNDLES) if (out / name).exists()]
+        if existing and not self.force:
+            raise InputError(f"{out}: {existing} exist; choose another folder or give --force")
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out}: is a file; give a folder")
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def demo(*, options: DemoOptions) -> None:
     """Calibrate, export dense and compressed, generate with both, and report with pictures."""
-    embeds = encode_prompt(prompt)
-    existing = [name for name in (*FILES, *BUNDLES) if (out / name).exists()]
-    if existing and not force:
-        raise InputError(f"{out}: {existing} exist; choose another folder or give --force")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    out, threads = options.out, options.num_threads
+    embeds = encode_prompt(options.prompt)
+    options.prepare()
     with (
         tempfile.TemporaryDirectory(prefix=".demo.", dir=out) as folder,
-        progress("calibrating heads", 4 * num_chunks + 9) as bar,
+        progress("calibrating heads", 4 * options.num_chunks + 9) as bar,
     ):
         work = Path(folder)
-        _calibrate(work, num_chunks, bar)
+        _calibrate(work, options.num_chunks, bar)
         _export(work, bar)
         clips = []
         for name, label in zip(BUNDLES, ("dense, 21 frames", "Forcing-KV"), strict=True):
             bar.describe(f"generating with {label}")
-            with Session.open(work / name, "onnxruntime", num_threads=num_threads) as session:
-                clips.append(_generate(session, label, embeds, num_chunks, seed, bar))
+            with Session.open(work / name, "onnxruntime", num_threads=threads) as session:
+                session.set_prompt(embeds)
+                clips.append(_generate(session, label, options, bar))
         bar.describe("drawing")
-        _draw(work, prompt, seed, clips)
+        _draw(work, options, clips)
         bar.advance()
         for name in (*FILES, *BUNDLES):
             _move(work / name, out / name)
     _show(clips, out)
-    if as_json:
+    if options.as_json:
         print_json(json.loads((out / "summary.json").read_text()))
 
 
@@ -82,8 +106,9 @@ def _calibrate(work: Path, num_chunks: int, bar: Task) -> None:
 
 def _export(work: Path, bar: Task) -> None:
     from forcing_kv.export.bundle import export_bundle
+    from forcing_kv.export.options import ExportRequest
     from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
-    from forcing_kv.export.request import ExportRequest, resolve
+    from forcing_kv.export.request import resolve
 
     requests = (
         ExportRequest(dense_window=DENSE_WINDOW_FRAMES),
@@ -102,20 +127,17 @@ def _export(work: Path, bar: Task) -> None:
         )  # fmt: skip
 
 
-def _generate(
-    session: Session, label: str, embeds: object, num_chunks: int, seed: int, bar: Task
-) -> Clip:
+def _generate(session: Session, label: str, options: DemoOptions, bar: Task) -> Clip:
     from forcing_kv.tools.demo_pictures import Clip
 
-    session.set_prompt(embeds)  # type: ignore[arg-type]
     chunks = []
-    for chunk in session.stream(num_chunks, seed=seed):
+    for chunk in session.stream(options.num_chunks, seed=options.seed):
         chunks.append(chunk)
         bar.advance()
     return Clip(label, session.config, chunks)
 
 
-def _draw(work: Path, prompt: str, seed: int, clips: Sequence[Clip]) -> None:
+def _draw(work: Path, options: DemoOptions, clips: Sequence[Clip]) -> None:
     import numpy as np
 
     from forcing_kv.tools.demo_pictures import draw_cost, draw_kept_segments, side_by_side
@@ -128,9 +150,9 @@ def _draw(work: Path, prompt: str, seed: int, clips: Sequence[Clip]) -> None:
             writer.write(np.zeros(0, np.float32), frames)
     draw_kept_segments(clips[1], work / "segments.png")
     draw_cost(clips, work / "cost.png")
-    write_report(work / "report.html", prompt, seed, clips, work)
+    write_report(work / "report.html", options.prompt, options.seed, clips, work)
     rows = [dict(zip(SUMMARY_COLUMNS, row, strict=True)) for row in summary_rows(clips)]
-    summary = {"prompt": prompt, "seed": seed, "clips": rows}
+    summary = {"prompt": options.prompt, "seed": options.seed, "clips": rows}
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

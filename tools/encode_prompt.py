@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
+from forcing_kv.export.flags import Json, Natural, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, talk, track
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.prompt_file import PromptFile, write_prompts
 from forcing_kv.tools.digits import text as digits
 
 
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Which text encoder, and how it is run."""
+
+    text_encoder: str = "digits"
+    """Folder of the text encoder (Wan2.1's own, or diffusers' layout), or digits."""
+    text_len: PositiveInt = 512
+    """Rows of an embedding."""
+    truncate: bool = False
+    """Cut prompts that are too long."""
+    dtype: DType = "bfloat16"
+    """What the encoder computes in."""
+    device: str = "cpu"
+    """PyTorch device."""
+    num_threads: Natural = 0
+    """CPU threads; 0: automatic."""
+
+
 def encode_prompt(
-    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
-    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line.")] = None,
-    text_encoder: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the text encoder (Wan2.1's own, or diffusers' layout), or digits."
-        ),
-    ] = "digits",
-    text_len: Annotated[int, typer.Option(min=1, help="Rows of an embedding.")] = 512,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut prompts that are too long.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
-    num_threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: automatic.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written.")] = False,
+    *prompt: str,
+    out: Path,
+    prompts: Path | None = None,
+    encoder: EncoderOptions = EncoderOptions(),
+    force: bool = False,
+    as_json: Json = False,
 ) -> None:
-    """Encode prompts once, for machines that have no text encoder."""
-    texts = [*(prompt or []), *(read_lines(prompts) if prompts else [])]
+    """Encode prompts once, for machines that have no text encoder.
+
+    Args:
+        prompt: Prompts, each in quotes.
+        out: File to write, .safetensors.
+        prompts: Text file, a prompt a line.
+        encoder: which encoder.
+        force: Replace an earlier file.
+        as_json: Print what was written.
+    """
+    texts = [*prompt, *(read_lines(prompts) if prompts else [])]
     if not texts:
         raise InputError("no prompt is given; name some, or a file of them with --prompts")
     check_file(out, ".safetensors", force=force)
-    content = encode_texts(
-        texts, text_encoder, text_len, truncate=truncate, dtype=dtype, device=device,
-        num_threads=num_threads,
-    )  # fmt: skip
+    content = encode_texts(texts, encoder)
     write_prompts(out, content)
     shape = list(content.embeds.shape)
     talk(f"wrote {out}: {len(texts)} prompts, embeddings {shape[1]}x{shape[2]} float32")
@@ -53,29 +68,23 @@ def encode_prompt(
         })  # fmt: skip
 
 
-def encode_texts(
-    texts: list[str],
-    text_encoder: str,
-    text_len: int = 512,
-    *,
-    truncate: bool = False,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    num_threads: int = 0,
-) -> PromptFile:
+def encode_texts(texts: Sequence[str], encoder: EncoderOptions) -> PromptFile:
     """Encode prompts with the encoder in a folder, or with the shipped model's word table."""
-    if text_encoder == "digits":
+    if encoder.text_encoder == "digits":
         embeds = np.stack([digits.encode_prompt(text) for text in texts])
         return PromptFile(tuple(texts), embeds, "digits")
     import torch
 
     from forcing_kv.export.text import TextEncoder
 
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    talk(f"loading the text encoder from {text_encoder}")
-    encoder = TextEncoder(Path(text_encoder), text_len, dtype, device)
-    rows = [encoder.encode(text, truncate=truncate) for text in track(texts, "encoding prompts")]
+    if encoder.num_threads:
+        torch.set_num_threads(encoder.num_threads)
+    talk(f"loading the text encoder from {encoder.text_encoder}")
+    folder = Path(encoder.text_encoder)
+    model = TextEncoder(folder, encoder.text_len, encoder.dtype, encoder.device)
+    rows = [
+        model.encode(text, truncate=encoder.truncate) for text in track(texts, "encoding prompts")
+    ]
     return PromptFile(tuple(texts), np.stack(rows), "umt5-xxl")
 
 

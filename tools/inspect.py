@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from forcing_kv.export.flags import Json, YesNo
 from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.console import print_json
 from forcing_kv.runtime_trt.dtypes import DTYPES
@@ -20,12 +19,14 @@ from forcing_kv.runtime_trt.manifest import (
 )
 
 
-def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    check: Annotated[bool, typer.Option(help="Compare every file with its recorded hash.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
-) -> None:
-    """Show what is inside a bundle: shapes, policy, heads, graphs, engines, hashes, sizes."""
+def inspect(bundle: Path, /, *, check: YesNo = True, as_json: Json = False) -> None:
+    """Show what is inside a bundle: shapes, policy, heads, graphs, engines, hashes, sizes.
+
+    Args:
+        bundle: Bundle directory.
+        check: Compare every file with its recorded hash.
+        as_json: Print the manifest.
+    """
     manifest = read_manifest(bundle)
     if check:
         check_files(bundle, manifest)

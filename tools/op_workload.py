@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset
+from cyclopts import Parameter
+
+from forcing_kv.export.flags import flags
+from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, pool_layouts
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.cases import OpCase
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """The layer whose operators are looked at."""
+
+    model: Annotated[
+        str, Parameter(help=f"One of {', '.join(PRESETS)}, or a preset in a .json file.")
+    ] = "self-forcing-1.3b"
+    dynamic_heads: int | None = None
+    """Dynamic heads of a layer. Default: the published share."""
+
+    def layer(self, latent_size: Sequence[int]) -> CompressedLayer:
+        """Its calls at a latent size; see `compressed_layer`."""
+        return compressed_layer(load_preset(self.model), latent_size, self.dynamic_heads)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
+from cyclopts import Parameter
+
+from forcing_kv.export.flags import LatentSize, flags, given, panel
 from forcing_kv.export.memory_model import NO_FP8, all_fp8
 from forcing_kv.export.presets import (
     DENSE_WINDOW_FRAMES,
@@ -14,29 +17,37 @@ from forcing_kv.export.presets import (
     load_preset,
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.resolution import check_latent_size, parse_latent_size
+from forcing_kv.runtime_trt.resolution import check_latent_size
 from forcing_kv.runtime_trt.schema import load_as, read_json
 
 DEFAULT_MODEL = "self-forcing-1.3b"
 
 
-@dataclass(frozen=True)
+@flags(panel("Model"))
+@dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """Options of `fkv plan` that choose the model; None takes the default."""
+    """What is planned for; None takes the default."""
 
     model: str | None = None
+    """Preset (default self-forcing-1.3b), or a preset in a .json file."""
     bundle: Path | None = None
-    resolution: str | None = None
+    """Plan for this bundle's own configuration instead."""
+    resolution: Annotated[LatentSize | None, Parameter(alias="--latent-size")] = None
+    """480p, 720p, 1080p, or latent rows x columns: 60x104. Default: the model's own, 480p."""
     heads: Path | None = None
+    """Head partition file."""
     static_heads: int | None = None
-    dtype: str | None = None
-    fp8: bool | None = None
-    """Linear layers in FP8."""
+    """Without a file: static heads of all layers, spread evenly."""
+    dtype: DType | None = None
+    """What the model computes in. Default: bfloat16."""
+    fp8: bool = False
+    """Linear layers in FP8, as `fkv export --fp8`."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +111,18 @@ def resolve(request: PlanRequest) -> Subject:
         InputError: unknown names, wrong files, or options that contradict each other.
     """
     if request.bundle is not None:
-        others = {name: value for name, value in vars(request).items() if name != "bundle"}
-        given = [name for name, value in others.items() if value is not None]
-        if given:
-            raise InputError(f"a bundle has its own {given}; leave them out, or leave out --bundle")
+        if others := given(replace(request, bundle=None)):
+            raise InputError(
+                f"a bundle has its own {', '.join(others)}; leave them out, or leave out --bundle"
+            )
         return _of_bundle(request.bundle)
     preset = load_preset(request.model or DEFAULT_MODEL)
     if request.resolution is not None:
-        preset = replace(preset, latent_size=parse_latent_size("--resolution", request.resolution))
+        preset = replace(preset, latent_size=request.resolution)
     check_latent_size(preset.latent_size, preset.model.patch_size, 1)
     partition, source = _partition(preset, request)
     dense = CachePolicy.dense(preset.dense_window, preset.chunk_frames, preset.dense_sink)
-    dtype = cast(Any, request.dtype or "bfloat16")
+    dtype = request.dtype or "bfloat16"
     base = RolloutConfig(preset.model, preset.chunk, dense, partition, preset.schedule, dtype)
     fp8 = all_fp8(preset.model) if request.fp8 else NO_FP8
     return Subject(preset.name, base, preset.policy, source, fp8)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from forcing_kv.export.presets import PRESETS, load_preset
+from forcing_kv.export.flags import Json, LatentSize, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, track
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import compressed_layer
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.cases import OpCase
@@ -42,28 +41,24 @@ class KernelRow:
     """For launches by PyTorch; not offered to TensorRT."""
 
 
-def list_plugins(
-    model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(PRESETS)}, or a .json file.")
-    ] = "self-forcing-1.3b",
-    resolution: Annotated[
-        str, typer.Option(help=f"One of {', '.join(RESOLUTIONS)}, or latent ROWSxCOLUMNS.")
-    ] = "480p",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
-    dynamic_heads: Annotated[
-        int | None, typer.Option(help="Dynamic heads of a layer; by default the published share.")
-    ] = None,
-    sm: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Compute capability to compile for, such as 90; repeat it. All if left out."
-        ),
-    ] = None,
-    multiprocessors: Annotated[
-        int, typer.Option(min=1, help="Streaming multiprocessors to schedule for.")
-    ] = 132,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(LayerOptions):
+    """Which kernels are listed."""
+
+    resolution: LatentSize = RESOLUTIONS["480p"]
+    """480p, 720p, 1080p, or latent rows x columns."""
+    dtype: DType = "bfloat16"
+    """What the kernels compute in."""
+    sm: tuple[int, ...] = ()
+    """Compute capability to compile for, such as 90; repeat it. Default: all."""
+    multiprocessors: PositiveInt = 132
+    """Streaming multiprocessors to schedule for."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def list_plugins(*, options: ListOptions = ListOptions()) -> None:
     """List the custom operators: tactics, shared memory, registers and PTX size per device.
 
     Compiles every kernel for the model's sizes and has NVIDIA's assembler accept it; no GPU needed.
@@ -72,14 +67,11 @@ def list_plugins(
     require("triton")
     from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES
 
-    devices = sm or list(SHARED_LIMIT_BYTES)
+    devices = options.sm or list(SHARED_LIMIT_BYTES)
     unknown = sorted(set(devices) - set(SHARED_LIMIT_BYTES))
     if unknown:
         raise InputError(f"--sm {unknown}: there are kernels for {list(SHARED_LIMIT_BYTES)}")
-    if dtype not in ("float16", "bfloat16", "float32"):
-        raise InputError(f"--dtype {dtype}: allowed are float16, bfloat16 and float32")
-    size = parse_latent_size("--resolution", resolution)
-    layer = compressed_layer(load_preset(model), size, dynamic_heads)
+    layer = options.layer(options.resolution)
     jobs = [
         (case, number, tactic, device)
         for case in layer.cases()
@@ -87,13 +79,15 @@ def list_plugins(
         for device in devices
     ]
     rows = [
-        _row(case, number, tactic, device, dtype, multiprocessors)
+        _row(case, number, tactic, device, options.dtype, options.multiprocessors)
         for case, number, tactic, device in track(jobs, "compiling kernels")
     ]
-    if as_json:
-        print_json({"workload": layer.label, "dtype": dtype, "kernels": [*map(asdict, rows)]})
+    if options.as_json:
+        print_json(
+            {"workload": layer.label, "dtype": options.dtype, "kernels": [*map(asdict, rows)]}
+        )
         return
-    _print_table(f"{layer.label}, {dtype}", rows)
+    _print_table(f"{layer.label}, {options.dtype}", rows)
 
 
 def _tactics(case: OpCase) -> Iterator[tuple[int, Tactic]]:

@@ -7,18 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
+from forcing_kv.export.flags import Json, Natural, PositiveInt, YesNo, flags
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.preview import Preview, check_preview
 from forcing_kv.tools.run_decode import (
+    DecodeOptions,
     FrameDecoder,
     choose_decoder,
     default_fps,
@@ -27,120 +28,101 @@ from forcing_kv.tools.run_decode import (
 from forcing_kv.tools.run_prompts import PromptSource, Switch
 from forcing_kv.tools.video import Writer, check_output, open_writer
 
-_PROMPT = "Prompt (one of these)"
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """What is generated, and where it goes."""
+
+    out: Path
+    """Video (.mp4, .gif) or latents (.npz); of several prompts, numbered files."""
+    num_chunks: PositiveInt = 7
+    """Chunks to generate."""
+    seed: Natural = 0
+    """Key of the noise generator."""
+    fps: int | None = None
+    """Frames per second of the video. Default: the model's own."""
+    scale: PositiveInt = 1
+    """Enlarge pixels by this factor."""
+    live: Path | None = None
+    """PNG that always shows the latest chunk, while generating."""
+    as_json: Json = False
+    """Print timings."""
+
+    def check(self) -> None:
+        """Refuse files that cannot be written.
+
+        Raises:
+            InputError: what is wrong.
+        """
+        check_output(self.out)
+        if self.live is not None:
+            check_preview(self.live)
+
+    def outputs(self, count: int) -> list[Path]:
+        """One file per video: `out`, or numbered beside it; all of them checked."""
+        if count == 1:
+            return [self.out]
+        out = self.out
+        files = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
+        for file in files:
+            check_output(file)
+        return files
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """What generates."""
+
+    backend: str = "auto"
+    """auto or a backend's name."""
+    num_threads: Natural = 0
+    """CPU threads; 0: automatic."""
+    cuda_graph: YesNo = True
+    """Replay one captured CUDA graph a chunk, where the backend can."""
 
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Video (.mp4, .gif) or latents (.npz); of several prompts, numbered files."
-        ),
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(help="What to generate.", rich_help_panel=_PROMPT)
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file: a prompt, and so a video, a line.", rich_help_panel=_PROMPT),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompt-file",
-            "--prompt-embeds",
-            help="Encoded prompts: of `fkv encode-prompt`, or .npy.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    script: Annotated[
-        Path | None,
-        typer.Option(
-            help='Prompt switches, a JSON object a line: {"frame": 12, "prompt": "..."}; frames '
-            "are latent frames.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = None,
-    text_encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of the text encoder, for prompts as text.", rich_help_panel=_PROMPT
-        ),
-    ] = None,
-    num_chunks: Annotated[int, typer.Option(min=1, help="Chunks to generate.")] = 7,
-    seed: Annotated[int, typer.Option(min=0, help="Key of the noise generator.")] = 0,
-    fps: Annotated[
-        int | None, typer.Option(help="Frames per second of the video. Default: the model's own.")
-    ] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Enlarge pixels by this factor.")] = 1,
-    decode: Annotated[str, typer.Option(help="auto, vae, tae, or none (latents only).")] = "auto",
-    decode_backend: Annotated[
-        str,
-        typer.Option(
-            help="What runs the bundle's decoder: auto (the session's backend if it has an engine "
-            "of it, else onnxruntime), tensorrt, tensorrt-lean, tensorrt-rtx, inductor, "
-            "onnxruntime, or onnxruntime-cuda with onnxruntime-gpu."
-        ),
-    ] = "auto",
-    live: Annotated[
-        Path | None,
-        typer.Option(help="PNG that always shows the latest chunk, while generating."),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto or a backend's name.")] = "auto",
-    num_threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: automatic.")] = 0,
-    cuda_graph: Annotated[
-        bool, typer.Option(help="Replay one captured CUDA graph a chunk, where the backend can.")
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print timings.")] = False,
+    bundle: Path,
+    /,
+    *,
+    prompts: PromptSource = PromptSource(),
+    video: VideoOptions,
+    decoding: DecodeOptions = DecodeOptions(),
+    engine: SessionOptions = SessionOptions(),
 ) -> None:
-    """Generate videos from a bundle."""
-    check_output(out)
-    if live is not None:
-        check_preview(live)
+    """Generate videos from a bundle.
+
+    Args:
+        bundle: Bundle directory.
+    """
+    video.check()
     manifest = read_manifest(bundle)
-    rate = default_fps(manifest) if fps is None else fps
-    chosen = choose_decoder(bundle, manifest, decode, out, decode_backend)
-    if live is not None and chosen is None:
+    chosen = choose_decoder(bundle, manifest, decoding, video.out)
+    if video.live is not None and chosen is None:
         raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
-    source = PromptSource(prompt, prompts, prompt_file, script, text_encoder)
-    videos = source.videos(manifest)
-    preview = None if live is None else Preview(live, scale)
+    videos = prompts.videos(manifest)
     opening = time.perf_counter()
-    records = []
+    threads, graphs = engine.num_threads, engine.cuda_graph
     with ExitStack() as stack:
         session = stack.enter_context(
-            Session.open(bundle, backend, num_threads=num_threads, use_graphs=cuda_graph)
+            Session.open(bundle, engine.backend, num_threads=threads, use_graphs=graphs)
         )
         decoder: FrameDecoder | None = None
         if chosen is not None:
-            decoder = chosen.open(session.backend_name, num_threads, use_graphs=cuda_graph)
+            decoder = chosen.open(session.backend_name, threads, use_graphs=graphs)
             stack.callback(decoder.close)
-        open_s = time.perf_counter() - opening
-        for path, switches in zip(_outputs(out, len(videos)), videos, strict=True):
-            job = _Job(session, decoder, preview, pixel_frames_per_latent(manifest))
-            with (
-                open_writer(path, rate, scale) as writer,
-                progress(f"generating {path.name}", num_chunks) as bar,
-            ):
-                job.generate(switches, num_chunks, seed, writer, bar)
-            talk(f"wrote {path}: {job.summary()}")
-            records.append({"out": path, **job.record(switches)})
+        shared = {"backend": session.backend_name, "seed": video.seed}
+        shared["open_s"] = time.perf_counter() - opening
+        records = []
+        for path, switches in zip(video.outputs(len(videos)), videos, strict=True):
+            job = _Job(session, decoder, video, manifest)
+            records.append(job.write(path, switches))
             session.reset()
-    if as_json:
-        shared = {"backend": session.backend_name, "seed": seed, "open_s": open_s}
+    if video.as_json:
         first, *others = records
         print_json({**shared, **first, **({"videos": records} if others else {})})
-
-
-def _outputs(out: Path, count: int) -> list[Path]:
-    """One file per video: `out`, or numbered beside it; all of them checked."""
-    if count == 1:
-        return [out]
-    files = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
-    for file in files:
-        check_output(file)
-    return files
 
 
 @dataclass
@@ -149,8 +131,8 @@ class _Job:
 
     session: Session
     decoder: FrameDecoder | None
-    preview: Preview | None
-    frames_per_latent: int
+    options: VideoOptions
+    manifest: Manifest
     chunk_ms: list[float] = field(default_factory=list)
     """Denoiser time of each chunk: steps, clean pass, eviction and commit."""
     decode_ms: list[float] = field(default_factory=list)
@@ -159,20 +141,30 @@ class _Job:
     first_chunk_s: float = 0.0
     total_s: float = 0.0
 
-    def generate(
-        self, switches: Sequence[Switch], num_chunks: int, seed: int, writer: Writer, bar: Task
-    ) -> None:
-        """Generate, decode and write chunk by chunk."""
+    def write(self, path: Path, switches: Sequence[Switch]) -> dict[str, Any]:
+        """Generate, decode and write chunk by chunk; returns the record for `--json`."""
         if self.decoder is not None:
             self.decoder.reset()
-        self._check_switches(switches, num_chunks)
+        self._check_switches(switches)
+        rate = default_fps(self.manifest) if self.options.fps is None else self.options.fps
+        with (
+            open_writer(path, rate, self.options.scale) as writer,
+            progress(f"generating {path.name}", self.options.num_chunks) as bar,
+        ):
+            self._generate(switches, writer, bar)
+        talk(f"wrote {path}: {self.summary()}")
+        return {"out": path, **self.record(switches)}
+
+    def _generate(self, switches: Sequence[Switch], writer: Writer, bar: Task) -> None:
+        live = self.options.live
+        preview = None if live is None else Preview(live, self.options.scale)
         begin = time.perf_counter()
-        for chunk in self._chunks(switches, num_chunks, seed):
+        for chunk in self._chunks(switches):
             self.chunk_ms.append(sum(chunk.timings_ms.values()))
             frames = self._decode(chunk)
             writer.write(chunk.latents, frames)
-            if self.preview is not None and frames is not None:
-                self.preview.show(frames)
+            if preview is not None and frames is not None:
+                preview.show(frames)
             self.total_s = time.perf_counter() - begin
             self.first_chunk_s = self.first_chunk_s or self.total_s
             bar.describe(f"generating: {self._speeds()}")
@@ -186,8 +178,8 @@ class _Job:
         self.decode_ms.append(1e3 * (time.perf_counter() - start))
         return frames
 
-    def _check_switches(self, switches: Sequence[Switch], num_chunks: int) -> None:
-        end = (num_chunks - 1) * self.session.config.chunk.num_frames
+    def _check_switches(self, switches: Sequence[Switch]) -> None:
+        end = (self.options.num_chunks - 1) * self.session.config.chunk.num_frames
         late = [switch.frame for switch in switches if switch.frame > end]
         if late:
             raise InputError(
@@ -195,10 +187,10 @@ class _Job:
                 f"frame {end}; generate more with --num-chunks"
             )
 
-    def _chunks(self, switches: Sequence[Switch], num_chunks: int, seed: int) -> Iterator[Chunk]:
+    def _chunks(self, switches: Sequence[Switch]) -> Iterator[Chunk]:
         pending = list(switches)
         self.session.set_prompt(pending.pop(0).embeds)
-        for _ in range(num_chunks):
+        for _ in range(self.options.num_chunks):
             due = None
             while pending and pending[0].frame <= self.session.num_frames:
                 due = pending.pop(0)
@@ -209,17 +201,21 @@ class _Job:
                 self.switch_ms.append(
                     {"frame": self.session.num_frames, "prompt": due.text, "latency_ms": latency_ms}
                 )
-            yield self.session.generate_chunk(seed=seed)
+            yield self.session.generate_chunk(seed=self.options.seed)
+
+    @property
+    def _chunk_pixel_frames(self) -> int:
+        num_frames = self.session.config.chunk.num_frames
+        return num_frames * pixel_frames_per_latent(self.manifest)
 
     @property
     def _num_pixel_frames(self) -> int:
-        return len(self.chunk_ms) * self.session.config.chunk.num_frames * self.frames_per_latent
+        return len(self.chunk_ms) * self._chunk_pixel_frames
 
     def fps(self) -> dict[str, float]:
         """Pixel frames per second: of the denoiser alone, and of everything from prompt to file."""
-        per_chunk = self.session.config.chunk.num_frames * self.frames_per_latent
         return {
-            "fps_denoiser": 1e3 * per_chunk / float(np.median(self.chunk_ms)),
+            "fps_denoiser": 1e3 * self._chunk_pixel_frames / float(np.median(self.chunk_ms)),
             "fps_end_to_end": self._num_pixel_frames / self.total_s,
         }
 
@@ -250,7 +246,7 @@ class _Job:
         )
 
     def record(self, switches: Sequence[Switch]) -> dict[str, Any]:
-        """The same for `--json`."""
+        """The same as data."""
         return {
             "prompt": switches[0].text,
             "num_latent_frames": self.session.num_frames,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.export.flags import flags
 from forcing_kv.export.presets import FPS, PIXEL_FRAMES_PER_LATENT
 from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, check_choice, follow_session, to_rgb8
@@ -22,8 +23,21 @@ Uint8 = NDArray[np.uint8]
 
 DIGITS = "digits"
 """Kind of decoder of the small model's codec, which is no graph."""
-CHOICES = ("auto", "vae", "tae", "none")
 DIGITS_FPS = 8
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How latents become frames."""
+
+    decode: Literal["auto", "vae", "tae", "none"] = "auto"
+    """The bundle's decoder, or none for latents only; auto takes the model's own, else the tiny
+    one, else none where the output is an .npz file."""
+    decode_backend: str = "auto"
+    """What runs the bundle's decoder: auto (the session's backend if it has an engine of it, else
+    onnxruntime), tensorrt, tensorrt-lean, tensorrt-rtx, inductor, onnxruntime, or onnxruntime-cuda
+    with onnxruntime-gpu."""
 
 
 class FrameDecoder(Protocol):
@@ -117,24 +131,20 @@ class DecoderChoice:
 
 
 def choose_decoder(
-    bundle: Path, manifest: Manifest, choice: str, out: Path, backend: str = "auto"
+    bundle: Path, manifest: Manifest, options: DecodeOptions, out: Path
 ) -> DecoderChoice | None:
     """The decoder that was asked for; None for latents alone. Opens nothing.
 
     Args:
         bundle: directory of the bundle.
         manifest: its manifest.
-        choice: one of `CHOICES`; `auto` takes the model's own, else the tiny one, else latents
-            where the output is an `.npz`.
+        options: which decoder, and what runs it.
         out: output file.
-        backend: what runs the bundle's decoder; `auto` follows the session.
 
     Raises:
-        InputError: unknown choice or backend, or no such decoder in the bundle.
+        InputError: no such decoder in the bundle, or no such backend.
     """
-    if choice not in CHOICES:
-        raise InputError(f"--decode is {choice!r}; give one of {list(CHOICES)}")
-    kind = _kind(bundle, manifest, choice, out)
+    kind, backend = _kind(bundle, manifest, options.decode, out), options.decode_backend
     if backend != "auto" and kind in (None, DIGITS):
         raise InputError(
             f"--decode-backend {backend} is for a decoder of the bundle, and none is used; leave "

@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from cyclopts import Parameter
 from numpy.typing import NDArray
 
+from forcing_kv.export.flags import flags, panel
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.runtime_trt.prompt_file import read_prompts
-from forcing_kv.tools.encode_prompt import encode_texts, read_lines
+from forcing_kv.tools.encode_prompt import EncoderOptions, encode_texts, read_lines
 
 Float32 = NDArray[np.float32]
 _SCRIPT_KEYS = {"frame", "prompt", "prompt_file", "index"}
@@ -31,19 +33,22 @@ class Switch:
     """[text_len, text_dim]."""
 
 
-@dataclass(frozen=True)
+@flags(panel("Prompt (one of these)"))
+@dataclass(frozen=True, kw_only=True)
 class PromptSource:
     """How prompts were given; exactly one of the first four is set."""
 
     prompt: str | None = None
+    """What to generate."""
     prompts: Path | None = None
-    """Text file, a prompt and so a video a line."""
-    prompt_file: Path | None = None
-    """Encoded prompts: a file of `fkv encode-prompt`, or `.npz` or `.npy`."""
+    """Text file: a prompt, and so a video, a line."""
+    prompt_file: Annotated[Path | None, Parameter(alias="--prompt-embeds")] = None
+    """Encoded prompts: of `fkv encode-prompt`, .npz or .npy."""
     script: Path | None = None
-    """JSON lines: one video with prompt switches."""
+    """Prompt switches, a JSON object a line: `{"frame": 12, "prompt": "..."}`; frames are latent
+    frames."""
     text_encoder: str | None = None
-    """Folder of the text encoder, where prompts are text."""
+    """Folder of the text encoder, for prompts as text."""
 
     def videos(self, manifest: Manifest) -> list[list[Switch]]:
         """For each video its prompts, in order, the first at frame 0.
@@ -81,7 +86,7 @@ class PromptSource:
 
     def _encode(self, manifest: Manifest, texts: Sequence[str]) -> Float32:
         if manifest.text_encoder == "digits":
-            return encode_texts(list(texts), "digits").embeds
+            return encode_texts(texts, EncoderOptions()).embeds
         if self.text_encoder is None:
             raise InputError(
                 f"this bundle's text encoder is {manifest.text_encoder}; give its folder with "
@@ -89,7 +94,8 @@ class PromptSource:
                 "give --prompt-file"
             )
         text_len = manifest.config.model.text_len
-        return encode_texts(list(texts), self.text_encoder, text_len).embeds
+        encoder = EncoderOptions(text_encoder=self.text_encoder, text_len=text_len)
+        return encode_texts(texts, encoder).embeds
 
 
 def _fitting_embeds(path: Path, manifest: Manifest) -> tuple[tuple[str, ...], Float32]:

@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import typer
-
+from forcing_kv.export.flags import Json, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ PACKAGES = (
     "onnx", "onnxruntime", "numpy",
 )  # fmt: skip
 NUM_CHUNKS = 6
-BACKENDS = ("tensorrt", "tensorrt-rtx", "inductor", "onnxruntime")
-DTYPES = ("float16", "bfloat16", "float32")
+BackendName = Literal["tensorrt", "tensorrt-rtx", "inductor", "onnxruntime"]
 
 
 @dataclass
@@ -44,71 +43,74 @@ class Stage:
     error: str | None = None
 
 
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class SelftestOptions:
+    """What is tested.
+
+    Raises:
+        InputError: the backend does not run there.
+    """
+
+    backend: BackendName = "tensorrt"
+    """What runs the model."""
+    dtype: DType = "float16"
+    """What it computes in."""
+    fp8: bool = False
+    """Linear layers in FP8."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """inductor: the one of this machine."""
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and self.backend.startswith("tensorrt"):
+            raise InputError(
+                f"--backend {self.backend} runs on a GPU alone; leave out --device cpu"
+            )
+
+    @property
+    def used_device(self) -> str:
+        """Where it runs: ONNX Runtime on the CPU, the others where they are told."""
+        return "cpu" if self.backend == "onnxruntime" else self.device
+
+
 def selftest(
-    backend: Annotated[
-        str, typer.Option(help="tensorrt, tensorrt-rtx, inductor or onnxruntime.")
-    ] = "tensorrt",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in FP8.")] = False,
-    device: Annotated[
-        str, typer.Option(help="inductor: cuda or cpu, the one of this machine.")
-    ] = "cuda",
-    keep: Annotated[Path | None, typer.Option(help="Keep the bundle in this directory.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Export, build, run and verify a small random model; prints a report to paste in an issue."""
-    check_choices(backend, dtype, device)
+    *,
+    options: SelftestOptions = SelftestOptions(),
+    keep: Path | None = None,
+    as_json: Json = False,
+) -> ExitCode:
+    """Export, build, run and verify a small random model; prints a report to paste in an issue.
+
+    Args:
+        options: what is tested.
+        keep: Keep the bundle in this directory.
+        as_json: Print the report as JSON.
+    """
     with tempfile.TemporaryDirectory(prefix="fkv-selftest-") as folder:
-        stages = run_stages(keep or Path(folder) / "bundle", backend, dtype, device, fp8=fp8)
+        stages = run_stages(keep or Path(folder) / "bundle", options)
     passed = all(stage.passed for stage in stages)
     report = {
-        "backend": backend, "dtype": dtype, "fp8": fp8, "device": used_device(backend, device),
-        "passed": passed,
+        **asdict(options), "device": options.used_device, "passed": passed,
         "stages": [asdict(stage) for stage in stages],
     }  # fmt: skip
     if as_json:
         print_json(report)
     else:
-        typer.echo(render(report, stages))
-    if not passed:
-        raise typer.Exit(ExitCode.CHECK_FAILED)
+        print(render(report, stages))
+    return ExitCode.GOOD if passed else ExitCode.CHECK_FAILED
 
 
-def check_choices(backend: str, dtype: str, device: str) -> None:
-    """Refuse what cannot be tested, before anything is exported.
-
-    Raises:
-        InputError: an option is unknown, or does not fit the backend.
-    """
-    for option, value, allowed in (
-        ("--backend", backend, BACKENDS),
-        ("--dtype", dtype, DTYPES),
-        ("--device", device, ("cuda", "cpu")),
-    ):
-        if value not in allowed:
-            raise InputError(f"{option} is {value!r}; allowed are {', '.join(allowed)}")
-    if device == "cpu" and backend.startswith("tensorrt"):
-        raise InputError(f"--backend {backend} runs on a GPU alone; leave out --device cpu")
-
-
-def used_device(backend: str, device: str) -> str:
-    """Where a backend runs: ONNX Runtime on the CPU, the others where they are told."""
-    return "cpu" if backend == "onnxruntime" else device
-
-
-def run_stages(
-    bundle: Path, backend: str, dtype: str, device: str, *, fp8: bool = False
-) -> list[Stage]:
+def run_stages(bundle: Path, options: SelftestOptions) -> list[Stage]:
     """Run every stage up to the first that fails."""
     stages: list[Stage] = []
     opened: dict[bool, Any] = {}
     # Without CUDA graphs the two are the same code, and must still give the same video.
-    graphs = used_device(backend, device) == "cuda"
+    backend, graphs = options.backend, options.used_device == "cuda"
     first, second = ("captured", "enqueued") if graphs else ("first", "second")
     plan: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
         ("environment", environment),
-        ("export", lambda: export_random_model(bundle, dtype, fp8=fp8)),
-        ("build", lambda: build_engine(bundle, backend, device)),
+        ("export", lambda: export_random_model(bundle, options.dtype, fp8=options.fp8)),
+        ("build", lambda: build_engine(bundle, backend, options.device)),
         (f"open, {first}", lambda: open_bundle(bundle, backend, True, opened)),
         (f"verify, {first}", lambda: verify(bundle, opened[True])),
         (f"open, {second}", lambda: open_bundle(bundle, backend, False, opened)),

@@ -6,40 +6,50 @@ Stop it at any time and run the same command again to resume. The averaged weigh
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from cyclopts import run
+
+from forcing_kv.export.flags import YesNo, flags
 
 if TYPE_CHECKING:
     from forcing_kv.tools.digits.training.trainer import Progress, TrainConfig
 
 
-def train_command(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")],
-    steps: Annotated[int, typer.Option(help="Planned optimiser steps.")] = 8150,
-    budget_minutes: Annotated[
-        float, typer.Option(help="Wall-clock budget; whichever of both ends first. 0: no limit.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences per shard; a step has two shards.")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    processes: Annotated[int, typer.Option(help="Single-threaded processes, 1 or 2.")] = 2,
-    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    compile_model: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
-) -> None:
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What is trained, and for how long."""
+
+    out: Path
+    """Folder of the run; an unfinished run is resumed."""
+    steps: int = 8150
+    """Planned optimiser steps."""
+    budget_minutes: float = 0.0
+    """Wall-clock budget; whichever of both ends first. 0: no limit."""
+    seed: int = 0
+    """Seed of weights, data and noise."""
+    batch: int = 8
+    """Sequences per shard; a step has two shards."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    processes: int = 2
+    """Single-threaded processes, 1 or 2."""
+    precision: str = "bfloat16"
+    """bfloat16 or float32."""
+    compile: YesNo = True
+    """Compile the forward and backward passes."""
+
+
+def train_command(*, options: TrainOptions) -> None:
     """Train the small model of moving handwritten digits (resumable)."""
     from forcing_kv.tools.digits.training.trainer import TrainConfig
 
-    config = TrainConfig(
-        seed=seed,
-        steps=steps,
-        budget_minutes=budget_minutes,
-        batch=batch,
-        lr=lr,
-        precision=precision,
-        compile=compile_model,
-    )
+    own = asdict(options)
+    out, processes = own.pop("out"), own.pop("processes")
+    config = TrainConfig(**own)
     if processes == 1:
         _train(0, 1, config, out)
         return
@@ -85,4 +95,4 @@ def _with_bar(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(train_command)
+    run(train_command)

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.tools.cli import Command, build_app
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-APP = build_app([Command("calibrate heads", "forcing_kv.calibration.cli", "calibrate_heads")])
 
 
 @pytest.fixture
@@ -28,10 +26,7 @@ def model_options(tmp_path):
 
 
 def run(*options):
-    result = CliRunner().invoke(APP, ["calibrate", "heads", *map(str, options)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return fkv("calibrate", "heads", *options)
 
 
 def test_writes_partition_and_picture(tmp_path, model_options):
@@ -79,7 +74,7 @@ def test_dry_run_writes_nothing(tmp_path, model_options):
         (("--latent-size", "8"), "give rows x columns such as 60x104"),
         (("--num-chunks", 1), "every head counts as static"),
         (("--window-frames", 2), "cannot hold 0 sink frames and a chunk of 3"),
-        (("--dtype", "int8"), "allowed are"),
+        (("--dtype", "int8"), "Choose from"),
         (("--threshold", "nan"), "threshold"),
         (("--prompt", "text"), "takes no --prompt"),
         (("--prompt-embeds", GOLDEN / "inputs.npz"), "needed are finite floats of shape .16, 64."),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.calibration.fp8_scales import Fp8Calibration
 from forcing_kv.calibration.linear_recorder import AmaxRecorder
@@ -16,14 +16,10 @@ from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.hashes import sha256_of
 from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 
 def run(*options):
-    result = CliRunner().invoke(build_app(COMMANDS), ["calibrate", "fp8", *map(str, options)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return fkv("calibrate", "fp8", *options)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +49,13 @@ def test_writes_a_file_that_an_export_reads_and_a_picture(written):
 
 
 def test_an_export_takes_the_file(written, tmp_path):
-    app, bundle = build_app(COMMANDS), tmp_path / "bundle"
-    options = ["export", "--fp8", str(written[0] / "fp8.json"), "--out", str(bundle)]
-    assert CliRunner().invoke(app, [*options, "--json"]).exit_code == 0
+    bundle = tmp_path / "bundle"
+    fp8 = written[0] / "fp8.json"
+    assert fkv("export", "--fp8", fp8, "--out", bundle, "--json").exit_code == 0
     manifest = read_manifest(bundle)
     assert len(manifest.fp8.linears) == 3 * 8
-    assert manifest.provenance["fp8_sha256"] == sha256_of(written[0] / "fp8.json")
-    shown = CliRunner().invoke(app, ["inspect", str(bundle)]).stdout
+    assert manifest.provenance["fp8_sha256"] == sha256_of(fp8)
+    shown = fkv("inspect", bundle).stdout
     assert "24 linear layers in FP8" in shown
 
 
@@ -108,6 +104,6 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 
 def test_the_recorder_needs_pytorch_and_numpy_alone(run_blocked):
-    others = ["matplotlib", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "typer"]
+    others = ["matplotlib", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "cyclopts"]
     done = run_blocked("import forcing_kv.calibration.linear_recorder", blocked=others)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.calibration.policy_measures import (
@@ -149,8 +149,6 @@ def test_the_picture_numbers_what_is_best_at_its_size():
 
 
 def test_command_on_a_checkpoint_writes_both_files(search, tmp_path):
-    from forcing_kv.tools.cli import COMMANDS, build_app
-
     config = {"dim": 24, "ffn_dim": 16, "num_heads": 2, "num_layers": 2, "in_dim": 4,
               "freq_dim": 8, "text_len": 4, "text_dim": 8}  # fmt: skip
     preset = {"model": config, "latent_size": [4, 4], "policy": {"num_segments": 2},
@@ -164,19 +162,14 @@ def test_command_on_a_checkpoint_writes_both_files(search, tmp_path):
                tmp_path / "tiny.pt", "--prompt-embeds", tmp_path / "prompts.npy", "--heads",
                tmp_path / "heads.json", "--out", tmp_path / "out", "--num-chunks", 3,
                "--dynamic-frames", "0,1", "--temporal-frames", "1", "--json"]  # fmt: skip
-    arguments = [str(option) for option in options]
-    app, runner = build_app(COMMANDS), CliRunner()
-    done = runner.invoke(app, [*arguments, "--dry-run"])
-    assert done.exit_code == 0, done.output
+    assert fkv(*options, "--dry-run").exit_code == 0
     assert not (tmp_path / "out").exists()
-    done = runner.invoke(app, arguments)
-    assert done.exit_code == 0, done.output
+    assert fkv(*options).exit_code == 0
     record = json.loads((tmp_path / "out" / "policy.json").read_text())
     assert [one["num_dynamic_frames"] for one in record["candidates"]] == [0, 1]
     assert (tmp_path / "out" / "policy.png").read_bytes()[:4] == b"\x89PNG"
     for extra, message in (([], "exist"), (["--force", "--thresholds", "0.5"], "needs scores"),
                            (["--force", "--device", "abacus"], "abacus"),
                            (["--force", "--segments", "x"], "--segments is 'x'")):  # fmt: skip
-        done = runner.invoke(app, [*arguments, *extra])
-        assert isinstance(done.exception, InputError)
-        assert message in str(done.exception)
+        with pytest.raises(InputError, match=message):
+            fkv(*options, *extra)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from command_line import fkv
 from shared_exports import export_once
-from typer.testing import CliRunner
 
 from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
@@ -32,7 +32,6 @@ from forcing_kv.runtime_trt.errors import (
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
     2, dim=64, ffn_dim=64, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8
@@ -63,13 +62,6 @@ def export(folder, dtype, policy=None):
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
     return export(tmp_path_factory.mktemp("rtx") / "half", "float16")
-
-
-def fkv(*arguments):
-    result = CliRunner().invoke(build_app(COMMANDS), [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def rtx(bundle, *options, target="sm89"):
@@ -168,7 +160,7 @@ def test_ctrl_c_stops_the_builder(half_bundle, monkeypatch, capfd, place):
         monkeypatch.setattr(engine_builder.BuildLog, "read", interrupt)
     before = signal.getsignal(signal.SIGINT)
     engines = read_manifest(half_bundle).engines
-    plan = plan_build(half_bundle, EngineOptions("tensorrt-rtx", "sm89"), force=True)
+    plan = plan_build(half_bundle, EngineOptions("tensorrt-rtx", target="sm89"), force=True)
     with pytest.raises(KeyboardInterrupt):
         build.run_build(plan, interrupt if place == "progress" else lambda *_: None)
     assert signal.getsignal(signal.SIGINT) is before

@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from command_line import fkv
 from shared_exports import export_once
 from stand_ins import tiny_decoder_files
-from typer.testing import CliRunner
 
 from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
@@ -17,18 +17,10 @@ from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
     2, dim=24, ffn_dim=16, num_heads=2, in_channels=2, text_len=4, text_dim=8, freq_dim=8
 )
-
-
-def fkv(*arguments):
-    result = CliRunner().invoke(build_app(COMMANDS), [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import fkv
 from hypothesis import given
 from hypothesis import strategies as st
 from shared_exports import export_once
-from typer.testing import CliRunner
 
 from forcing_kv.export import fp8
 from forcing_kv.export.build_inductor import build_inductor
@@ -38,7 +38,6 @@ from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
 from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
 from forcing_kv.runtime_trt.schedule import Schedule
 from forcing_kv.runtime_trt.schema import load_as
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 SHAPE = ModelShape(
     2, dim=64, ffn_dim=96, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8
@@ -77,13 +76,6 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
     return export(tmp_path_factory.mktemp("fp8") / "half", "float16")
-
-
-def fkv(*arguments):
-    result = CliRunner().invoke(build_app(COMMANDS), [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def all_e4m3():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.denoiser import CausalWanModel
@@ -109,7 +109,7 @@ def test_dense_export_takes_the_models_window(tiny):
         ({"latent_size": (9, 12)}, "nearest sizes are 8x12"),
         ({"latent_size": (6, 10)}, "multiple of the 4 segments"),
         ({"model": "self-forcing-1.3b"}, "partition"),
-        ({"dense": True, "policy_changes": (("num_segments", 2),)}, "cannot be set"),
+        ({"dense": True, "policy_changes": {"num_segments": 2}}, "cannot be set"),
         ({"dtype": "int8"}, "allowed are"),
     ],
 )
@@ -137,21 +137,15 @@ def test_broken_preset_files_are_refused(tmp_path, content, message):
 
 
 def test_export_of_a_preset_writes_a_bundle_and_a_failure_writes_nothing(tiny):
-    from forcing_kv.tools.cli import COMMANDS, build_app
-
-    app, run = build_app(COMMANDS), CliRunner()
     options = ["export", "--model", tiny / "tiny.json", "--checkpoint", tiny / "tiny.pt"]
     options += ["--heads", tiny / "heads.json", "--out", tiny / "bundle"]
-    arguments = [str(option) for option in options]
-    done = run.invoke(app, arguments)
-    assert done.exit_code == 0, done.output
+    assert fkv(*options).exit_code == 0
     manifest = json.loads((tiny / "bundle" / "manifest.json").read_text())
     assert manifest["text_encoder"] == "umt5-xxl"
     assert manifest["decoder"] == "wan-vae"
 
     (tiny / "tiny.pt").write_bytes((tiny / "tiny.pt").read_bytes()[:-999])
     before = {file.name for file in tiny.iterdir()}
-    arguments[-1] = str(tiny / "second")
-    done = run.invoke(app, arguments)
-    assert isinstance(done.exception, InputError)
+    with pytest.raises(InputError):
+        fkv(*options[:-1], tiny / "second")
     assert {file.name for file in tiny.iterdir()} == before

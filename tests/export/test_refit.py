@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pytest
+from command_line import fkv
 from host_cuda import HostCuda
 from shared_exports import export_once
 
@@ -223,13 +224,9 @@ def test_a_version_that_loses_biases_is_refused(trt, bundles):
 
 
 def test_the_command_needs_a_gpu_to_say_what_it_would_do(bundles):
-    from typer.testing import CliRunner
-
-    from forcing_kv.tools.cli import COMMANDS, build_app
-
-    arguments = ["build", bundles[1], "--backend", "tensorrt-rtx", "--refit-from", bundles[0]]
-    result = CliRunner().invoke(build_app(COMMANDS), [str(a) for a in (*arguments, "--dry-run")])
-    assert "leave out --dry-run" in str(result.exception)
+    arguments = ("--backend", "tensorrt-rtx", "--refit-from", bundles[0], "--dry-run")
+    with pytest.raises(InputError, match="leave out --dry-run"):
+        fkv("build", bundles[1], *arguments)
 
 
 def test_the_parser_names_every_weight_as_the_graph_does(bundles):
@@ -237,7 +234,7 @@ def test_the_parser_names_every_weight_as_the_graph_does(bundles):
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
     logger = rtx.Logger(rtx.Logger.INTERNAL_ERROR)
     builder = rtx.Builder(logger)
-    plan = planning.plan_build(bundles[0], EngineOptions("tensorrt-rtx", "sm89"))
+    plan = planning.plan_build(bundles[0], EngineOptions("tensorrt-rtx", target="sm89"))
     for graph in plan.graphs:
         with build._builder_file(plan, graph) as path:
             network = builder.create_network(

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from command_line import fkv
 from stand_ins import tiny_tokenizer, tiny_umt5, umt5_original, write_wan_text_encoder
-from typer.testing import CliRunner
 
 from forcing_kv.export import text
 from forcing_kv.export.text import TextEncoder, clean_prompt
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.prompt_file import read_prompts
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 TEXT_LEN = 12
 
@@ -91,18 +90,17 @@ def test_weights_of_something_else_are_refused(encoder):
 
 
 def test_encode_prompt_writes_a_file(folders, tmp_path):
-    app, runner = build_app(COMMANDS), CliRunner()
     (tmp_path / "more.txt").write_text("a cat\n\na cat runs\n")
     options = ["encode-prompt", "grass", "--prompts", tmp_path / "more.txt", "--text-encoder",
                folders / "original", "--text-len", TEXT_LEN, "--out", tmp_path / "p.safetensors",
                "--json"]  # fmt: skip
-    done = runner.invoke(app, [str(option) for option in options])
+    done = fkv(*options)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["shape"] == [3, TEXT_LEN, 16]
     found = read_prompts(tmp_path / "p.safetensors")
     assert found.prompts == ("grass", "a cat", "a cat runs")
-    done = runner.invoke(app, [str(option) for option in options])
-    assert "exists already" in str(done.exception)
+    with pytest.raises(InputError, match="exists already"):
+        fkv(*options)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,6 @@ def test_encode_prompt_writes_a_file(folders, tmp_path):
 )
 def test_mistakes_write_nothing(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(build_app(COMMANDS), ["encode-prompt", *options])
-    assert isinstance(done.exception, InputError)
-    assert message in str(done.exception)
+    with pytest.raises(InputError, match=message):
+        fkv("encode-prompt", *options)
     assert list(tmp_path.iterdir()) == []

@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from command_line import fkv
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'forcing-kv[export]'")
 
 from forcing_kv.export.presets import load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS
-from forcing_kv.tools.cli import COMMANDS, build_app
 from forcing_kv.tools.op_workload import compressed_layer
 
 
@@ -43,8 +42,7 @@ def test_more_dynamic_heads_than_heads_are_refused():
 @pytest.mark.slow
 def test_list_names_every_tactic():
     pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
-    arguments = ["plugins", "list", "--resolution", "12x16", "--sm", "90", "--sm", "86", "--json"]
-    result = CliRunner().invoke(build_app(COMMANDS), arguments)
+    result = fkv("plugins", "list", "--resolution", "12x16", "--sm", 90, "--sm", 86, "--json")
     assert result.exit_code == 0, result.output
     kernels = json.loads(result.stdout)["kernels"]
     assert {row["device_sm"] for row in kernels} == {90, 86}
@@ -54,6 +52,5 @@ def test_list_names_every_tactic():
 
 def test_unknown_device_is_refused():
     pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
-    result = CliRunner().invoke(build_app(COMMANDS), ["plugins", "list", "--sm", "75"])
-    assert isinstance(result.exception, InputError)
-    assert "--sm [75]" in str(result.exception)
+    with pytest.raises(InputError, match=r"--sm \[75\]"):
+        fkv("plugins", "list", "--sm", 75)

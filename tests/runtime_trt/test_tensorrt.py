@@ -161,7 +161,7 @@ def test_the_mending_command_has_the_options_of_the_build(copied_bundle, monkeyp
         f"`fkv build {copied_bundle} --backend tensorrt --refit --workspace-gb 2.5 "
         "--optimization-level 0 --profiling-verbosity none`"
     )
-    deployment.record(sm=86, options=EngineOptions("tensorrt-rtx", "sm86").to_json())
+    deployment.record(sm=86, options=EngineOptions("tensorrt-rtx", target="sm86").to_json())
     command = read_manifest(copied_bundle).engines[1].rebuild_command(copied_bundle)
     assert command == f"`fkv build {copied_bundle} --backend tensorrt`"
 

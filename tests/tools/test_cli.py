@@ -1,6 +1,8 @@
-"""The command table of `fkv`, its help with nothing heavy installed, and its exit codes."""
+"""The command table of `fkv`, its flags, its help with nothing heavy installed, its exit codes."""
 
 import importlib
+import inspect
+import json
 import subprocess
 import sys
 import types
@@ -11,6 +13,32 @@ import pytest
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.tools import cli
+
+FLAGS = Path(__file__).with_name("flags.json")
+"""Every command's flags, as one types them -> default. A flag that goes or changes is changed here
+too, and is told in CHANGELOG.md."""
+
+
+def command_function(command):
+    module, _, name = command.function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def flags_of(app, command):
+    """What `FLAGS` holds of a command."""
+    _, apps, _ = app.parse_commands(command.name.split())
+    with app.app_stack(apps):
+        arguments = apps[-1].assemble_argument_collection()
+        return {" ".join(a.names): default_of(a) for a in arguments if a.show and a.name != "*"}
+
+
+def default_of(argument):
+    if isinstance(argument.show_default, str):
+        return argument.show_default
+    default = argument.field_info.default
+    if default in (argument.field_info.empty, None, ()):
+        return "required" if argument.required else None
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def raiser(error):
@@ -28,7 +56,7 @@ def fkv(monkeypatch, capsys):
         module = types.ModuleType("commands_of_this_test")
         module.go = function
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(cli, "COMMANDS", (cli.Command("plugins go", module.__name__, "go"),))
+        monkeypatch.setattr(cli, "COMMANDS", (cli.Command("plugins go", f"{module.__name__}:go"),))
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["plugins", "go", *arguments])
         captured = capsys.readouterr()
@@ -55,10 +83,61 @@ for words in {lines!r}:
     assert done.stdout.count("Usage: fkv") == len(lines)
 
 
-def test_every_command_says_what_it_does():
+def test_every_command_says_what_it_does_and_is_short():
     for command in cli.COMMANDS:
-        function = getattr(importlib.import_module(command.module), command.function)
+        function = command_function(command)
         assert function.__doc__, command
+        assert len(inspect.getsourcelines(function)[0]) <= 40, command
+        assert len(inspect.signature(function).parameters) <= 8, command
+
+
+def test_no_flag_goes_unseen():
+    app = cli.build_app(cli.COMMANDS)
+    assert {each.name: flags_of(app, each) for each in cli.COMMANDS} == json.loads(
+        FLAGS.read_text()
+    )
+
+
+def test_every_flag_is_documented():
+    app = cli.build_app(cli.COMMANDS)
+    for command in cli.COMMANDS:
+        _, apps, _ = app.parse_commands(command.name.split())
+        with app.app_stack(apps):
+            for argument in apps[-1].assemble_argument_collection(parse_docstring=True):
+                assert argument.parameter.help or not argument.show, (command.name, argument.names)
+
+
+def test_a_command_loads_no_other(run_blocked):
+    done = run_blocked(
+        """
+import sys
+from forcing_kv.tools.cli import main
+try:
+    main(["inspect", "--help"])
+except SystemExit:
+    print(*sorted(name for name in sys.modules if name.startswith("forcing_kv.")))
+"""
+    )
+    assert "forcing_kv.tools.inspect" in done.stdout
+    assert "forcing_kv.tools.run" not in done.stdout
+    assert "forcing_kv.calibration" not in done.stdout
+
+
+def test_help_is_plain_text_of_80_columns_where_there_is_no_terminal(run_fkv):
+    shown = run_fkv("export", "-h").out
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) == 80
+    assert shown.index("─ Options ") < shown.index("─ Model ") < shown.index("─ Cache policy ")
+    words = " ".join(shown.replace("│", " ").split())
+    assert "[choices: float32, float16, bfloat16] [default: float32]" in words
+
+
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_a_group_without_a_command_shows_its_help(run_fkv, group):
+    done = run_fkv(*group)
+    assert done.code == 2
+    assert "─ Commands ─" in done.out
+    assert done.out == run_fkv(*group, "--help").out
 
 
 def test_console_script_prints_the_version(tmp_path):
@@ -119,5 +198,40 @@ def test_debug_shows_the_traceback_of_a_mistake(fkv, monkeypatch):
     assert "Traceback" in message
 
 
-def test_unknown_option_is_bad_use(fkv):
-    assert fkv(raiser(AssertionError), "--no-such-option")[0] == 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("exprt",), 'Unknown command "exprt". Did you mean "export"?'),
+        (("inspect", "b", "--jsn"), "Unknown option: --jsn. Did you mean --json?"),
+        (("inspect", "b", "--no-json"), "Unknown option: --no-json."),
+        (("inspect", "b", "c"), "Unused Tokens: ['c']."),
+        (("inspect",), "parameter BUNDLE requires an argument."),
+        (("export",), "parameter --out requires an argument."),
+        (("run", "b", "--out", "o.mp4", "--seed=-1"), '"-1" for --seed. Must be >= 0.'),
+        (
+            ("run", "b", "--out", "o.mp4", "--scale", "x"),
+            'Invalid value for --scale: unable to convert "x" into int.',
+        ),
+        (("export", "--out", "b", "--warmup", "hot"), 'Choose from: "exact", "steady".'),
+        (("plan", "--latent-size", "9"), "--latent-size is '9'; give rows x columns"),
+    ],
+)
+def test_bad_use_is_one_message_with_a_remedy(run_fkv, words, message):
+    done = run_fkv(*words)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+    assert done.err.startswith("Error: ")
+    assert done.err.count("\n") == 1
+    assert "--help` lists what there is" in done.err
+
+
+def test_the_last_of_a_flag_given_twice_counts(fkv):
+    def command(*, number: int = 0, words: tuple[str, ...] = ()) -> None:
+        print(number, *words)
+
+    given = ("--number", "1", "--words=-a", "--words", "b", "--number", "-2")
+    assert fkv(command, *given) == (0, "-2 -a b\n", "")
+
+
+def test_a_command_that_is_interrupted_exits_with_130(fkv):
+    assert fkv(raiser(KeyboardInterrupt()))[0] == 130

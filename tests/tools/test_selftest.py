@@ -102,9 +102,12 @@ def test_another_video_is_a_failure(run_fkv, exported, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--backend", "openvino"), "allowed are tensorrt, tensorrt-rtx, inductor, onnxruntime"),
-        (("--dtype", "int8"), "allowed are float16, bfloat16, float32"),
-        (("--device", "tpu"), "allowed are cuda, cpu"),
+        (
+            ("--backend", "openvino"),
+            'Choose from: "tensorrt", "tensorrt-rtx", "inductor", "onnxruntime"',
+        ),
+        (("--dtype", "int8"), 'Choose from: "float32", "float16", "bfloat16"'),
+        (("--device", "tpu"), 'Choose from: "cuda", "cpu"'),
         (("--backend", "tensorrt-rtx", "--device", "cpu"), "runs on a GPU alone"),
     ],
 )

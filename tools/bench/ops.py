@@ -6,81 +6,76 @@ An operator whose numbers are wrong is not timed.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
-
-from forcing_kv.export.presets import PRESETS, load_preset
+from forcing_kv.export.flags import Json, LatentSize, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
-from forcing_kv.tools.op_workload import compressed_layer
+from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:
     from forcing_kv.tools.bench.report.rows import Row
 
 
-def bench_ops(
-    model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(PRESETS)}, or a .json file.")
-    ] = "self-forcing-1.3b",
-    resolution: Annotated[
-        list[str] | None,
-        typer.Option(help=f"One of {', '.join(RESOLUTIONS)}, or ROWSxCOLUMNS; repeat it."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "bfloat16",
-    dynamic_heads: Annotated[
-        int | None, typer.Option(help="Dynamic heads of a layer; by default the published share.")
-    ] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="Untimed calls before the timed ones.")] = 10,
-    iterations: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 100,
-    out: Annotated[
-        Path | None, typer.Option(help="File to append the rows to, as JSON lines.")
-    ] = None,
-    update_table: Annotated[
-        bool, typer.Option("--update-table", help="Write the fastest tactics to the tuned table.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class OpsOptions(LayerOptions):
+    """How the operators are measured."""
+
+    resolution: tuple[LatentSize, ...] = ()
+    """480p, 720p, 1080p, or latent rows x columns; repeat it. Default: 480p."""
+    dtype: Literal["float16", "bfloat16"] = "bfloat16"
+    """What the kernels compute in."""
+    warmup: PositiveInt = 10
+    """Untimed calls before the timed ones."""
+    iterations: PositiveInt = 100
+    """Timed calls."""
+    out: Path | None = None
+    """File to append the rows to, as JSON lines."""
+    update_table: bool = False
+    """Write the fastest tactics to the tuned table."""
+    as_json: Json = False
+    """Print one JSON object."""
+
+
+def bench_ops(*, options: OpsOptions = OpsOptions()) -> ExitCode:
     """Check and time the custom operators on this GPU, beside baselines and measured bounds.
 
     Exits with 1 if a kernel of ours is outside its tolerance, and then not timed, or does not run.
     """
     require("torch")
-    if dtype not in ("float16", "bfloat16"):
-        raise InputError(f"--dtype {dtype}: allowed are float16 and bfloat16")
-    preset = load_preset(model)
-    sizes = [parse_latent_size("--resolution", text) for text in resolution or ["480p"]]
-    layers = [compressed_layer(preset, size, dynamic_heads) for size in sizes]
+    layers = [options.layer(size) for size in options.resolution or [RESOLUTIONS["480p"]]]
     _require_gpu()
     from forcing_kv.plugins import tuning
 
-    if update_table and not os.access(tuning.TABLE, os.W_OK):
+    if options.update_table and not os.access(tuning.TABLE, os.W_OK):
         raise InputError(f"--update-table: {tuning.TABLE} cannot be written to")
     from forcing_kv.tools.bench.kernels.bench import OpBench
     from forcing_kv.tools.bench.report.rows import append_row
 
-    bench = OpBench(dtype, warmup, iterations)
+    bench = OpBench(options.dtype, options.warmup, options.iterations)
     rows: list[Row] = []
     try:
         for layer in layers:
             for row in bench.rows(layer):
                 rows.append(row)
-                if out is not None:
-                    append_row(out, row)
-            if update_table:
+                if options.out is not None:
+                    append_row(options.out, row)
+            if options.update_table:
                 # After every size, for the next may be stopped before its end.
                 tuning.update_table(bench.tuned)
                 talk(f"{len(bench.tuned)} entries written to {tuning.TABLE}")
     finally:
         # Whatever stops it, a crash of the device included: what was measured is told.
-        if as_json:
+        if options.as_json:
             print_json({"rows": [row.to_json() for row in rows]})
         else:
             _print_rows(rows)
-    if any(row.status != "ok" and ": triton" in row.subject for row in rows):
-        raise typer.Exit(ExitCode.CHECK_FAILED)
+    failed = any(row.status != "ok" and ": triton" in row.subject for row in rows)
+    return ExitCode.CHECK_FAILED if failed else ExitCode.GOOD
 
 
 def _require_gpu() -> None:

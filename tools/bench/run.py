@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.layout import HeadPartition
 from forcing_kv.runtime_trt.manifest import read_manifest
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure
+from forcing_kv.tools.bench.options import BenchRequest
 from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject, bundle_subject, subject
 from forcing_kv.tools.bench.workloads import (
@@ -31,25 +33,6 @@ DEFAULT_SUBJECTS = {
     "cuda": ("eager-dense", "eager-forcing-kv", "inductor"),
     "cpu": ("eager-dense", "eager-forcing-kv", "onnxruntime-dense", "onnxruntime"),
 }
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """Options of a measuring command."""
-
-    subject: list[str] | None
-    model: str
-    size: str | None
-    device: str
-    dtype: str | None
-    chunks: int
-    warmup_chunks: int
-    gate_chunks: int
-    bundle: Path | None
-    backend: str
-    folder: Path
-    commit: str | None
-    threads: int
 
 
 def list_subjects() -> Iterator[str]:
@@ -113,7 +96,7 @@ def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:
     if request.bundle is not None:
         yield bundle_subject(request.bundle, request.backend), bundle_workload(request.bundle)
         return
-    dtype: Any = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
+    dtype: DType = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
     size = request.size or ("480p" if request.model == "wan-1.3b" else "native")
     for name in request.subject or DEFAULT_SUBJECTS[request.device]:
         chosen = subject(name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 
+from forcing_kv.export.flags import Json, PositiveInt, YesNo, between, flags
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.origin import Origin
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
@@ -30,41 +32,56 @@ ERRORS = ("position_error", "step_error_inside", "step_error_across", "phase_err
 """Measures whose relative growth is bounded."""
 
 
-def evaluate_command(
-    out: Annotated[Path, typer.Option(help="Folder for eval.json and eval.png.")],
-    checkpoint: Annotated[
-        Path, typer.Option(help="Weights.", show_default="shipped")
-    ] = shipped.CHECKPOINT,
-    heads: Annotated[
-        Path, typer.Option(help="Head partition.", show_default="shipped")
-    ] = shipped.HEADS,
-    clips: Annotated[int, typer.Option(min=40, help="Clips of 21 frames per row.")] = 160,
-    long_clips: Annotated[int, typer.Option(min=40, help="Clips of 60 frames per row.")] = 40,
-    check: Annotated[bool, typer.Option(help="Exit with 1 if a goal is missed.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes, one core each.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result on stdout.")] = False,
-) -> None:
+Shipped = Annotated[Path, Parameter(show_default="shipped")]
+
+
+@flags()
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What is compared, on how many clips."""
+
+    out: Path
+    """Folder for eval.json and eval.png."""
+    checkpoint: Shipped = shipped.CHECKPOINT
+    """Weights of the digits model."""
+    heads: Shipped = shipped.HEADS
+    """Head partition of the Forcing-KV rows."""
+    clips: Annotated[int, between(40)] = 160
+    """Clips of 21 frames per row."""
+    long_clips: Annotated[int, between(40)] = 40
+    """Clips of 60 frames per row."""
+    check: YesNo = False
+    """Exit with 1 if a goal is missed."""
+    processes: PositiveInt = 2
+    """Processes, one core each."""
+    as_json: Json = False
+    """Print the result on stdout."""
+
+
+def evaluate_command(*, options: EvalOptions) -> ExitCode:
     """Compare cache policies on the shipped digits model: digits, motion, shape, memory.
 
     Every row generates the same captions from the same noise: dense attention, Forcing-KV with the
     calibrated heads, recency alone at equal memory, random segments, all heads static, no context,
     one local frame, and linear layers in FP8.
     """
+    checkpoint, heads, out = options.checkpoint, options.heads, options.out
     for file in (checkpoint, heads):
         if not file.is_file():
             raise InputError(f"{file}: no such file")
-    record = run_evaluation(checkpoint, heads, clips, long_clips, processes)
+    record = run_evaluation(checkpoint, heads, options.clips, options.long_clips, options.processes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
     from forcing_kv.tools.digits.evaluation.report import draw_curves, print_table
 
     draw_curves(record, out / "eval.png")
     print_table(record)
-    if as_json:
+    if options.as_json:
         print_json(record)
-    if check and not all(goal["met"] for goal in record["goals"]):
+    if options.check and not all(goal["met"] for goal in record["goals"]):
         talk("a goal is missed", style="red")
-        raise typer.Exit(ExitCode.CHECK_FAILED)
+        return ExitCode.CHECK_FAILED
+    return ExitCode.GOOD
 
 
 def run_evaluation(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.export.presets import load_preset
 from forcing_kv.plugins import tuning
@@ -19,7 +19,6 @@ from forcing_kv.tools.bench.kernels.grouped_attention import (
     extract_join_scatter,
     same_key_count,
 )
-from forcing_kv.tools.cli import COMMANDS, build_app
 from forcing_kv.tools.op_workload import compressed_layer
 
 CASE = attention_case("two groups", 20, 32, [(12, 12)] * 3 + [(18, 18)] * 2)
@@ -93,23 +92,20 @@ def test_counts_of_the_published_model():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do():
-    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops"])
-    assert isinstance(result.exception, BackendUnavailableError)
-    assert "fkv plugins list" in str(result.exception)
+    with pytest.raises(BackendUnavailableError, match="fkv plugins list"):
+        fkv("bench", "ops")
 
 
 def test_table_that_cannot_be_written_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "TABLE", tmp_path / "absent" / "table.json")
-    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--update-table"])
-    assert isinstance(result.exception, InputError)
-    assert "--update-table" in str(result.exception)
+    with pytest.raises(InputError, match="--update-table"):
+        fkv("bench", "ops", "--update-table")
 
 
 @pytest.mark.gpu
 def test_rows_on_a_gpu(tmp_path):
     out = tmp_path / "rows.jsonl"
-    arguments = ["bench", "ops", "--resolution", "12x16", "--iterations", "3", "--out", str(out)]
-    result = CliRunner().invoke(build_app(COMMANDS), arguments)
+    result = fkv("bench", "ops", "--resolution", "12x16", "--iterations", 3, "--out", out)
     assert result.exit_code == 0, result.output
     assert len(out.read_text().splitlines()) > 10

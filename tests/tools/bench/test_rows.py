@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer import Exit
-from typer.testing import CliRunner
+from command_line import fkv
 
 from forcing_kv.export.cost_model import mean_frames, steady_history
+from forcing_kv.runtime_trt.console import ExitCode
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench.cli import finish
 from forcing_kv.tools.bench.measure.summary import latency
@@ -21,7 +21,6 @@ from forcing_kv.tools.bench.suite import runner as suite
 from forcing_kv.tools.bench.suite.items import SuiteItem, predict, suite_items
 from forcing_kv.tools.bench.suite.runner import SuiteOptions, run_suite, selected
 from forcing_kv.tools.bench.workloads import step_work, workload
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 
 def test_rows_come_back(tmp_path, row):
@@ -41,9 +40,7 @@ def test_row_of_a_result_that_is_not_finite_is_json(tmp_path, row):
     append_row(tmp_path / "rows.jsonl", bad)
     (back,) = read_rows(tmp_path / "rows.jsonl")
     assert back.gate == {"error": None, "out": [{"error": None, "allowed": 0.5}]}
-    with pytest.raises(Exit) as ended:
-        finish([bad], as_json=True)
-    assert ended.value.exit_code == 1
+    assert finish([bad], as_json=True) == ExitCode.CHECK_FAILED
 
 
 @pytest.mark.parametrize(
@@ -171,12 +168,12 @@ def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_suite_without_a_gpu_can_only_be_looked_at(tmp_path):
-    arguments = ["bench", "suite", "--out", str(tmp_path / "rows.jsonl")]
-    result = CliRunner().invoke(build_app(COMMANDS), [*arguments, "--dry-run"])
+    arguments = ("bench", "suite", "--out", tmp_path / "rows.jsonl")
+    result = fkv(*arguments, "--dry-run")
     assert result.exit_code == 0
     assert "480p/ops  predicted   80 s" in result.output
-    result = CliRunner().invoke(build_app(COMMANDS), arguments)
-    assert isinstance(result.exception, BackendUnavailableError)
+    with pytest.raises(BackendUnavailableError):
+        fkv(*arguments)
 
 
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):

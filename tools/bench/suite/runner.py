@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from time import monotonic, perf_counter
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.bench.options import SuiteOptions
 from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import (
     Row,
@@ -30,25 +30,6 @@ from forcing_kv.tools.bench.report.rows import (
 from forcing_kv.tools.bench.suite.items import SuiteItem, predict
 
 _WORKER = "forcing_kv.tools.bench.suite.worker"
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """How a suite is run."""
-
-    out: Path
-    """File that rows are appended to."""
-    folder: Path
-    """Where reference rollouts, measured tactics and compiled kernels are kept."""
-    only: Sequence[str] = ()
-    """Run items whose name contains one of these; all if empty."""
-    budget_s: float | None = None
-    """Start no item that could not be finished within this time; None for no limit."""
-    force: bool = False
-    """Measure again what is there."""
-    commit: str | None = None
-    gpu: str | None = None
-    """Name of this machine's GPU: what another one has measured is not done here."""
 
 
 def selected(items: Sequence[SuiteItem], options: SuiteOptions) -> list[SuiteItem]:

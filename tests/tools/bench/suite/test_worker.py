@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import fkv
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
@@ -19,7 +19,6 @@ from forcing_kv.tools.bench.kernels.timing import DeviceBounds
 from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.suite import worker
 from forcing_kv.tools.bench.suite.items import SuiteItem
-from forcing_kv.tools.cli import COMMANDS, build_app
 
 OPS = SuiteItem("wan-1.3b", "480p", "ops", "cpu", kind="ops")
 CHECKS = SuiteItem("wan-1.3b", "480p", "checks", "cpu", kind="checks", budget_s=0.5)
@@ -121,7 +120,7 @@ def test_wrong_tactic_is_neither_timed_nor_chosen(device, tmp_path):
 def test_command_fails_where_a_kernel_does_not_run(broken, code, device, monkeypatch):
     device.broken = broken
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
+    result = fkv("bench", "ops", "--resolution", "4x6")
     assert result.exit_code == code, result.output
 
 
@@ -160,15 +159,15 @@ def test_checks_count_kernels_and_name_the_wrong_one(device):
     assert "head_indexed_attention, no history, bfloat16, 128x128: out is off by" in row.error
 
 
-def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatch):
+def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatch, capsys):
     def stop(case, _):
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(op_bench, "baselines", stop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    result = CliRunner().invoke(build_app(COMMANDS), ["bench", "ops", "--resolution", "4x6"])
-    assert "the device is gone" in str(result.exception)
-    assert "triton rows1" in result.stdout
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        fkv("bench", "ops", "--resolution", "4x6")
+    assert "triton rows1" in capsys.readouterr().out
 
 
 def test_checks_go_on_where_kernels_cannot_be_compiled_together(device, monkeypatch):
