@@ -97,7 +97,7 @@ def test_typing_links_lead_to_the_folders(repository):
 
 def test_core_is_numpy_and_the_command_line(project):
     names = {requirement.split(">")[0] for requirement in project["project"]["dependencies"]}
-    assert names == {"cyclopts", "docstring-parser", "numpy", "rich"}
+    assert names == {"cyclopts", "docstring-parser", "numpy", "pydantic", "rich"}
 
 
 def test_tensorrt_is_in_its_own_extra_alone(project):

@@ -57,7 +57,7 @@ def calibrated(folder, sha256):
 
 
 def request(folder, checkpoint="tiny.safetensors", **changes):
-    return ExportRequest(str(folder / "tiny.json"), folder / checkpoint, **changes)
+    return ExportRequest(model=str(folder / "tiny.json"), checkpoint=folder / checkpoint, **changes)
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny.safetensors", "shards"])
