@@ -49,8 +49,7 @@ def moves(groups: Mapping[HeadKind, GroupPlan], config: RolloutConfig) -> Iterat
     """
     for layer, layout in enumerate(config.layouts):
         for group in layout.groups:
-            if group.capacity_frames:
-                yield from _group_moves(groups[group.kind], group, layer, config)
+            yield from _group_moves(groups[group.kind], group, layer, config)
 
 
 def _group_moves(

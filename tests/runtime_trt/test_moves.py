@@ -40,6 +40,18 @@ def test_moves_of_a_small_pool(tiny_config):
     ]  # fmt: skip
 
 
+def test_frames_next_to_each_other_are_one_run(tiny_config):
+    policy = CachePolicy(0, 3, 3, 0, last_warmup_chunk=0, compress_first_layer=True)
+    config = replace(tiny_config, policy=policy)
+    plan = Timeline(policy, config.chunk.num_frames).advance()
+    found = [move for move in moves(plan.groups, config) if move.layer == 0]
+    # A static head and two dynamic ones, each with room for the whole chunk of 18 rows.
+    assert found == [
+        RowMove(0, HeadRows("new", 0, 18, 0), HeadRows("hist", 0, 18, 0), 1, 18),
+        RowMove(0, HeadRows("new", 18, 18, 0), HeadRows("hist", 18, 18, 0), 2, 18),
+    ]
+
+
 def test_nothing_is_copied_where_nothing_is_kept(tiny_config):
     config = replace(tiny_config, policy=CachePolicy(0, 0, 0, 0, last_warmup_chunk=0))
     plan = Timeline(config.policy, config.chunk.num_frames).advance()

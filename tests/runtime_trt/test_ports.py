@@ -99,6 +99,21 @@ def test_fused_graphs(tiny_config):
     assert list(found) == ["prompt", "step", "clean", "evict"]
 
 
+def test_options_do_not_touch_each_other(tiny_config):
+    plain = as_table(ports(tiny_config))
+    timed = as_table(ports(tiny_config, time_tables=True))
+    assert {name for name in plain if timed[name] != plain[name]} == {"step"}
+    assert timed["step"][1] == plain["step"][1]
+    split = as_table(ports(tiny_config, clean_graph=True))
+    assert {name for name in plain if split[name] != plain[name]} == {"step"}
+    assert split["step"] == (plain["step"][0], table(LATENTS))
+    assert split["clean"][1] == table(NEW)
+    folded = as_table(ports(tiny_config, text_rows=3))
+    # As many rows as the prompt has: the bias alone is new.
+    assert folded["step"][0] == [*plain["step"][0], "text_bias 3 float"]
+    assert folded["prompt"] == plain["prompt"]
+
+
 def test_keys_and_values_alone_have_the_compute_dtype(tiny_config):
     graphs = ports(replace(tiny_config, dtype="bfloat16"))
     dtypes = {name: port.dtype for name, port in ports_by_name(graphs).items()}
