@@ -7,7 +7,6 @@ also a partition in the published form: the official code reads its `layers` and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.stability import Stability, measure_stability
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.files import write_file
 from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.layout import HeadPartition
 from forcing_kv.runtime_trt.version import project_version
@@ -77,9 +77,4 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, text.encode())

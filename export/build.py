@@ -18,11 +18,12 @@ from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
-from forcing_kv.export.bundle import replaced_folder, write_manifest
+from forcing_kv.export.bundle import write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.planning import BuildPlan, GraphBuild, record_of
 from forcing_kv.export.stripped_weights import write_stripped
 from forcing_kv.runtime_trt.engine_record import weight_table
+from forcing_kv.runtime_trt.files import replaced_folder
 from forcing_kv.runtime_trt.manifest import (
     WEIGHT_FILE,
     read_manifest,

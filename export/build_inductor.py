@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.build import write_record
-from forcing_kv.export.bundle import replaced_folder
 from forcing_kv.export.bundle_weights import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.inductor_package import (
@@ -26,6 +25,7 @@ from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.planning import ENGINE_FOLDER
 from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
+from forcing_kv.runtime_trt.files import replaced_folder
 from forcing_kv.runtime_trt.fp8 import check_sm
 from forcing_kv.runtime_trt.inductor_package import environment
 from forcing_kv.runtime_trt.manifest import DecoderInfo, GraphInfo, read_manifest, sha256_of

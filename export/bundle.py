@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.files import replaced_folder, write_file
 from forcing_kv.runtime_trt.folders import check_folder
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.manifest import (
@@ -73,30 +72,6 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
     check_target(target, force=force)
     with replaced_folder(target) as temporary:
         yield temporary
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` if the block ends well."""
-    target = target.resolve()  # A link stays, and what it points to is replaced.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            target.rename(old)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_bundle(
@@ -179,11 +154,8 @@ def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` atomically."""
-    import json
-
-    temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
-    temporary.replace(folder / MANIFEST_FILE)
+    text = json.dumps(manifest.to_json(), indent=1) + "\n"
+    write_file(folder / MANIFEST_FILE, text.encode())
 
 
 def tool_versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.runtime_trt.files import write_file
 from forcing_kv.runtime_trt.layout import from_mapping
 
 TABLE = Path(__file__).with_name("tuned_tactics.json")
@@ -71,10 +72,8 @@ def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
     """
     table = (read_table(path) if path.is_file() else {}) | {entry.key: entry for entry in entries}
     lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
-    # Whoever is stopped half-way leaves the table as it was.
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
-    partial.replace(path)
+    text = "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
+    write_file(path, text.encode())
 
 
 @cache

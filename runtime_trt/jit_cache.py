@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forcing_kv.runtime_trt.errors import ForcingKvError
+from forcing_kv.runtime_trt.files import write_file
+
 CACHE_VARIABLE = "FKV_CACHE_DIR"
 """Environment variable that moves the cache folder; by default ~/.cache/forcing_kv."""
 
@@ -64,8 +67,6 @@ class JitCache:
         self._loaded_nbytes = len(content)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            temporary.replace(self.path)
-        except OSError as error:
+            write_file(self.path, content)
+        except (ForcingKvError, OSError) as error:
             _log.warning("compiled kernels are not kept: %s", error)

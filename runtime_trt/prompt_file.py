@@ -7,7 +7,6 @@ tensor is `prompt_embeds` [prompts, text_len, text_dim]; the metadata holds the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.files import replaced_file
 
 Float32 = NDArray[np.float32]
 
@@ -54,14 +54,9 @@ def write_prompts(path: Path, content: PromptFile) -> None:
     tensor = {"dtype": "F32", "shape": list(embeds.shape), "data_offsets": [0, embeds.nbytes]}
     header = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
     header += b" " * (-len(header) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(embeds.tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(embeds.tobytes())
 
 
 def read_prompts(path: Path) -> PromptFile:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.files import replaced_file
 
 Uint8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -84,18 +85,14 @@ class VideoWriter:
         if self._container not in FRAGMENTS or not self._sized:
             self._path.replace(path)
             return
-        whole = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self._join_fragments(whole)
-            whole.replace(path)
-        finally:
-            whole.unlink(missing_ok=True)
+        with replaced_file(path) as whole:
+            self._join_fragments(whole.name)
 
-    def _join_fragments(self, whole: Path) -> None:
+    def _join_fragments(self, whole: str) -> None:
         options = {"movflags": "faststart"}
         with (
             self._av.open(str(self._path)) as source,
-            self._av.open(str(whole), "w", format="mp4", options=options) as target,
+            self._av.open(whole, "w", format="mp4", options=options) as target,
         ):
             read = source.streams.video[0]
             written = target.add_stream_from_template(read)
@@ -123,7 +120,7 @@ class LatentWriter:
         arrays: dict[str, Any] = {"latents": np.concatenate(self._latents)}
         if self._frames:
             arrays["frames"] = np.concatenate(self._frames)
-        with path.open("wb") as file:
+        with replaced_file(path) as file:
             np.savez(file, **arrays)
 
 
@@ -155,22 +152,18 @@ def open_writer(path: Path, fps: int, scale: int = 1) -> Iterator[Writer]:
     if fps < 1:
         raise InputError(f"--fps is {fps}; it must be at least 1")
     if path.suffix == ".npz":
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    else:
-        temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+        collector = LatentWriter()
+        yield collector
+        collector.save(path)
+        return
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
-        if path.suffix == ".npz":
-            collector = LatentWriter()
-            yield collector
-            collector.save(temporary)
-            temporary.replace(path)
-        else:
-            video = VideoWriter(temporary, fps, scale, container=path.suffix)
-            with _Closing(video):
-                yield video
-            video.finish(path)
+        video = VideoWriter(partial, fps, scale, container=path.suffix)
+        with _Closing(video):
+            yield video
+        video.finish(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 class _Closing:

@@ -21,7 +21,7 @@ from forcing_kv.export.engine import eager_session
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.manifest import read_manifest, sha256_of
 from forcing_kv.runtime_trt.schedule import Schedule
@@ -294,7 +294,7 @@ def test_a_failed_replacement_puts_the_old_bundle_back(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail_on_the_new)
-    with pytest.raises(PermissionError):
+    with pytest.raises(ForcingKvError, match=r"/b: Permission denied$"):
         write(tmp_path / "b", "two", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "manifest.json").read_text() == "one"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.config import DType
+from forcing_kv.runtime_trt.files import replaced_file
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import Workload
 
@@ -135,9 +136,8 @@ class References:
             arrays: dict[str, Any] = {"latents": made.latents}
             arrays |= {f"scores.{i}": scores for i, scores in made.scores.items()}
             arrays |= {f"kept.{i}": kept for i, kept in made.kept.items()}
-            partial = path.with_name(f".{path.name}")
-            np.savez(partial, **arrays)
-            partial.replace(path)
+            with replaced_file(path) as file:
+                np.savez(file, **arrays)
         with np.load(path) as data:
             return Rollout(data["latents"], _numbered(data, "scores"), _numbered(data, "kept"))
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from forcing_kv.runtime_trt.files import replaced_file, write_file
 from forcing_kv.tools.digits.network import build_model
 from forcing_kv.tools.digits.objective import Predictor, step_loss
 from forcing_kv.tools.digits.optimiser import Average, build_optimisers
@@ -191,7 +192,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state and the averaged weights, each by rename."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         state = {
             "config": asdict(self.config),
@@ -200,10 +201,9 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        torch.save(state, self.folder / "state.tmp")
-        (self.folder / "state.tmp").rename(self.folder / "state.pt")
-        save_file(self.average.state_dict(), self.folder / "average.tmp")
-        (self.folder / "average.tmp").rename(self.folder / "average.safetensors")
+        with replaced_file(self.folder / "state.pt") as file:
+            torch.save(state, file)
+        write_file(self.folder / "average.safetensors", save(self.average.state_dict()))
 
     def _load(self) -> None:
         state = torch.load(self.folder / "state.pt", weights_only=True)
