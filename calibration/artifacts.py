@@ -15,10 +15,10 @@ from typing import Any
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.stability import Stability, measure_stability
 from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.files import write_file
 from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.layout import HeadPartition
-from forcing_kv.runtime_trt.version import project_version
 
 
 def heads_record(

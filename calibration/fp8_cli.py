@@ -32,7 +32,7 @@ from forcing_kv.export.model_options import (
 )
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.folders import check_folder
+from forcing_kv.runtime_trt.files import check_folder
 from forcing_kv.runtime_trt.resolution import parse_latent_size
 
 

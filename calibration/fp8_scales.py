@@ -27,10 +27,10 @@ from forcing_kv.export.engine import EagerBackend
 from forcing_kv.export.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.fp8_model import scale_of
 from forcing_kv.runtime_trt.config import DType, RolloutConfig
+from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.session import Session
-from forcing_kv.runtime_trt.version import project_version
 
 FP8_FILE = "fp8.json"
 PICTURE_FILE = "fp8.png"

@@ -12,7 +12,7 @@ import typer
 from forcing_kv.export.engine_options import RTX_TARGETS, EngineOptions
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.folders import check_folder
+from forcing_kv.runtime_trt.files import check_folder
 
 if TYPE_CHECKING:
     from forcing_kv.export.engine_builder import LayerInfo

@@ -20,8 +20,7 @@ from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.files import replaced_folder, write_file
-from forcing_kv.runtime_trt.folders import check_folder
+from forcing_kv.runtime_trt.files import check_folder, replaced_folder, write_file
 from forcing_kv.runtime_trt.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.manifest import (
     GRAPH_FOLDER,

@@ -35,6 +35,13 @@ class ExitCode(IntEnum):
     """A defect of the project itself; the traceback says where."""
 
 
+def project_version() -> str:
+    """Returns the version as pyproject.toml states it, such as "0.1.0"."""
+    from importlib.metadata import version
+
+    return version("forcing-kv")
+
+
 @cache
 def console() -> Console:
     """Returns the console on stderr, for tables and styled text; most callers want `talk`."""

@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.options import parse_size
 
 RESOLUTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
 )
 """Latent rows and columns; a latent pixel is 8 x 8 pixels, so 1080p is 1088 x 1920."""
+
+
+def parse_size(option: str, text: str) -> tuple[int, int]:
+    """Read `ROWSxCOLUMNS`.
+
+    Raises:
+        InputError: another form.
+    """
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise InputError(f"{option} is {text!r}; give rows x columns such as 60x104")
+    return int(rows), int(columns)
 
 
 def parse_latent_size(option: str, text: str) -> tuple[int, int]:

@@ -32,9 +32,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from forcing_kv.runtime_trt.console import ExitCode, talk
+from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
 from forcing_kv.runtime_trt.errors import EXTRA_OF_MODULE, ForcingKvError, missing_dependency
-from forcing_kv.runtime_trt.version import project_version
 
 
 class Command(NamedTuple):

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
+from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
-from forcing_kv.runtime_trt.version import project_version
 
 if TYPE_CHECKING:
     from forcing_kv.export.denoiser import CausalWanModel

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.errors import BundleError
-from forcing_kv.runtime_trt.version import project_version
 from forcing_kv.tools import cli
 
 
