@@ -110,10 +110,10 @@ def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path):
 
 
 def test_errors_name_the_path_that_was_asked_for(tmp_path):
-    with pytest.raises(ForcingKvError, match="none/thing: No such file or directory$"):
+    with pytest.raises(ForcingKvError, match=r"none/thing: No such file or directory$"):
         write_file(tmp_path / "none" / "thing", b"")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ForcingKvError, match="folder: Is a directory$"):
+    with pytest.raises(ForcingKvError, match=r"folder: Is a directory$"):
         write_file(tmp_path / "folder", b"")
     with pytest.raises(ForcingKvError, match="thing: No space left on device; free some"):  # noqa: SIM117
         with replaced_file(tmp_path / "thing"):
