@@ -13,7 +13,7 @@ from forcing_kv.runtime_trt.cuda import Cuda
 from forcing_kv.runtime_trt.graph import CapturedGraph
 from forcing_kv.runtime_trt.manifest import GraphInfo
 
-SLOT_EVENTS = ("uploaded", "start", "steps", "clean", "evict", "commit", "chunk", "held", "copied")
+SLOT_EVENTS = ("start", "steps", "clean", "evict", "commit", "chunk", "held", "copied")
 """Marks of a slot's current chunk, in the order in which they pass."""
 
 
@@ -70,7 +70,7 @@ class ChunkResources:
             # So nothing is enqueued before this line.
             for stream in (self.copy_stream, self.stream):
                 stack.callback(cuda.synchronize, stream)
-            self._begin()
+            self.memory.clear(cuda, self.stream)
             self._stack = stack.pop_all()
 
     @staticmethod
@@ -92,13 +92,6 @@ class ChunkResources:
             name: self._owned(stack, cuda.create_event, cuda.destroy_event) for name in SLOT_EVENTS
         }
         return Slot(upload, result, held, events)
-
-    def _begin(self) -> None:
-        """Zero the memory, and let the first wait for each slot's events pass."""
-        self.memory.clear(self._cuda, self.stream)
-        for slot in self.slots:
-            for name in ("uploaded", "copied"):
-                self._cuda.record(slot.events[name], self.stream)
 
     def _drop_graphs(self) -> None:
         for graph in self.graphs.values():

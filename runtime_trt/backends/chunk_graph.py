@@ -196,13 +196,15 @@ class ChunkGraphBackend(Backend):
         self._cuda.synchronize(self._stream)
 
     def _next_slot(self) -> Slot:
-        """A slot whose last upload has arrived and whose last result has been read."""
+        """A slot whose last result has been read, so that its last upload and copy are over.
+
+        A re-encoding uploads too, and waits for itself; `reset` waits for what nobody reads.
+        """
         slots = self._resources.slots
         slot = slots[self._num_submitted % len(slots)]
         self._num_submitted += 1
         for pending in [each for each in self._waiting if each.slot is slot]:
             pending.result()
-        self._cuda.synchronize_event(slot.events["uploaded"])
         return slot
 
     def _upload(self, slot: Slot, request: ChunkRequest) -> None:
@@ -215,7 +217,6 @@ class ChunkGraphBackend(Backend):
             arrays[name][...] = getattr(positions, name)
         target = self.memory.address(upload_names(self.config)[0])
         self._cuda.copy(target, slot.upload.address, slot.upload.nbytes, self._stream)
-        self._cuda.record(slot.events["uploaded"], self._stream)
 
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
@@ -238,8 +239,6 @@ class ChunkGraphBackend(Backend):
         self._upload(slot, request)
         cuda.record(slot.events["start"], stream)
         self._run(ChunkVariant.of(request.plan, self.config, recache=False), mark)
-        # The slot's last result leaves before this one arrives; that was two chunks ago.
-        cuda.wait(stream, slot.events["copied"])
         held, nbytes = self.memory.address(slot.held), slot.result.nbytes
         cuda.copy(held, self.memory.address(result_names(self.config)[0]), nbytes, stream)
         cuda.record(slot.events["held"], stream)
@@ -278,6 +277,8 @@ class ChunkGraphBackend(Backend):
         """
         self._enter()
         self._waiting.clear()
+        for busy in (self._stream, self._resources.copy_stream):  # The second waits for the first.
+            self._cuda.synchronize(busy)
         for name, spec in self.memory.plan.specs.items():
             if name.startswith("hist_") and name != "hist_len":
                 self._cuda.fill(self.memory.address(name), 0, spec.nbytes, self._stream)

@@ -174,6 +174,8 @@ def test_a_reset_frees_the_slot_of_an_abandoned_chunk(graphed, prompts):
         ahead = session.stream(run_ahead=True)
         next(ahead)
         session.reset()
+        on_their_way = [kind for stream in cuda.streams.values() for kind, _ in stream.queue]
+        assert set(on_their_way) == {"memset"}, "the chunk may still read or write its slot"
         for each in (session, reference):
             each.set_prompt(prompts(1))
         with pytest.raises(InputError, match="was reset, which ends this stream"):
