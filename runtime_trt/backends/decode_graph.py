@@ -148,8 +148,9 @@ class GraphDecodeRunner(DecodeRunner):
         info, address = self._graphs[graph], self.memory.address
         target = current if graph == DECODE_FIRST else 1 - current
         bindings = {LATENTS: address(LATENTS), FRAMES: address(_frames_name(graph))}
-        for state in state_inputs(info):
-            bindings[state.name] = address(_state_name(state.name, current))
+        for state in info.inputs:
+            if state.name != LATENTS:
+                bindings[state.name] = address(_state_name(state.name, current))
         for output in info.outputs:
             if output.name != FRAMES:
                 bindings[output.name] = address(_state_name(next_state(output.name), target))
