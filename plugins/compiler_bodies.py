@@ -7,7 +7,6 @@ on CUDA our Triton kernels, which it compiles into the package.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from forcing_kv.plugins.launch import Tactic
-from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
+from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
 from forcing_kv.plugins.registry import OPS
 from forcing_kv.plugins.torch_library import overload
 from forcing_kv.runtime_trt.errors import InputError
@@ -113,21 +112,11 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
         )
-        return outputs if len(outputs) > 1 else outputs[0]
+        return result_of(outputs)
 
     # PyTorch reads the schema from the signature and ignores one that is given.
-    launch.__signature__ = _signature(spec)  # type: ignore[attr-defined]
+    single = len(spec.outputs) == 1
+    returns = Tensor if single else tuple[(Tensor,) * len(spec.outputs)]  # type: ignore[misc]
+    launch.__signature__ = spec.signature(Tensor, returns)  # type: ignore[attr-defined]
     name = "_".join((spec.torch_name, "triton", *((tactic_name,) if tactic_name else ())))
     return torch.library.triton_op(f"{DOMAIN}::{name}", launch, mutates_args=())
-
-
-def _signature(spec: OpSpec) -> inspect.Signature:
-    """Inputs, then attributes, as `torch_schema` has them."""
-    kinds: dict[str, type] = {tensor.name: Tensor for tensor in spec.inputs}
-    kinds |= {a.name: {"int": int, "float": float}[a.kind] for a in spec.attributes}
-    returns = Tensor if len(spec.outputs) == 1 else tuple[(Tensor,) * len(spec.outputs)]  # type: ignore[misc]
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-        for name, kind in kinds.items()
-    ]
-    return inspect.Signature(parameters, return_annotation=returns)

@@ -7,6 +7,7 @@ same `OpSpec`, so that a shape or an attribute stands in one place.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -130,11 +131,32 @@ class OpSpec:
                     f"{tensor.shape(sizes)}, found {tuple(found)}; sizes {sizes}"
                 )
 
+    def signature(self, tensor: Any, returns: Any, **more: Any) -> inspect.Signature:
+        """What a function of this operator takes, for those who read it off a signature.
+
+        Args:
+            tensor: type of every input; the attributes follow.
+            returns: type of the result.
+            more: types of further parameters by name.
+        """
+        kinds: dict[str, Any] = {each.name: tensor for each in self.inputs}
+        kinds |= {each.name: {"int": int, "float": float}[each.kind] for each in self.attributes}
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+            for name, kind in {**kinds, **more}.items()
+        ]
+        return inspect.Signature(parameters, return_annotation=returns)
+
     def split_arguments(self, arguments: Sequence[Any]) -> tuple[list[Any], dict[str, int | float]]:
         """Split positional arguments into the tensors and the attributes by name."""
         count = len(self.inputs)
         names = [attribute.name for attribute in self.attributes]
         return list(arguments[:count]), dict(zip(names, arguments[count:], strict=True))
+
+
+def result_of(outputs: Sequence[Any]) -> Any:
+    """One output alone, several as a tuple: what a call of an operator returns."""
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _axis_size(axis: str, sizes: Sizes) -> Any:

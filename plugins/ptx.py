@@ -9,8 +9,9 @@ nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from forcing_kv.plugins.launch import (
     FIRST_TMA_SM,
@@ -104,36 +105,12 @@ def compile_kernel(
             f"{sorted(SHARED_LIMIT_BYTES)}"
         )
     plan = spec.module("kernel").launch(problem, tactic)
-    dtypes = (*dtypes, *(scratch.dtype for scratch in plan.scratch))
-    names = plan.kernel.arg_names[: len(dtypes)]
-    expected = [f"{x.name}_ptr" for x in (*spec.inputs, *spec.outputs, *plan.scratch)]
-    takes_memory = bool(plan.scratch) or tactic.tma
-    assert takes_memory == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
-    assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
-    signature = dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
-    signature |= dict.fromkeys(plan.constants, "constexpr")
-    # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
-    aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(names))}
+    pointers = _pointers(spec, plan, dtypes, tactic)
     target_sm = tactic.target_sm(device_sm)
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
     if not tactic.runs_on(device_sm):
         raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
-    options = {
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-        "ptx_version": ptx_version,
-    }
-    triton = require("triton")
-    compiler = require("triton.compiler")
-    gpu_target = require("triton.backends.compiler").GPUTarget
-    with triton.knobs.compilation.scope():
-        # Line information would carry this machine's paths into the engine.
-        triton.knobs.compilation.disable_line_info = True
-        compiled = triton.compile(
-            compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
-            target=gpu_target("cuda", target_sm, 32),
-            options=options,
-        )
+    compiled = _compile(plan, pointers, target_sm, ptx_version)
     metadata = compiled.metadata
     if metadata.profile_scratch_size or (metadata.global_scratch_size and not tactic.tma):
         raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
@@ -144,10 +121,45 @@ def compile_kernel(
         )
     ptx = compiled.asm["ptx"]
     if not tactic.tma:
-        ptx = strip_hidden_parameters(ptx, metadata.name, len(names), where)
+        ptx = strip_hidden_parameters(ptx, metadata.name, len(pointers), where)
     if re.search(r"^\s*\.(file|loc|section)\b", ptx, re.MULTILINE):
         raise PtxError(f"{where}: the PTX carries debug information, which may hold paths")
     return CompiledKernel(metadata.name, ptx, plan, metadata.shared, target_sm)
+
+
+def _pointers(spec: OpSpec, plan: Launch, dtypes: Sequence[str], tactic: Tactic) -> dict[str, str]:
+    """The kernel's pointers with Triton's types: inputs, outputs, and memory that it asks for."""
+    dtypes = (*dtypes, *(scratch.dtype for scratch in plan.scratch))
+    names = plan.kernel.arg_names[: len(dtypes)]
+    expected = [f"{tensor.name}_ptr" for tensor in (*spec.inputs, *spec.outputs)]
+    expected += [f"{scratch.name}_ptr" for scratch in plan.scratch]
+    takes_memory = bool(plan.scratch) or tactic.tma
+    assert takes_memory == tactic.torch_only, f"{tactic.name} takes {plan.scratch}"
+    assert names == expected, f"{spec.name}: the kernel takes {names}, not {expected}"
+    return dict(zip(names, (_TRITON_TYPES[dtype] for dtype in dtypes), strict=True))
+
+
+def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_version: int) -> Any:
+    """Triton's compiled kernel."""
+    triton = require("triton")
+    compiler = require("triton.compiler")
+    gpu_target = require("triton.backends.compiler").GPUTarget
+    signature = {**pointers, **dict.fromkeys(plan.constants, "constexpr")}
+    # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
+    aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(pointers))}
+    options = {
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "ptx_version": ptx_version,
+    }
+    with triton.knobs.compilation.scope():
+        # Line information would carry this machine's paths into the engine.
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(
+            compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
+            target=gpu_target("cuda", target_sm, 32),
+            options=options,
+        )
 
 
 def entry_parameters(ptx: str, name: str) -> tuple[str, ...]:

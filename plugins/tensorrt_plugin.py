@@ -8,7 +8,6 @@ TensorRT's decorators look at signatures, hence the functions are given theirs.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from forcing_kv.plugins.launch import (
     SharedMemoryError,
     Tactic,
 )
-from forcing_kv.plugins.op_spec import DOMAIN, OpSpec
+from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
 from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
 from forcing_kv.plugins.registry import OPS
 from forcing_kv.runtime_trt.errors import require
@@ -184,7 +183,7 @@ class _PluginFunctions:
                 for shape, dtype in zip(shapes, types, strict=True)
             )
             self._described[outputs[0]] = attributes
-            return outputs if len(outputs) > 1 else outputs[0]
+            return result_of(outputs)
 
         tensor = self._trtp.TensorDesc
         count = len(self._spec.outputs)
@@ -229,16 +228,8 @@ class _PluginFunctions:
     ) -> Callable[..., Any]:
         """Give a function the signature that its decorator checks."""
         tensor = self._trtp.TensorDesc
-        annotations: dict[str, Any] = {x.name: tensor for x in self._spec.inputs}
-        kinds = {"int": int, "float": float}
-        annotations |= {x.name: kinds[x.kind] for x in self._spec.attributes}
         known = {"outputs": GenericAlias(tuple, (tensor,)), "tactic": int}
-        annotations |= {name: known[name] for name in extra}
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
-            for name, annotation in annotations.items()
-        ]
-        signature = inspect.Signature(parameters, return_annotation=returns)
+        signature = self._spec.signature(tensor, returns, **{name: known[name] for name in extra})
         function.__signature__ = signature  # type: ignore[attr-defined]
         return function
 

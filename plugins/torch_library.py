@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OpSpec
+from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OpSpec, result_of
 from forcing_kv.plugins.registry import OPS
 from forcing_kv.plugins.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 
@@ -41,12 +41,10 @@ def _define(spec: OpSpec) -> CustomOpDef:
     def fake(*arguments: Any) -> Any:
         inputs, attributes = spec.split_arguments(arguments)
         spec.check([x.shape for x in inputs], attributes)
-        outputs = empty_outputs(spec, inputs, attributes)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return result_of(empty_outputs(spec, inputs, attributes))
 
     def on_cuda(*arguments: Any) -> Any:
-        outputs = run_on_cuda(spec, *arguments)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return result_of(run_on_cuda(spec, *arguments))
 
     operator.register_fake(fake)
     operator.register_kernel("cuda")(on_cuda)
@@ -85,6 +83,6 @@ def _onnx_decomposition(spec: OpSpec) -> Callable[..., Any]:
             shapes=shapes,
             version=VERSION,
         )
-        return tuple(outputs) if len(spec.outputs) > 1 else outputs[0]
+        return result_of(outputs)
 
     return decompose
