@@ -95,9 +95,9 @@ def test_typing_links_lead_to_the_folders(repository):
         assert link.resolve() == repository / folder
 
 
-def test_core_is_numpy_and_the_command_line(project):
+def test_core_is_numpy_pydantic_and_the_command_line(project):
     names = {requirement.split(">")[0] for requirement in project["project"]["dependencies"]}
-    assert names == {"numpy", "rich", "typer"}
+    assert names == {"numpy", "pydantic", "rich", "typer"}
 
 
 def test_tensorrt_is_in_its_own_extra_alone(project):
