@@ -3,6 +3,10 @@
 The bundle holds a decoder as ONNX graphs alone. Those use a few standard operators with fixed
 shapes, so they are read back node by node: what is compiled is what the bundle holds, whatever
 model it came from, and its weights are the bundle's bytes.
+
+Nothing else does this. PyTorch reads no ONNX; `onnx.reference` computes with numpy, which cannot be
+compiled; and to capture the decoder again, `fkv build` would need its checkpoint and its packages.
+`fkv verify --decoder` runs the same module uncompiled as its reference.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ _KINDS = {
     "bool_type": "true or false",
     "dataclass_type": "an object",
     "dict_type": "an object",
-    "finite_number": "a finite number",
     "float_type": "a number",
     "int_type": "an integer",
     "string_type": "a text",
@@ -115,28 +114,26 @@ def load_as(
 
     try:
         # As text, since only then does strict checking take a list for a tuple.
-        text = json.dumps([data], allow_nan=False)
-        loaded: tuple[_T] = _adapter(cast(Any, kind), unknown).validate_json(text)
+        text = json.dumps(data, allow_nan=False)
+        loaded: _T = _adapter(cast(Any, kind)).validate_json(text, strict=True, extra=unknown)
     except ValidationError as error:
         raise InputError(_message(kind, error.errors(include_url=False), where)) from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: {error}" if where else str(error)) from error
-    return loaded[0]
+    return loaded
 
 
 @cache
-def _adapter(kind: Any, unknown: Literal["forbid", "ignore"]) -> Any:
-    from pydantic import ConfigDict, TypeAdapter
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
 
-    config = ConfigDict(strict=True, extra=unknown, allow_inf_nan=False)
-    # A tuple, for a dataclass alone would take no configuration from here.
-    return TypeAdapter(tuple[kind], config=config)
+    return TypeAdapter(kind)
 
 
 def _message(kind: Any, errors: list[Any], where: str) -> str:
     """The first of pydantic's errors, in our words."""
     error = errors[0]
-    _, *place = error["loc"] or (0,)
+    place = list(error["loc"])
     if error["type"] in ("missing", "unexpected_keyword_argument"):
         *holder, name = place
         known = [field.name for field in fields(_kind_at(kind, holder))]

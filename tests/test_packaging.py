@@ -95,7 +95,7 @@ def test_typing_links_lead_to_the_folders(repository):
         assert link.resolve() == repository / folder
 
 
-def test_core_is_numpy_and_the_command_line(project):
+def test_core_is_numpy_pydantic_and_the_command_line(project):
     names = {requirement.split(">")[0] for requirement in project["project"]["dependencies"]}
     assert names == {"cyclopts", "docstring-parser", "numpy", "pydantic", "rich"}
 
