@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
@@ -324,7 +324,11 @@ def record_of(amax, shape=SHAPE):
         ({"linears": {"blocks.0.ffn.0": {"amax": 1.0, "max": 2}}}, r"unknown keys .'max'.*amax"),
         ({"linears": {"blocks.0.self_attn.q": {"amax": 1.0}}}, "need one amax"),
         ({"linears": {"blocks.0.ffn.0": {}}}, r"blocks\.0\.ffn\.0: entry 'amax' is missing"),
-        ({"model": {"sha256": "0", "shape": {"dim": 3}}}, "another|model of shape"),
+        ({"model": {"sha256": "0", "shape": {"dim": 3}}}, r"model\.shape: entry 'num_layers' is"),
+        (
+            {"model": {"sha256": "0", "shape": asdict(replace(SHAPE, ffn_dim=16))}},
+            "was made for a model of shape",
+        ),
     ],
 )
 def test_calibrations_that_do_not_fit_are_refused(tmp_path, change, message):
