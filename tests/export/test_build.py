@@ -380,7 +380,7 @@ def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):
 
     graph = GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
     detail = build._detail(graph, BuiltPlan(b"x" * 1000, BuildLog()), 1.0)
-    assert detail["weight_nbytes"] == 1000
+    assert detail.weight_nbytes == 1000
 
 
 def test_torch_tensorrt_is_asked_for_by_name(half_bundle):
