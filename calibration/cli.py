@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
-from forcing_kv.export.flags import Integers, Natural, Numbers, YesNo, flags, panel
+from forcing_kv.export.flags import Int, Integers, Natural, Numbers, YesNo, flags, panel
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.schedule import Schedule
 
@@ -60,9 +60,9 @@ class RuleOptions:
 
     threshold: float | None = None
     """Lowest score of a static head. Default: the model's own; 0.8 as published."""
-    skip_first: int = 1
+    skip_first: Int = 1
     """First key frames left out."""
-    last_k: int = 4
+    last_k: Int = 4
     """Last key frames compared."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcing_kv.export.flags import Integers, Json, PositiveInt, flags, panel
+from forcing_kv.export.flags import Int, Integers, Json, PositiveInt, flags, panel
 from forcing_kv.export.options import ModelOptions
 from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.files import check_folder
@@ -34,7 +34,7 @@ class RolloutOptions:
     """Seeds, each with every prompt."""
     num_chunks: PositiveInt = 7
     """Chunks of a rollout."""
-    window_frames: int | None = None
+    window_frames: Int | None = None
     """Frames that dense attention sees, sink and own chunk included. Default: all."""
 
 

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.calibration.policy_grid import PolicyGrid
 from forcing_kv.export.devices import DEVICES, find_device
-from forcing_kv.export.flags import Integers, Natural, between, flags
+from forcing_kv.export.flags import Int, Integers, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -39,7 +39,7 @@ class PolicyRollouts(RolloutOptions):
 
     seeds: Integers = (0,)
     """Seeds, each with every prompt."""
-    num_chunks: Annotated[int, between(2)] = 7
+    num_chunks: Annotated[Int, between(2)] = 7
     """Chunks of a rollout."""
     num_threads: Natural = 0
     """CPU threads of torch; 0: its choice."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend, TensorRtOptions
-from forcing_kv.export.flags import Json, YesNo, flags, given, panel
+from forcing_kv.export.flags import Int, Json, YesNo, flags, given, panel
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.files import check_folder
@@ -44,7 +44,7 @@ class InductorBuild:
 
     device: Literal["cuda", "cpu"] = "cuda"
     """The one of this machine."""
-    text_rows: int | None = None
+    text_rows: Int | None = None
     """Fold a prompt's padding, and attend to this many text rows instead of all; longer prompts are
     refused."""
     autotune: YesNo = True
@@ -89,18 +89,18 @@ def build(
 
 
 def _build_tensorrt(
-    bundle: Path, given: TensorRtBuild, options: EngineOptions, run: BuildRun
+    bundle: Path, wanted: TensorRtBuild, options: EngineOptions, run: BuildRun
 ) -> None:
     """Build what is missing or changed, with the builder of either TensorRT."""
     from forcing_kv.export.build import run_build
     from forcing_kv.export.planning import plan_build, target_device
 
-    if given.layer_info is not None:
-        check_folder(given.layer_info.absolute().parent, "--layer-info")
-    if run.dry_run and given.refit_from is not None:
+    if wanted.layer_info is not None:
+        check_folder(wanted.layer_info.absolute().parent, "--layer-info")
+    if run.dry_run and wanted.refit_from is not None:
         raise InputError("--refit-from needs to know this machine's GPU; leave out --dry-run")
     gpu = None if run.dry_run else target_device(options)
-    plan = plan_build(bundle, options, force=run.force, device=gpu, refit_from=given.refit_from)
+    plan = plan_build(bundle, options, force=run.force, device=gpu, refit_from=wanted.refit_from)
     talk(describe(plan))
     if run.dry_run:
         if run.as_json:
@@ -117,31 +117,31 @@ def _build_tensorrt(
 
         record, layers = run_build(plan, report)
     _summary(plan, record)
-    if given.layer_info is not None:
-        _write_layers(given.layer_info, layers)
+    if wanted.layer_info is not None:
+        _write_layers(wanted.layer_info, layers)
     if run.as_json:
         print_json(record.to_json())
 
 
-def _build_inductor(bundle: Path, given: InductorBuild, run: BuildRun) -> None:
+def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
     """Compile with PyTorch's own compiler; always anew, for its cache knows what is unchanged."""
     from forcing_kv.export.build_inductor import build_inductor
     from forcing_kv.export.fusion import FUSED
     from forcing_kv.export.inductor_package import InductorOptions
     from forcing_kv.runtime_trt.manifest import read_manifest
 
-    fusion = replace(FUSED, text_rows=given.text_rows)
+    fusion = replace(FUSED, text_rows=wanted.text_rows)
     manifest = read_manifest(bundle)
     config = manifest.config
     fusion.check(config.model.text_len)
-    options = InductorOptions(given.device, fusion, given.autotune)
+    options = InductorOptions(wanted.device, fusion, wanted.autotune)
     decoders = [
         f"{kind}.{name}" for kind, info in manifest.decoders.items() for name in info.graphs
     ]
     added = f", with {', '.join(decoders)}" if decoders else ""
     talk(
-        f"{bundle} -> engines/inductor-{given.device}, {config.dtype}{added}, for this machine's "
-        f"{given.device}"
+        f"{bundle} -> engines/inductor-{wanted.device}, {config.dtype}{added}, for this machine's "
+        f"{wanted.device}"
     )
     if run.dry_run:
         return

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.hashes import sha256_of
 
-WEIGHT_CHOICES = ("auto", "ema", "plain")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -57,8 +56,8 @@ def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
     Raises:
         InputError: missing, unreadable, truncated, or of another type.
     """
-    if weights not in WEIGHT_CHOICES:
-        raise InputError(f"weights is {weights!r}; choose one of {list(WEIGHT_CHOICES)}")
+    if weights not in get_args(Weights):
+        raise InputError(f"weights is {weights!r}; choose one of {list(get_args(Weights))}")
     file = weight_file(path)
     raw: Mapping[str, Any]
     if file.name.endswith(INDEX_SUFFIX):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import between, flags, panel
+from forcing_kv.export.flags import Int, between, flags, panel
 from forcing_kv.runtime_trt.errors import InputError
 
 TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -52,7 +52,7 @@ class TensorRtOptions:
     """Allow TF32 in float32 products; about 1e-3 instead of 1e-6 from the reference."""
     workspace_gb: float | None = None
     """Largest scratch of a kernel. Default: the builder's choice."""
-    optimization_level: Annotated[int | None, between(0, 5)] = None
+    optimization_level: Annotated[Int | None, between(0, 5)] = None
     """0 (fast build) to 5 (thorough). Default: the builder's, 3."""
     profiling_verbosity: Verbosity = "detailed"
     """What an engine says about its layers."""

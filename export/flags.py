@@ -70,8 +70,20 @@ def between(least: float | None = None, most: float | None = None) -> Parameter:
     return Parameter(validator=Number(gte=least, lte=most))
 
 
-PositiveInt = Annotated[int, between(1)]
-Natural = Annotated[int, between(0)]
+def _whole(token: Token) -> int:
+    try:
+        return int(token.value)
+    except ValueError as error:
+        message = f"{token.keyword} is {token.value!r}; give a whole number"
+        raise CoercionError(message) from error
+
+
+# cyclopts itself would round 1.5.
+Int = Annotated[int, Parameter(converter=lambda _, tokens: _whole(tokens[-1]))]
+Ints = Annotated[tuple[int, ...], Parameter(converter=lambda _, tokens: tuple(map(_whole, tokens)))]
+"""A flag to be repeated."""
+PositiveInt = Annotated[Int, between(1)]
+Natural = Annotated[Int, between(0)]
 YesNo = Annotated[bool, Parameter(negative_bool="no-")]
 """A flag with a `--no-` form."""
 Json = Annotated[bool, Parameter(name="--json")]
@@ -129,7 +141,7 @@ def changes_of(cls: type, flag: Callable[[str], str]) -> Any:
     docs = {each.arg_name: each.description for each in parse_from_object(cls).params}
     types = {
         name: Annotated[
-            hint,
+            Int if hint is int else hint,
             Parameter(
                 name=f"--{flag(name).replace('_', '-')}", help=docs[name], negative_bool="no-"
             ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import Computed, LatentSize, PositiveInt, changes_of, flags, panel
+from forcing_kv.export.flags import Computed, Int, LatentSize, PositiveInt, changes_of, flags, panel
 from forcing_kv.export.presets import PRESETS, Weights
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.layout import CachePolicy
@@ -74,7 +74,7 @@ class ExportRequest(ModelOptions):
     """Head partition file."""
     dense: Annotated[bool, Parameter(group=POLICY)] = False
     """No compression: the model's own window."""
-    dense_window: Annotated[int | None, Parameter(group=POLICY)] = None
+    dense_window: Annotated[Int | None, Parameter(group=POLICY)] = None
     """No compression: attend this many frames, sink and own chunk included."""
     policy_changes: Annotated[PolicyChanges, Parameter(name="*", group=POLICY)] = field(
         default_factory=dict

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from forcing_kv.export.flags import Json, Natural, between, flags
+from forcing_kv.export.flags import Int, Json, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
@@ -36,7 +36,7 @@ class DemoOptions:
     """Folder for everything that the demo makes."""
     prompt: str = "a digit 3 moving left ."
     """What to generate."""
-    num_chunks: Annotated[int, between(3)] = 7
+    num_chunks: Annotated[Int, between(3)] = 7
     """Chunks of three frames."""
     seed: Natural = 0
     """Key of the noise generator."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import flags
+from forcing_kv.export.flags import Int, flags
 from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, pool_layouts
@@ -25,7 +25,7 @@ class LayerOptions:
     model: Annotated[
         str, Parameter(help=f"One of {', '.join(PRESETS)}, or a preset in a .json file.")
     ] = "self-forcing-1.3b"
-    dynamic_heads: int | None = None
+    dynamic_heads: Int | None = None
     """Dynamic heads of a layer. Default: the published share."""
 
     def layer(self, latent_size: Sequence[int]) -> CompressedLayer:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import LatentSize, flags, given, panel
+from forcing_kv.export.flags import Int, LatentSize, flags, given, panel
 from forcing_kv.export.memory_model import NO_FP8, all_fp8
 from forcing_kv.export.presets import (
     DENSE_WINDOW_FRAMES,
@@ -42,7 +42,7 @@ class PlanRequest:
     """480p, 720p, 1080p, or latent rows x columns: 60x104. Default: the model's own, 480p."""
     heads: Path | None = None
     """Head partition file."""
-    static_heads: int | None = None
+    static_heads: Int | None = None
     """Without a file: static heads of all layers, spread evenly."""
     dtype: DType | None = None
     """What the model computes in. Default: bfloat16."""

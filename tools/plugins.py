@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from forcing_kv.export.flags import Json, LatentSize, PositiveInt, flags
+from forcing_kv.export.flags import Ints, Json, LatentSize, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require
@@ -50,7 +50,7 @@ class ListOptions(LayerOptions):
     """480p, 720p, 1080p, or latent rows x columns."""
     dtype: DType = "bfloat16"
     """What the kernels compute in."""
-    sm: tuple[int, ...] = ()
+    sm: Ints = ()
     """Compute capability to compile for, such as 90; repeat it. Default: all."""
     multiprocessors: PositiveInt = 132
     """Streaming multiprocessors to schedule for."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.flags import Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.export.flags import Int, Json, Natural, PositiveInt, YesNo, flags
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
@@ -40,7 +40,7 @@ class VideoOptions:
     """Chunks to generate."""
     seed: Natural = 0
     """Key of the noise generator."""
-    fps: int | None = None
+    fps: Int | None = None
     """Frames per second of the video. Default: the model's own."""
     scale: PositiveInt = 1
     """Enlarge pixels by this factor."""

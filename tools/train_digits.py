@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import run
 
-from forcing_kv.export.flags import YesNo, flags
+from forcing_kv.export.flags import Int, YesNo, flags
 
 if TYPE_CHECKING:
     from forcing_kv.tools.digits.training.trainer import Progress, TrainConfig
@@ -25,17 +25,17 @@ class TrainOptions:
 
     out: Path
     """Folder of the run; an unfinished run is resumed."""
-    steps: int = 8150
+    steps: Int = 8150
     """Planned optimiser steps."""
     budget_minutes: float = 0.0
     """Wall-clock budget; whichever of both ends first. 0: no limit."""
-    seed: int = 0
+    seed: Int = 0
     """Seed of weights, data and noise."""
-    batch: int = 8
+    batch: Int = 8
     """Sequences per shard; a step has two shards."""
     lr: float = 2e-3
     """Peak learning rate."""
-    processes: int = 2
+    processes: Int = 2
     """Single-threaded processes, 1 or 2."""
     precision: str = "bfloat16"
     """bfloat16 or float32."""

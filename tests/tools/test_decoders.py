@@ -115,7 +115,7 @@ def test_a_second_decoder_of_a_kind_needs_force(bundle, sources, run_fkv):
         ((), "give --vae, --tae or both"),
         (("--tae", "nothing.pth"), "no such file"),
         (("--vae", "nothing.pth"), "no such file"),
-        (("--tae", "x.pth", "--dtype", "int8"), "--dtype is 'int8'"),
+        (("--tae", "x.pth", "--dtype", "int8"), 'Invalid value "int8" for --dtype'),
     ],
 )
 def test_mistakes_leave_the_bundle_as_it_is(digits_bundle, run_fkv, options, message):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from forcing_kv.export.flags import Json, LatentSize, PositiveInt, flags
+from forcing_kv.export.flags import Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.resolution import parse_latent_size
 from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class OpsOptions(LayerOptions):
     """How the operators are measured."""
 
-    resolution: tuple[LatentSize, ...] = ()
+    resolution: tuple[str, ...] = ()
     """480p, 720p, 1080p, or latent rows x columns; repeat it. Default: 480p."""
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
     """What the kernels compute in."""
@@ -47,7 +47,10 @@ def bench_ops(*, options: OpsOptions = OpsOptions()) -> ExitCode:
     Exits with 1 if a kernel of ours is outside its tolerance, and then not timed, or does not run.
     """
     require("torch")
-    layers = [options.layer(size) for size in options.resolution or [RESOLUTIONS["480p"]]]
+    layers = [
+        options.layer(parse_latent_size("--resolution", text))
+        for text in options.resolution or ["480p"]
+    ]
     _require_gpu()
     from forcing_kv.plugins import tuning
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import Computed, Json, PositiveInt, between, flags
+from forcing_kv.export.flags import Computed, Int, Json, PositiveInt, between, flags
 from forcing_kv.runtime_trt.dtypes import DType
 
 DeviceName = Literal["cuda", "cpu"]
@@ -29,11 +29,11 @@ class BenchRequest:
     """Where it runs."""
     dtype: DType | None = None
     """What it computes in. Default: bfloat16 on CUDA, float32 on a CPU."""
-    chunks: Annotated[int, between(5)] = 20
+    chunks: Annotated[Int, between(5)] = 20
     """Measured chunks."""
     warmup_chunks: PositiveInt = 12
     """Chunks before them, to the steady state."""
-    gate_chunks: Annotated[int, between(4)] = 7
+    gate_chunks: Annotated[Int, between(4)] = 7
     """Chunks of the correctness gate's rollout."""
     bundle: Path | None = None
     """Measure this bundle instead of a model."""
@@ -52,7 +52,7 @@ class BenchRequest:
 class RolloutRequest(BenchRequest):
     """A measurement over many chunks."""
 
-    chunks: Annotated[int, between(5)] = 50
+    chunks: Annotated[Int, between(5)] = 50
     """Measured chunks."""
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import Json, PositiveInt, YesNo, between, flags
+from forcing_kv.export.flags import Int, Json, PositiveInt, YesNo, between, flags
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.origin import Origin
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
@@ -46,9 +46,9 @@ class EvalOptions:
     """Weights of the digits model."""
     heads: Shipped = shipped.HEADS
     """Head partition of the Forcing-KV rows."""
-    clips: Annotated[int, between(40)] = 160
+    clips: Annotated[Int, between(40)] = 160
     """Clips of 21 frames per row."""
-    long_clips: Annotated[int, between(40)] = 40
+    long_clips: Annotated[Int, between(40)] = 40
     """Clips of 60 frames per row."""
     check: YesNo = False
     """Exit with 1 if a goal is missed."""
