@@ -139,7 +139,9 @@ def test_the_report_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
-        evaluate.evaluate_command(tmp_path, checkpoint=tmp_path / "none.safetensors")
+        evaluate.evaluate_command(
+            options=evaluate.EvalOptions(out=tmp_path, checkpoint=tmp_path / "none.safetensors")
+        )
 
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
