@@ -152,7 +152,9 @@ def test_calibrations_of_another_checkpoint_are_named(caplog) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
-        evaluate.evaluate_command(tmp_path, checkpoint=tmp_path / "none.safetensors")
+        evaluate.evaluate_command(
+            options=evaluate.EvalOptions(out=tmp_path, checkpoint=tmp_path / "none.safetensors")
+        )
 
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
