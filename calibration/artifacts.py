@@ -6,17 +6,13 @@ also a partition in the published form: the official code reads its `layers` and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.stability import Stability, measure_stability
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import project_version
-from forcing_kv.runtime_trt.files import write_file
 from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.layout import HeadPartition
 
@@ -67,14 +63,3 @@ def heads_record(
 def count_static(partition: HeadPartition) -> int:
     """Static heads of all layers together."""
     return sum(len(heads) for heads in partition.static_heads)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole or not at all; missing folders are made.
-
-    Raises:
-        ValueError: a number in it is NaN or infinite.
-    """
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text.encode())

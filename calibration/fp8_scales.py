@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from forcing_kv.calibration.artifacts import write_json
 from forcing_kv.calibration.heat_map import draw_linears
 from forcing_kv.calibration.linear_recorder import (
     ErrorRecorder,
@@ -30,6 +29,7 @@ from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.files import write_json
 from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.session import Session
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forcing_kv.export.presets import PUBLISHED_THRESHOLD
 from forcing_kv.runtime_trt.errors import InputError
 
 DEFAULT_BLOCK_ELEMENTS = 1 << 22
@@ -26,7 +27,7 @@ class HeadRule:
     of the 1.3B models were made with `skip_first=3`, by their own description.
     """
 
-    threshold: float = 0.8
+    threshold: float = PUBLISHED_THRESHOLD
     """Lowest score of a static head."""
     skip_first: int = 1
     """First key frames, the attention sink, that the whole mass leaves out."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.calibration.artifacts import heads_record, write_json
+from forcing_kv.calibration.artifacts import heads_record
 from forcing_kv.calibration.heat_map import draw_heads
 from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.calibration.profile import HeadProfile
@@ -21,6 +21,7 @@ from forcing_kv.calibration.rollouts import (
 )
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DType
+from forcing_kv.runtime_trt.files import write_json
 
 HEADS_FILE = "heads.json"
 PICTURE_FILE = "heads.png"

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.export.checkpoint_files import checkpoint_sha256
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.options import ModelOptions
+from forcing_kv.export.presets import PUBLISHED_THRESHOLD
 from forcing_kv.export.request import resolve_model
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
@@ -35,7 +35,7 @@ class ModelSource:
     schedule: Schedule
     prompts: Mapping[str, NDArray[np.float32]]
     """Name of each prompt -> embeddings [text_len, text_dim]."""
-    threshold: float = HeadRule.threshold
+    threshold: float = PUBLISHED_THRESHOLD
     """Lowest score of a static head; the published one unless the model comes with its own."""
 
 

@@ -98,9 +98,9 @@ def _compare(
     search: PolicySearch, candidates: Sequence[Candidate], output: PolicyOutput, num_threads: int
 ) -> None:
     """Run the search, draw it and write it."""
-    from forcing_kv.calibration.artifacts import write_json
     from forcing_kv.calibration.policy_picture import draw_policies
     from forcing_kv.calibration.policy_search import search_record
+    from forcing_kv.runtime_trt.files import write_json
 
     if num_threads:
         import torch

@@ -11,8 +11,7 @@ import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import quantize_
-from forcing_kv.export.stripped_weights import weight_entry
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, read_constants
+from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, read_constants
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
 from forcing_kv.runtime_trt.manifest import WEIGHT_FILE, Manifest
@@ -92,3 +91,9 @@ def _initializers(
 def _dtype(tensor: ir.TensorProtocol) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, BY_ONNX[tensor.dtype.name].name)
     return dtype
+
+
+def weight_entry(tensor: ir.ExternalTensor, file: str, shape: tuple[int, ...]) -> ConstantEntry:
+    """Where a tensor of a graph lies in its weight file, which is `file`."""
+    piece = Piece(file, tensor.offset or 0, tensor.length or tensor.nbytes)
+    return ConstantEntry(shape, BY_ONNX[tensor.dtype.name].name, (piece,))

@@ -17,8 +17,12 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from forcing_kv.export.key_maps import is_diffusers, official_from_diffusers, strip_wrappers
-from forcing_kv.export.presets import Weights
+from forcing_kv.export.key_maps import (
+    Weights,
+    is_diffusers,
+    official_from_diffusers,
+    strip_wrappers,
+)
 from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.hashes import sha256_of

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from forcing_kv.export.checkpoint_files import RawCheckpoint, read_checkpoint
 from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.key_maps import Weights
 from forcing_kv.export.lora import Adapter, adapter_from_tensors, check_adapter, read_adapter
-from forcing_kv.export.presets import Weights
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.layout import ModelShape

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Literal
+
+Weights = Literal["auto", "ema", "plain"]
+"""Which of the state dicts that a trainer saved side by side."""
 
 WRAPPER_PARTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Name parts that FSDP, activation checkpointing and torch.compile leave anywhere in a name."""

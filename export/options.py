@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from forcing_kv.export.flags import Computed, Int, LatentSize, PositiveInt, changes_of, flags, panel
-from forcing_kv.export.presets import PRESETS, Weights
+from forcing_kv.export.key_maps import Weights
+from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.layout import CachePolicy
 from forcing_kv.runtime_trt.resolution import RESOLUTIONS

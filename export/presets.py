@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
@@ -27,10 +26,10 @@ DENSE_WINDOW_FRAMES = 21
 """Frames that Self Forcing attends to uncompressed: seven chunks, the running one included."""
 PIXEL_FRAMES_PER_LATENT = 4
 """Pixel frames that Wan's VAE makes of a latent frame, as every published FPS counts them."""
+PUBLISHED_THRESHOLD = 0.8
+"""Score from which a head counts as static in the published partitions."""
 FPS = 16
 """Pixel frames per second of the videos that Wan was trained on."""
-Weights = Literal["auto", "ema", "plain"]
-"""Which of the state dicts that a trainer saved side by side."""
 
 UMT5 = "umt5-xxl"
 WAN_VAE = "wan-vae"
@@ -58,7 +57,7 @@ class Preset:
     """Which state dict of the checkpoint its authors generate with: ema, plain or auto."""
     lora_alpha: float | None = None
     """Alpha of the adapter that goes with the checkpoint; None for its rank."""
-    threshold: float = 0.8
+    threshold: float = PUBLISHED_THRESHOLD
     """Score from which a head counts as static in the published partition."""
     text_encoder: str = UMT5
     decoder: str = WAN_VAE

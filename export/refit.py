@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from forcing_kv.export.bundle_weights import weight_entry
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.export.stripped_weights import weight_entry
 from forcing_kv.runtime_trt.constant_table import map_constants
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import ForcingKvError, require

@@ -14,8 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
-from forcing_kv.runtime_trt.dtypes import BY_ONNX
+from forcing_kv.export.bundle_weights import weight_entry
+from forcing_kv.runtime_trt.constant_table import ConstantEntry, write_table
 from forcing_kv.runtime_trt.errors import ForcingKvError
 
 
@@ -35,12 +35,6 @@ def shared_weights(path: Path) -> dict[str, ConstantEntry]:
         for name, tensor in tensors.items()
         if isinstance(tensor, ir.ExternalTensor)
     }
-
-
-def weight_entry(tensor: ir.ExternalTensor, file: str, shape: tuple[int, ...]) -> ConstantEntry:
-    """Where a tensor of a graph lies in its weight file, which is `file`."""
-    piece = Piece(file, tensor.offset or 0, tensor.length or tensor.nbytes)
-    return ConstantEntry(shape, BY_ONNX[tensor.dtype.name].name, (piece,))
 
 
 def mark_stripped(network: Any, path: Path) -> dict[str, ConstantEntry]:

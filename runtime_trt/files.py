@@ -8,13 +8,14 @@ and is removed on any error, an interruption included.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
@@ -58,6 +59,17 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; see `replaced_file`."""
     with replaced_file(path) as file:
         file.write(content)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole or not at all; missing folders are made.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text.encode())
 
 
 @contextmanager

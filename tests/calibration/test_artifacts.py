@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcing_kv.calibration.artifacts import heads_record, write_json
+from forcing_kv.calibration.artifacts import heads_record
 from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.calibration.heat_map import draw_heads
 from forcing_kv.calibration.profile import HeadProfile, Sample
 from forcing_kv.calibration.stability import measure_stability
 from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.files import write_json
 from forcing_kv.runtime_trt.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
