@@ -1,6 +1,6 @@
 """What a head calibration leaves behind: `heads.json`.
 
-The reader is `runtime_trt/heads.py`, so that exporting needs nothing of this package. The file is
+The reader is `runtime_trt/bundle/heads.py`, so that exporting needs nothing of this package. The file is
 also a partition in the published form: the official code reads its `layers` and ignores the rest.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.stability import Stability, measure_stability
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.console import project_version
-from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
-from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
 
 def heads_record(

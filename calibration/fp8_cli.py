@@ -72,7 +72,7 @@ def _show(record: Mapping[str, Any]) -> None:
     """Print a row for each kind of layer: range of its inputs, error of its outputs."""
     from rich.table import Table
 
-    from forcing_kv.runtime_trt.fp8 import LINEARS
+    from forcing_kv.runtime_trt.bundle.fp8 import LINEARS
 
     table = Table("linear layer", "largest input", "mean error", "worst error", "in block")
     for kind in LINEARS:

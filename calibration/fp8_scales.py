@@ -25,12 +25,12 @@ from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.engine import EagerBackend
 from forcing_kv.export.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.fp8_model import scale_of
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.files import write_json
-from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 
 FP8_FILE = "fp8.json"

@@ -19,9 +19,9 @@ from forcing_kv.calibration.rollouts import (
     profile_heads,
     recorded_chunks,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.files import write_json
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 HEADS_FILE = "heads.json"
 PICTURE_FILE = "heads.png"

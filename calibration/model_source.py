@@ -16,11 +16,11 @@ from forcing_kv.export.options import ModelOptions
 from forcing_kv.export.presets import PUBLISHED_THRESHOLD
 from forcing_kv.export.request import resolve_model
 from forcing_kv.export.shipped import shipped_model
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.layout import ChunkShape, ModelShape
-from forcing_kv.runtime_trt.prompt_file import read_prompts
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 
 @dataclass(frozen=True)

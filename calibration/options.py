@@ -8,8 +8,8 @@ from pathlib import Path
 
 from forcing_kv.export.flags import Int, Integers, Json, PositiveInt, flags, panel
 from forcing_kv.export.options import ModelOptions
+from forcing_kv.runtime_trt.bundle.files import check_folder
 from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.files import check_folder
 
 ROLLOUTS = panel("Rollouts")
 

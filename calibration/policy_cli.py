@@ -100,7 +100,7 @@ def _compare(
     """Run the search, draw it and write it."""
     from forcing_kv.calibration.policy_picture import draw_policies
     from forcing_kv.calibration.policy_search import search_record
-    from forcing_kv.runtime_trt.files import write_json
+    from forcing_kv.runtime_trt.bundle.files import write_json
 
     if num_threads:
         import torch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 Float32 = NDArray[np.float32]
 

@@ -26,9 +26,9 @@ from forcing_kv.calibration.policy_measures import (
 from forcing_kv.export.cost_model import fps_bound, histories, step_cost
 from forcing_kv.export.devices import Device
 from forcing_kv.export.engine import eager_session
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.origin import Origin
 from forcing_kv.export.request import resolve_model
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
 
 @dataclass(frozen=True)

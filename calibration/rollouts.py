@@ -14,11 +14,11 @@ from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import AttentionCall, eager_session
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 
 @dataclass(frozen=True)

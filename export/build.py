@@ -18,16 +18,16 @@ from forcing_kv.export.bundle import write_manifest
 from forcing_kv.export.engine_builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.planning import BuildPlan, GraphBuild, record_of
 from forcing_kv.export.stripped_weights import write_stripped
-from forcing_kv.runtime_trt.engine_record import (
+from forcing_kv.runtime_trt.bundle.engines import (
     DecoderEngines,
     EngineDetail,
     EngineRecord,
     weight_table,
 )
-from forcing_kv.runtime_trt.files import replaced_folder
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import (
+from forcing_kv.runtime_trt.bundle.files import replaced_folder
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import (
     WEIGHT_FILE,
     read_manifest,
 )

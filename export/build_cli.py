@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend, TensorRtOptions
 from forcing_kv.export.flags import Int, Json, YesNo, flags, given, panel
+from forcing_kv.runtime_trt.bundle.files import check_folder
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.files import check_folder
 
 if TYPE_CHECKING:
     from forcing_kv.export.engine_builder import LayerInfo
     from forcing_kv.export.planning import BuildPlan
-    from forcing_kv.runtime_trt.engine_record import EngineRecord
+    from forcing_kv.runtime_trt.bundle.engines import EngineRecord
 
 
 @flags()
@@ -128,7 +128,7 @@ def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
     from forcing_kv.export.build_inductor import build_inductor
     from forcing_kv.export.fusion import FUSED
     from forcing_kv.export.inductor_package import InductorOptions
-    from forcing_kv.runtime_trt.manifest import read_manifest
+    from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 
     fusion = replace(FUSED, text_rows=wanted.text_rows)
     manifest = read_manifest(bundle)
@@ -159,8 +159,8 @@ def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
 
 def describe(plan: BuildPlan) -> str:
     """What a build would do, for people."""
-    from forcing_kv.runtime_trt.backends.decode_graph import plan_decoder_memory
-    from forcing_kv.runtime_trt.chunk_program import plan_memory
+    from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
+    from forcing_kv.runtime_trt.decode.graph import plan_decoder_memory
 
     manifest, lines = plan.manifest, []
     name = "this machine's GPU" if plan.target == "gpu" else plan.target

@@ -17,16 +17,16 @@ from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.inductor_package import InductorOptions, compile_package, compile_sources
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.planning import ENGINE_FOLDER
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, write_table
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece, write_table
+from forcing_kv.runtime_trt.bundle.engines import DecoderEngines, EngineRecord
+from forcing_kv.runtime_trt.bundle.files import replaced_folder
+from forcing_kv.runtime_trt.bundle.fp8 import check_sm
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, read_manifest
 from forcing_kv.runtime_trt.dtypes import dtype_name
-from forcing_kv.runtime_trt.engine_record import DecoderEngines, EngineRecord
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
-from forcing_kv.runtime_trt.files import replaced_folder
-from forcing_kv.runtime_trt.fp8 import check_sm
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.inductor_package import environment
-from forcing_kv.runtime_trt.manifest import DecoderInfo, read_manifest
+from forcing_kv.runtime_trt.inductor.package import environment
 
 CONSTANTS_FILE = "constants.json"
 SMALL_FILE = "constants.bin"

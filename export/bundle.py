@@ -18,14 +18,19 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import quantize_
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.rewrite import sort_heads_
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.files import check_folder, replaced_folder, write_file
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import (
+    GRAPH_FOLDER,
+    MANIFEST_FILE,
+    WEIGHT_FILE,
+    Manifest,
+)
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.files import check_folder, replaced_folder, write_file
-from forcing_kv.runtime_trt.fp8 import Fp8Scales
-from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import GRAPH_FOLDER, MANIFEST_FILE, WEIGHT_FILE, Manifest
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 Report = Callable[[str], None]
 """Called with the name of what is being written."""

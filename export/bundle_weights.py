@@ -11,10 +11,10 @@ import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import quantize_
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece, read_constants
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece, read_constants
+from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE, Manifest
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
-from forcing_kv.runtime_trt.manifest import WEIGHT_FILE, Manifest
 
 MODEL_PREFIX = "model."
 """What graphs put before the names of the denoiser's parameters."""

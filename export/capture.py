@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.export.graphs import CleanGraph, EvictGraph, PromptGraph, StepGraph
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.ports import Port
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import Port
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from forcing_kv.export.key_maps import (
     strip_wrappers,
 )
 from forcing_kv.export.safetensors_map import map_safetensors
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.hashes import sha256_of
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")

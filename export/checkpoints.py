@@ -16,7 +16,7 @@ from forcing_kv.export.key_maps import Weights
 from forcing_kv.export.lora import Adapter, adapter_from_tensors, check_adapter, read_adapter
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 _OTHER_MODELS = {
     "img_emb.": "an image-to-video Wan model",

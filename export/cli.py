@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from forcing_kv.export.flags import Json, Natural, PositiveInt, YesNo, flags
 from forcing_kv.export.options import ExportRequest
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 
 @flags()
@@ -136,7 +136,7 @@ def verify(bundle: Path | None = None, /, *, options: VerifyOptions = VerifyOpti
 
 def _verify_bundle(bundle: Path, options: VerifyOptions) -> tuple[_Report, str]:
     from forcing_kv.export.verify_bundle import verify_bundle
-    from forcing_kv.runtime_trt.backends import open_backend
+    from forcing_kv.runtime_trt.open import open_backend
 
     opened = open_backend(bundle, options.backend or "auto", use_graphs=options.cuda_graph)
     try:
@@ -153,8 +153,8 @@ def _verify_bundle(bundle: Path, options: VerifyOptions) -> tuple[_Report, str]:
 
 def _verify_decoder(bundle: Path, kind: str, options: VerifyOptions) -> tuple[_Report, str]:
     from forcing_kv.export.verify_decoder import verify_decoder
+    from forcing_kv.runtime_trt.bundle.manifest import read_manifest
     from forcing_kv.runtime_trt.decoder import VideoDecoder
-    from forcing_kv.runtime_trt.manifest import read_manifest
 
     manifest, backend = read_manifest(bundle), options.backend or "onnxruntime"
     graphs = options.cuda_graph

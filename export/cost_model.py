@@ -13,11 +13,11 @@ from statistics import fmean
 from forcing_kv.export.devices import Device
 from forcing_kv.export.memory_model import NO_FP8, weight_counts
 from forcing_kv.export.presets import PIXEL_FRAMES_PER_LATENT
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
-from forcing_kv.runtime_trt.fp8 import Fp8Counts
-from forcing_kv.runtime_trt.layout import HeadKind
-from forcing_kv.runtime_trt.timeline import Timeline
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.timeline import Timeline
 
 History = Mapping[HeadKind, int]
 """Frames of rows that a head of each kind sees, its own chunk not counted."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcing_kv.export.flags import Json, flags
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import read_manifest
 
 
 @flags()

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from forcing_kv.export.bundle import Report, graph_info, write_manifest
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.onnx_graph import WeightStore, onnx_model, write_onnx
-from forcing_kv.runtime_trt.decode_runner import NEW_STATE, STATE
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import (
+    GRAPH_FOLDER,
+    DecoderInfo,
+    Manifest,
+    read_manifest,
+)
+from forcing_kv.runtime_trt.decode.runner import NEW_STATE, STATE
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import GRAPH_FOLDER, DecoderInfo, Manifest, read_manifest
-from forcing_kv.runtime_trt.ports import port_name
+from forcing_kv.runtime_trt.rollout.ports import port_name
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forcing_kv.export.fp8 import FP8, Fp8Linear
-from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v) [..., N, dim], before qk-norm -> attention output [..., N, dim]."""

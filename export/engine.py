@@ -22,10 +22,10 @@ from forcing_kv.runtime_trt.backends.base import (
     StepScalars,
     copy_rows,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.ports import kv_name, kv_names, pool_ports, ports
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import kv_name, kv_names, pool_ports, ports
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 from forcing_kv.runtime_trt.session import Session
-from forcing_kv.runtime_trt.timeline import ChunkPlan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.export.stripped_weights import mark_stripped
-from forcing_kv.runtime_trt.constant_table import ConstantEntry
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 
 if TYPE_CHECKING:

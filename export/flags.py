@@ -24,7 +24,7 @@ from cyclopts.validators import Number
 from docstring_parser import parse_from_object
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS, parse_latent_size
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS, parse_latent_size
 
 C = TypeVar("C")
 T = TypeVar("T", int, float)

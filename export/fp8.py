@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.runtime_trt.fp8 import FP8_MAX, LinearScales
+from forcing_kv.runtime_trt.bundle.fp8 import FP8_MAX, LinearScales
 
 FP8 = torch.float8_e4m3fn
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forcing_kv.runtime_trt.bundle.fp8 import LINEARS
+from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.fp8 import LINEARS
-from forcing_kv.runtime_trt.layout import ModelShape
-from forcing_kv.runtime_trt.schema import load_as, read_json
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 FP8_FORMAT = "forcing_kv.fp8"
 FP8_SCHEMA_VERSION = 1

@@ -12,7 +12,7 @@ from torch import nn
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.rewrite import linear_of, share_weights
-from forcing_kv.runtime_trt.fp8 import FP8_MAX, LINEARS, MIN_SCALE, Fp8Scales, LinearScales
+from forcing_kv.runtime_trt.bundle.fp8 import FP8_MAX, LINEARS, MIN_SCALE, Fp8Scales, LinearScales
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8 import Fp8Linear
 from forcing_kv.export.rewrite import linear_of
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.ports import GraphPorts, ports
-from forcing_kv.runtime_trt.schedule import Schedule, time_sinusoid
-from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import GraphPorts, ports
+from forcing_kv.runtime_trt.rollout.schedule import Schedule, time_sinusoid
+from forcing_kv.runtime_trt.rollout.text_fold import MAX_PAD_ROWS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The graphs that are exported: prompt, step and evict, and on request clean. All are functional.
 
-Their inputs and outputs are described in `runtime_trt.ports`.
+Their inputs and outputs are described in `runtime_trt.rollout.ports`.
 
 Legend: F frames per chunk, C channels, N = F * T tokens, H heads, D head dim, R pool rows.
 """
@@ -31,8 +31,8 @@ from forcing_kv.plugins.registry import (
     SIMILARITY_EVICTION,
 )
 from forcing_kv.plugins.torch_library import OPERATORS
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.schedule import rope_table
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.schedule import rope_table
 
 AttentionObserver = Callable[[int, Tensor, Tensor], None]
 """(layer, q [H, N, D], k [H, N, D]): post-norm, post-RoPE queries and new keys of every call."""

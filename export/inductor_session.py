@@ -17,9 +17,9 @@ from forcing_kv.export.inductor_package import (
     compile_package,
 )
 from forcing_kv.export.rewrite import sort_heads_
-from forcing_kv.runtime_trt.backends.open_inductor import package_backend
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.inductor_package import InductorPackage
+from forcing_kv.runtime_trt.inductor.open import package_backend
+from forcing_kv.runtime_trt.inductor.package import InductorPackage
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from forcing_kv.runtime_trt.buffers import BufferSpec
-from forcing_kv.runtime_trt.chunk_program import plan_memory
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import LINEARS, Fp8Counts
+from forcing_kv.runtime_trt.cuda.buffers import BufferSpec
+from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
-from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Counts
-from forcing_kv.runtime_trt.layout import ModelShape
-from forcing_kv.runtime_trt.ports import Family, ports
-from forcing_kv.runtime_trt.timeline import KINDS
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.ports import Family, ports
+from forcing_kv.runtime_trt.rollout.timeline import KINDS
 
 FLOAT32_NBYTES = 4
 OVERHEAD_NBYTES = 1_000_000_000

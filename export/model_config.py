@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from forcing_kv.runtime_trt.bundle.schema import load_as
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import ModelShape
-from forcing_kv.runtime_trt.schema import load_as
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 _OFFICIAL_FIELDS = {
     "in_dim": "in_channels",

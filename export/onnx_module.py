@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, Piece
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece
 from forcing_kv.runtime_trt.dtypes import BY_ONNX, dtype_name
 from forcing_kv.runtime_trt.errors import BundleError
 

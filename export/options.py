@@ -12,9 +12,9 @@ from forcing_kv.export.flags import Computed, Int, LatentSize, PositiveInt, chan
 from forcing_kv.export.key_maps import Weights
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.layout import CachePolicy
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHIPPED_DEFAULT = "digits"
 MODEL = panel("Model")

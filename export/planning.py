@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.runtime_trt.cuda import Cuda, DeviceInfo
-from forcing_kv.runtime_trt.engine_record import EngineDetail, EnginePart, EngineRecord
+from forcing_kv.runtime_trt.bundle.engines import EngineDetail, EnginePart, EngineRecord
+from forcing_kv.runtime_trt.bundle.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import is_intact
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.cuda.runtime import Cuda, DeviceInfo
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
-from forcing_kv.runtime_trt.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.hashes import is_intact
-from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
 
 BUILD_VERSION = 2
 """Raised when the same inputs give other engines, or plugins have other tactics."""

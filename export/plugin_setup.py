@@ -7,7 +7,7 @@ from collections.abc import Callable
 from forcing_kv.export.engine_options import EngineOptions
 from forcing_kv.plugins.launch import PORTABLE_SM
 from forcing_kv.plugins.tensorrt_plugin import TargetDevice
-from forcing_kv.runtime_trt.cuda import Cuda
+from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 
 Register = Callable[[TargetDevice], object]

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from forcing_kv.export.model_config import model_shape_from_official
+from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
-from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.runtime_trt.schema import load_as, read_json
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 WAN_1_3B = ModelShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
 """Wan2.1-T2V-1.3B."""

@@ -17,11 +17,11 @@ import onnx_ir as ir
 
 from forcing_kv.export.bundle_weights import weight_entry
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.runtime_trt.constant_table import map_constants
+from forcing_kv.runtime_trt.bundle.constants import map_constants
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
-from forcing_kv.runtime_trt.refit import NamedWeight, refit
-from forcing_kv.runtime_trt.tensorrt_engine import EngineLog
+from forcing_kv.runtime_trt.tensorrt.engine import EngineLog
+from forcing_kv.runtime_trt.tensorrt.refit import NamedWeight, refit
 
 _WAY_OUT = "build it without --refit-from"
 

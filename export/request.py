@@ -19,14 +19,14 @@ from forcing_kv.export.options import SHIPPED_DEFAULT, ExportRequest, ModelOptio
 from forcing_kv.export.origin import Origin
 from forcing_kv.export.presets import PRESETS, Preset, load_preset
 from forcing_kv.export.shipped import SHIPPED_MODELS, shipped_model
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.heads import read_heads
+from forcing_kv.runtime_trt.bundle.schema import read_json
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.fp8 import Fp8Scales
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
-from forcing_kv.runtime_trt.resolution import check_latent_size
-from forcing_kv.runtime_trt.schema import read_json
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
 
 def share_weights(model: CausalWanModel) -> CausalWanModel:

@@ -26,9 +26,9 @@ from onnx_ir.passes.common import InlinePass
 
 from forcing_kv.plugins.op_spec import DOMAIN
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import LayerLayout
-from forcing_kv.runtime_trt.ports import split_name
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import LayerLayout
+from forcing_kv.runtime_trt.rollout.ports import split_name
 
 ATTENTION_OPSET = 23
 """First version of the standard domain with `Attention`; nothing else that we use differs."""

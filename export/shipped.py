@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHIPPED_MODELS = {"digits": "forcing_kv.tools.digits.shipped"}
 """Name of a shipped model -> its module, a `ShippedModel`; by name, for `tools` stands above."""

@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from forcing_kv.export.bundle_weights import weight_entry
-from forcing_kv.runtime_trt.constant_table import ConstantEntry, write_table
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, write_table
 from forcing_kv.runtime_trt.errors import ForcingKvError
 
 

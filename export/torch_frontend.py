@@ -13,8 +13,8 @@ from typing import Any
 
 from forcing_kv.export.engine_builder import BuildLog, BuiltPlan
 from forcing_kv.export.engine_options import EngineOptions
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.errors import ForcingKvError, MissingDependencyError
-from forcing_kv.runtime_trt.manifest import Manifest
 
 
 def build_plan_from_torch(

@@ -20,13 +20,13 @@ from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.model_config import model_shape_from_official
-from forcing_kv.runtime_trt.backends import choose_backend
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.heads import parse_partition
+from forcing_kv.runtime_trt.bundle.schema import read_json
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import parse_partition
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.runtime_trt.schema import read_json
+from forcing_kv.runtime_trt.open import choose_backend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.runtime_trt.session import Chunk, Session
 
 LATENT_ATOL = 1e-4

@@ -32,14 +32,14 @@ from forcing_kv.runtime_trt.backends.base import (
     Float32,
     StepScalars,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import HeadPartition
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.noise import draw_noise
-from forcing_kv.runtime_trt.ports import ports, split_name
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.noise import draw_noise
+from forcing_kv.runtime_trt.rollout.ports import ports, split_name
+from forcing_kv.runtime_trt.rollout.text_fold import MAX_PAD_ROWS
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
 from forcing_kv.runtime_trt.session import Session
-from forcing_kv.runtime_trt.text_fold import MAX_PAD_ROWS
-from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
 
 _Owner = TypeVar("_Owner", bound=Hashable)
 _T = TypeVar("_T")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from forcing_kv.export.onnx_module import OnnxModule
 from forcing_kv.export.verify_bundle import TensorCheck, allowed_error, error_of
-from forcing_kv.runtime_trt.decode_runner import (
+from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
+from forcing_kv.runtime_trt.decode.runner import (
     DECODE,
     FRAMES,
     DecodeRunner,
@@ -27,9 +28,8 @@ from forcing_kv.runtime_trt.decode_runner import (
     state_inputs,
 )
 from forcing_kv.runtime_trt.decoder import VideoDecoder
-from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest
-from forcing_kv.runtime_trt.noise import draw_noise
-from forcing_kv.runtime_trt.ports import split_name
+from forcing_kv.runtime_trt.rollout.noise import draw_noise
+from forcing_kv.runtime_trt.rollout.ports import split_name
 
 NUM_FRAMES = 5
 """Latent frames decoded: the first one, and both sets of state twice."""

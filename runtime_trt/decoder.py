@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.decode_runner import (
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest, check_decoder_files
+from forcing_kv.runtime_trt.decode.runner import (
     DECODE,
     DECODE_FIRST,
     NEW_STATE,
@@ -29,10 +31,8 @@ from forcing_kv.runtime_trt.errors import (
     MissingDependencyError,
     StateGuard,
 )
-from forcing_kv.runtime_trt.flavours import FLAVOURS
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.manifest import DecoderInfo, Manifest, check_decoder_files
-from forcing_kv.runtime_trt.ports import split_name
+from forcing_kv.runtime_trt.rollout.ports import split_name
+from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
 
 _ONNXRUNTIME_DEVICES = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 
@@ -98,15 +98,15 @@ class VideoDecoder:
         check_decoder_files(bundle, info)
         runner: DecodeRunner
         if backend in FLAVOURS:
-            from forcing_kv.runtime_trt.backends.open_tensorrt import open_tensorrt_decoder
+            from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt_decoder
 
             runner = open_tensorrt_decoder(bundle, manifest, kind, backend, use_graphs=use_graphs)
         elif backend == "inductor":
-            from forcing_kv.runtime_trt.backends.open_inductor import open_inductor_decoder
+            from forcing_kv.runtime_trt.inductor.open import open_inductor_decoder
 
             runner = open_inductor_decoder(bundle, manifest, kind, use_graphs=use_graphs)
         else:
-            from forcing_kv.runtime_trt.backends.decode_onnxruntime import OnnxRuntimeDecodeRunner
+            from forcing_kv.runtime_trt.decode.onnxruntime import OnnxRuntimeDecodeRunner
 
             device = _ONNXRUNTIME_DEVICES[backend]
             runner = OnnxRuntimeDecodeRunner(bundle, info.graphs, num_threads, device)

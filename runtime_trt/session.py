@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard
-from forcing_kv.runtime_trt.noise import draw_noise
-from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.noise import draw_noise
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Session:
             BundleError: the bundle is missing, altered, or of another version.
             BackendUnavailableError: the backend cannot run here.
         """
-        from forcing_kv.runtime_trt.backends import open_backend
+        from forcing_kv.runtime_trt.open import open_backend
 
         return cls(open_backend(bundle, backend, num_threads=num_threads, use_graphs=use_graphs))
 

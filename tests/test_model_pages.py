@@ -28,8 +28,8 @@ from stand_ins import (
 from forcing_kv.export import presets
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.tae import TinyDecoder
-from forcing_kv.runtime_trt.layout import ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 from forcing_kv.tools import cli
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "models"

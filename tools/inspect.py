@@ -7,16 +7,16 @@ from typing import Any
 
 from forcing_kv.export.flags import Json, YesNo
 from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
-from forcing_kv.runtime_trt.console import print_json
-from forcing_kv.runtime_trt.dtypes import DTYPES
-from forcing_kv.runtime_trt.engine_record import EngineRecord, check_engines
-from forcing_kv.runtime_trt.layout import CachePolicy, pool_nbytes
-from forcing_kv.runtime_trt.manifest import (
+from forcing_kv.runtime_trt.bundle.engines import EngineRecord, check_engines
+from forcing_kv.runtime_trt.bundle.manifest import (
     Manifest,
     check_decoder_files,
     check_files,
     read_manifest,
 )
+from forcing_kv.runtime_trt.console import print_json
+from forcing_kv.runtime_trt.dtypes import DTYPES
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, pool_nbytes
 
 
 def inspect(bundle: Path, /, *, check: YesNo = True, as_json: Json = False) -> None:

@@ -11,7 +11,12 @@ from cyclopts import Parameter
 from forcing_kv.export.flags import Int, flags
 from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, pool_layouts
+from forcing_kv.runtime_trt.rollout.layout import (
+    CachePolicy,
+    ChunkShape,
+    HeadPartition,
+    pool_layouts,
+)
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.cases import OpCase

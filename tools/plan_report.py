@@ -24,9 +24,9 @@ from forcing_kv.export.memory_model import (
     engine_nbytes,
     num_parameters,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.errors import require
-from forcing_kv.runtime_trt.fp8 import Fp8Counts
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 GB = 1e9
 FPS_DEFINITION = "pixel frames per second of the denoiser alone: no VAE, no text encoder"

@@ -16,15 +16,15 @@ from forcing_kv.export.presets import (
     Preset,
     load_preset,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
+from forcing_kv.runtime_trt.bundle.heads import read_heads
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.fp8 import Fp8Counts
-from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.resolution import check_latent_size
-from forcing_kv.runtime_trt.schema import load_as, read_json
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 DEFAULT_MODEL = "self-forcing-1.3b"
 

@@ -10,7 +10,7 @@ from forcing_kv.export.flags import Ints, Json, LatentSize, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.flags import Int, Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.preview import Preview, check_preview
 from forcing_kv.tools.run_decode import (

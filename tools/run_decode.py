@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from forcing_kv.export.flags import flags
 from forcing_kv.export.presets import FPS, PIXEL_FRAMES_PER_LATENT
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, check_choice, follow_session, to_rgb8
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import Manifest
 from forcing_kv.tools.digits import codec
 from forcing_kv.tools.video import gray_to_rgb
 

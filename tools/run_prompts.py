@@ -13,9 +13,9 @@ from cyclopts import Parameter
 from numpy.typing import NDArray
 
 from forcing_kv.export.flags import flags, panel
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
+from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.manifest import Manifest
-from forcing_kv.runtime_trt.prompt_file import read_prompts
 from forcing_kv.tools.encode_prompt import EncoderOptions, encode_texts, read_lines
 
 Float32 = NDArray[np.float32]

@@ -21,8 +21,8 @@ from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 if TYPE_CHECKING:
     from forcing_kv.export.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.backends.base import Backend
-    from forcing_kv.runtime_trt.config import RolloutConfig
-    from forcing_kv.runtime_trt.fp8 import Fp8Scales
+    from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
+    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 PACKAGES = (
     "tensorrt", "tensorrt-lean", "tensorrt-rtx", "cuda-bindings", "polygraphy", "triton", "torch",
@@ -147,7 +147,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     try:
-        from forcing_kv.runtime_trt.cuda import Cuda
+        from forcing_kv.runtime_trt.cuda.runtime import Cuda
 
         cuda = Cuda()
         found |= {"gpu": cuda.device.name, "sm": cuda.device.sm, "cuda": cuda.device.driver,
@@ -163,9 +163,14 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
 
     from forcing_kv.export.bundle import BundleLabels, export_bundle
     from forcing_kv.export.denoiser import CausalWanModel
-    from forcing_kv.runtime_trt.config import RolloutConfig
     from forcing_kv.runtime_trt.dtypes import DType
-    from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+    from forcing_kv.runtime_trt.rollout.layout import (
+        CachePolicy,
+        ChunkShape,
+        HeadPartition,
+        ModelShape,
+    )
 
     shape = ModelShape(4, dim=256, ffn_dim=512, num_heads=4, text_len=32, text_dim=64, freq_dim=64)
     partition = HeadPartition(4, ((0, 1), (2,), (0, 1, 2, 3), ()))
@@ -224,7 +229,7 @@ def open_bundle(
     bundle: Path, backend: str, use_graphs: bool, opened: dict[bool, Backend]
 ) -> dict[str, Any]:
     """Open and generate a video; times by part, memory, nodes of the captured graphs."""
-    from forcing_kv.runtime_trt.backends import open_backend
+    from forcing_kv.runtime_trt.open import open_backend
     from forcing_kv.runtime_trt.session import Session
 
     start = perf_counter()
@@ -244,7 +249,7 @@ def open_bundle(
 
 
 def _prompt(backend: Backend) -> Any:
-    from forcing_kv.runtime_trt.noise import draw_noise
+    from forcing_kv.runtime_trt.rollout.noise import draw_noise
 
     model = backend.config.model
     return draw_noise(1, 0, 0, (model.text_len, model.text_dim))

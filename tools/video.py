@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.errors import InputError, require
-from forcing_kv.runtime_trt.files import replaced_file
 
 Uint8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]

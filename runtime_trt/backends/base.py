@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.layout import HeadKind
-from forcing_kv.runtime_trt.moves import HeadRows, RowMove, moves
-from forcing_kv.runtime_trt.ports import PARTS, POSITIONS, STEP_SCALARS, kv_name, kv_names
-from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
-from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.moves import HeadRows, RowMove, moves
+from forcing_kv.runtime_trt.rollout.ports import PARTS, POSITIONS, STEP_SCALARS, kv_name, kv_names
+from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
 Float32 = NDArray[np.float32]
 

@@ -16,11 +16,11 @@ from forcing_kv.runtime_trt.backends.base import (
     StepScalars,
     copy_rows,
 )
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.manifest import Manifest
-from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
 
 class OnnxRuntimeBackend(Backend):

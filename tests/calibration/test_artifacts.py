@@ -15,11 +15,11 @@ from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.calibration.heat_map import draw_heads
 from forcing_kv.calibration.profile import HeadProfile, Sample
 from forcing_kv.calibration.stability import measure_stability
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.files import write_json
-from forcing_kv.runtime_trt.heads import partition_layers, read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
 MODEL = ModelShape(2, dim=24, ffn_dim=16, num_heads=3)
 CONFIG = RolloutConfig(

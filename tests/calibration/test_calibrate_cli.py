@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from command_line import fkv
 
+from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import read_heads
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

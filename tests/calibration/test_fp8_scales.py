@@ -13,9 +13,9 @@ from forcing_kv.calibration.model_source import load_shipped
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import block_linears
 from forcing_kv.export.shipped import shipped_model
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.manifest import read_manifest
 
 
 def run(*options):

@@ -16,9 +16,9 @@ from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import EagerBackend
 from forcing_kv.export.presets import PRESETS
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 LIMIT_NBYTES = 24e9
 

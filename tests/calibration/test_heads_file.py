@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forcing_kv.runtime_trt.bundle.heads import parse_partition, partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import parse_partition, partition_layers, read_heads
-from forcing_kv.runtime_trt.layout import HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition, ModelShape
 
 MODEL = ModelShape(num_layers=3, dim=16, ffn_dim=16, num_heads=4)
 LAYERS = [

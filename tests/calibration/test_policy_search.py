@@ -26,8 +26,8 @@ from forcing_kv.export.devices import find_device
 from forcing_kv.export.request import ExportRequest
 from forcing_kv.export.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(2, 24, 16, 2, in_channels=4, text_len=4, text_dim=8, freq_dim=8)
 SCORES = ((0.9, 0.2), (0.6, 0.4))

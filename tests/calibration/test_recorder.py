@@ -14,11 +14,11 @@ from forcing_kv.calibration.rollouts import ProfilePlan, Rollout, dense_config, 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.verify import GoldenCase
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHUNKS = {"real_ar1": 1, "real_ar2": 2, "real_ar6": 6}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from forcing_kv.calibration.head_profile import HeadRule
+from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import partition_layers, read_heads
-from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_profile"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forcing_kv.export.denoiser import Attend, Block, CausalWanModel, rotate_pairs, unpatchify
-from forcing_kv.runtime_trt.schedule import time_sinusoid
+from forcing_kv.runtime_trt.rollout.schedule import time_sinusoid
 from forcing_kv.tools.digits import text
 from forcing_kv.tools.digits.shipped import CHUNK, SCHEDULE
 from forcing_kv.tools.digits.training.network import frame_rope

@@ -1,4 +1,4 @@
-"""A CPU double of `runtime_trt.cuda.Cuda`, strict where the real one is silent.
+"""A CPU double of `runtime_trt.cuda.runtime.Cuda`, strict where the real one is silent.
 
 Work is queued and runs as late as the rules of streams and events allow, so that a missing wait
 shows as a wrong result. Memory is filled with 0xFF (NaN) when allocated. Use after free, copies
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from forcing_kv.runtime_trt.cuda import CudaError, DeviceInfo
+from forcing_kv.runtime_trt.cuda.runtime import CudaError, DeviceInfo
 
 
 class _Stream:

@@ -18,9 +18,9 @@ from filelock import FileLock
 from forcing_kv.export import bundle as exporter
 from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.fp8 import Fp8Scales
-from forcing_kv.runtime_trt.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 CACHE_VARIABLE = "FORCING_KV_TEST_CACHE"
 """Environment variable: the folder of the bundles, which tests/conftest.py sets."""

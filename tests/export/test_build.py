@@ -20,8 +20,8 @@ from forcing_kv.export.onnx_graph import INLINE_NBYTES
 from forcing_kv.export.planning import BUILD_VERSION, BuildPlan, GraphBuild, plan_build
 from forcing_kv.export.rtx_graph import fuse_attention, inline_bodies, read_onnx
 from forcing_kv.export.stripped_weights import mark_stripped, shared_weights
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.constant_table import map_constants, read_constants, read_table
+from forcing_kv.runtime_trt.bundle.constants import map_constants, read_constants, read_table
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import (
     BundleError,
@@ -29,9 +29,9 @@ from forcing_kv.runtime_trt.errors import (
     InputError,
     MissingDependencyError,
 )
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(
     2, dim=64, ffn_dim=64, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8

@@ -11,12 +11,12 @@ from stand_ins import tiny_decoder_files
 
 from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.decoder import VideoDecoder
 from forcing_kv.runtime_trt.errors import BundleError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(
     2, dim=24, ffn_dim=16, num_heads=2, in_channels=2, text_len=4, text_dim=8, freq_dim=8
@@ -96,7 +96,7 @@ def part_states(manifest, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_verify_names_a_state_that_is_wrong(plain_bundle, files, tmp_path, dtype, monkeypatch):
-    from forcing_kv.runtime_trt.backends.decode_onnxruntime import OnnxRuntimeDecodeRunner
+    from forcing_kv.runtime_trt.decode.onnxruntime import OnnxRuntimeDecodeRunner
 
     bundle = shutil.copytree(plain_bundle, tmp_path / "bundle")
     vae, tae = files

@@ -21,12 +21,12 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.runtime_trt import Session
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(
     3, dim=48, ffn_dim=40, num_heads=4, in_channels=2, text_len=6, text_dim=20, freq_dim=16

@@ -1,4 +1,4 @@
-"""Captured graphs take and return what `runtime_trt.ports` says, fused or not."""
+"""Captured graphs take and return what `runtime_trt.rollout.ports` says, fused or not."""
 
 import copy
 from dataclasses import replace
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from forcing_kv.export.capture import graph_sources
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import FUSED, PLAIN, FusionOptions
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
 SHAPE = ModelShape(3, 24, 16, 3, in_channels=2, text_len=6, text_dim=5, freq_dim=8)
 CONFIG = RolloutConfig(

@@ -17,7 +17,7 @@ from forcing_kv.export.key_maps import official_from_diffusers
 from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.export.safetensors_map import map_safetensors
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 SHAPE = ModelShape(2, 24, 40, 2, in_channels=4, text_len=6, text_dim=8, freq_dim=16)
 RANK = 4
@@ -366,7 +366,7 @@ def test_loading_never_needs_the_model_twice(tmp_path, suffix):
 import threading, time
 from pathlib import Path
 from forcing_kv.export.checkpoints import load_model
-from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
@@ -410,9 +410,9 @@ def test_denoiser_equals_diffusers_on_one_chunk():
     from diffusers import WanTransformer3DModel
 
     from forcing_kv.export.graphs import PromptGraph, StepGraph
-    from forcing_kv.runtime_trt.config import RolloutConfig
-    from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition
-    from forcing_kv.runtime_trt.schedule import rope_table, time_sinusoid
+    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+    from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition
+    from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 
     torch.manual_seed(0)
     theirs = WanTransformer3DModel(

@@ -8,7 +8,7 @@ from shared_exports import export_once
 
 from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.verify import GoldenCase, verify_golden
-from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 
 CASES = sorted(

@@ -32,13 +32,13 @@ from forcing_kv.export.memory_model import (
     weight_counts,
 )
 from forcing_kv.export.presets import PRESETS, WAN_1_3B, WAN_14B
-from forcing_kv.runtime_trt.buffers import BufferSpec
-from forcing_kv.runtime_trt.chunk_resources import ChunkResources
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.cuda.buffers import BufferSpec
+from forcing_kv.runtime_trt.cuda.chunk_resources import ChunkResources
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.graph_info import GraphInfo
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 
 PERCENT = 0.01
 SMALL = ModelShape(

@@ -19,7 +19,7 @@ from forcing_kv.export.flags import (
     given,
 )
 from forcing_kv.export.options import ExportRequest
-from forcing_kv.runtime_trt.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy
 
 
 @flags()

@@ -29,15 +29,15 @@ from forcing_kv.export.memory_model import engine_nbytes
 from forcing_kv.export.onnx_graph import onnx_model
 from forcing_kv.export.stripped_weights import shared_weights
 from forcing_kv.export.verify_bundle import verify_bundle
-from forcing_kv.runtime_trt.backends import open_backend
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.fp8 import LINEARS, Fp8Scales, LinearScales
+from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest
+from forcing_kv.runtime_trt.bundle.schema import load_as
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
-from forcing_kv.runtime_trt.fp8 import LINEARS, Fp8Scales, LinearScales
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import MANIFEST_FILE, read_manifest
-from forcing_kv.runtime_trt.schedule import Schedule
-from forcing_kv.runtime_trt.schema import load_as
+from forcing_kv.runtime_trt.open import open_backend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(
     2, dim=64, ffn_dim=96, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8

@@ -10,9 +10,9 @@ import torch
 from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.presets import PRESETS
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import ChunkShape, HeadPartition
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition
 
 PARAMETERS = 1_418_996_800
 

@@ -31,8 +31,8 @@ import torch
 from forcing_kv.export.bundle import BundleLabels, export_bundle
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8_model import block_linears, scales_for
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 
 torch.set_num_threads(1)
 shape = ModelShape(30, dim=1536, ffn_dim=8960, num_heads=12)

@@ -10,11 +10,11 @@ import torch
 from forcing_kv.export.capture import GraphSource, graph_sources
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import FUSED, FusionOptions, fuse_gelu_, fuse_qkv_
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import time_sinusoid
-from forcing_kv.runtime_trt.text_fold import fold_text
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import time_sinusoid
+from forcing_kv.runtime_trt.rollout.text_fold import fold_text
 
 STEP = 2
 TEXT = 7

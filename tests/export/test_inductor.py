@@ -18,15 +18,15 @@ from forcing_kv.export.inductor_package import InductorOptions
 from forcing_kv.export.rewrite import sort_heads_
 from forcing_kv.export.verify import GoldenCase, verify_golden
 from forcing_kv.export.verify_bundle import verify_bundle
-from forcing_kv.runtime_trt.backends import open_backend
-from forcing_kv.runtime_trt.backends.inductor import InductorBackend
-from forcing_kv.runtime_trt.backends.open_inductor import open_inductor
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
-from forcing_kv.runtime_trt.graph_info import GraphInfo, TensorInfo
-from forcing_kv.runtime_trt.inductor_package import check_environment, environment
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.inductor.backend import InductorBackend
+from forcing_kv.runtime_trt.inductor.open import open_inductor
+from forcing_kv.runtime_trt.inductor.package import check_environment, environment
+from forcing_kv.runtime_trt.open import open_backend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.session import Session
 
 

@@ -9,9 +9,9 @@ from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
 from forcing_kv.runtime_trt import Session
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(
     3, dim=36, ffn_dim=24, num_heads=3, in_channels=2, text_len=4, text_dim=5, freq_dim=8

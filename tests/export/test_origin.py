@@ -15,8 +15,8 @@ from forcing_kv.export.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION
 from forcing_kv.export.presets import load_preset
 from forcing_kv.export.request import ExportRequest, resolve
 from forcing_kv.export.shipped import shipped_model
+from forcing_kv.runtime_trt.bundle.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION
 
 CONFIG = {
     "dim": 32, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "in_dim": 4, "freq_dim": 8,

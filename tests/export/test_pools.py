@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from forcing_kv.export.graphs import EvictGraph
 from forcing_kv.runtime_trt.backends.base import ChunkPositions, copy_rows
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import ModelShape
-from forcing_kv.runtime_trt.ports import kv_names
-from forcing_kv.runtime_trt.timeline import ChunkPlan, Timeline
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.ports import kv_names
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
 
 MODEL = ModelShape(3, dim=12, ffn_dim=4, num_heads=3, text_len=1, text_dim=1, freq_dim=2)
 GRID = (6, 4)

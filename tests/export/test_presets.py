@@ -13,7 +13,7 @@ from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.presets import PRESETS, load_preset
 from forcing_kv.export.request import ExportRequest, resolve
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import (
+from forcing_kv.runtime_trt.rollout.layout import (
     CachePolicy,
     ChunkShape,
     HeadPartition,

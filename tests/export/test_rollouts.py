@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.engine import eager_session
-from forcing_kv.runtime_trt.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 MODEL = ModelShape(
     3, dim=36, ffn_dim=24, num_heads=3, in_channels=2, text_len=4, text_dim=5, freq_dim=8

@@ -16,7 +16,7 @@ from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 
 BUILDER_FILES = ("export/engine_builder.py", "export/stripped_weights.py", "export/refit.py")
 RUNTIME_FILES = (
-    "runtime_trt/tensorrt_engine.py", "runtime_trt/jit_cache.py", "runtime_trt/refit.py",
+    "runtime_trt/tensorrt/engine.py", "runtime_trt/tensorrt/jit_cache.py", "runtime_trt/tensorrt/refit.py",
 )  # fmt: skip
 NAME = re.compile(r"(?:self\.(?:_plans\.)?)?trt\.([A-Z][\w.]*)")
 """A class of the module's, or a member of one, as the sources write it."""

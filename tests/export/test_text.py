@@ -10,8 +10,8 @@ from stand_ins import tiny_tokenizer, tiny_umt5, umt5_original, write_wan_text_e
 
 from forcing_kv.export import text
 from forcing_kv.export.text import TextEncoder, clean_prompt
+from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.prompt_file import read_prompts
 
 TEXT_LEN = 12
 

@@ -8,11 +8,11 @@ from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.bundle_weights import read_bundle_weights
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.verify_bundle import verify_bundle
-from forcing_kv.runtime_trt.backends import open_backend
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.open import open_backend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 
 def exported(folder, dtype, *, equal=False):

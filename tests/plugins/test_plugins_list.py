@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="needs PyTorch: pip install 'forcing-kv[expo
 
 from forcing_kv.export.presets import load_preset
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.op_workload import compressed_layer
 
 

@@ -8,9 +8,9 @@ import torch
 from onnx_ir import DataType
 from safetensors.torch import save
 
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.dtypes import BY_ONNX, DTYPES, dtype_name, widened
 from forcing_kv.runtime_trt.errors import BundleError
-from forcing_kv.runtime_trt.manifest import read_manifest
 
 
 @pytest.mark.parametrize("name", DTYPES)

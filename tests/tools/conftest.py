@@ -27,8 +27,8 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from forcing_kv.export.bundle import BundleLabels
     from forcing_kv.export.denoiser import CausalWanModel
-    from forcing_kv.runtime_trt.config import RolloutConfig
-    from forcing_kv.runtime_trt.layout import HeadPartition
+    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+    from forcing_kv.runtime_trt.rollout.layout import HeadPartition
     from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE
 
     torch.manual_seed(0)

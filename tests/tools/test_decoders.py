@@ -12,9 +12,9 @@ from stand_ins import decode_clip, tiny_decoder_files
 from forcing_kv.export.decoders import add_decoder
 from forcing_kv.export.tae import tiny_decoder
 from forcing_kv.export.vae import wan_decoder
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
-from forcing_kv.runtime_trt.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_decoder_needs_neither_torch_nor_diffusers(bundle, run_blocked):
     done = run_blocked(
         "from pathlib import Path\nimport numpy as np\n"
         "from forcing_kv.runtime_trt.decoder import VideoDecoder\n"
-        "from forcing_kv.runtime_trt.manifest import read_manifest\n"
+        "from forcing_kv.runtime_trt.bundle.manifest import read_manifest\n"
         f"bundle = Path({str(bundle)!r})\n"
         "decoder = VideoDecoder.open(bundle, read_manifest(bundle), 'tae', num_threads=1)\n"
         "print(decoder.decode(np.zeros((3, 16, 8, 8), np.float32)).shape)",

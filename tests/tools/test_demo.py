@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.session import Chunk
 from forcing_kv.tools.demo_pictures import (
     Clip,

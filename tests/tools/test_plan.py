@@ -8,9 +8,9 @@ from forcing_kv.export.memory_model import buffer_nbytes
 from forcing_kv.export.presets import PRESETS
 from forcing_kv.export.request import ExportRequest, resolve
 from forcing_kv.runtime_trt import Session
-from forcing_kv.runtime_trt.chunk_program import plan_memory
-from forcing_kv.runtime_trt.manifest import read_manifest
-from forcing_kv.runtime_trt.resolution import parse_latent_size
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
+from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
 from forcing_kv.tools.plan_request import spread
 
 

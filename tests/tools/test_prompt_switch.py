@@ -13,10 +13,10 @@ from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.checkpoints import load_model
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.inductor_package import InductorOptions
-from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.heads import read_heads
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.heads import read_heads
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.digits import shipped
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from forcing_kv.runtime_trt.cuda import Cuda
+from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.tools import selftest
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from forcing_kv.export.flags import Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
-from forcing_kv.runtime_trt.resolution import parse_latent_size
+from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
 from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:

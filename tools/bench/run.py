@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.runtime_trt.layout import HeadPartition
-from forcing_kv.runtime_trt.manifest import read_manifest
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure
 from forcing_kv.tools.bench.options import BenchRequest

@@ -18,12 +18,12 @@ from forcing_kv.export.presets import (
     PUBLISHED_STATIC_HEADS,
     WAN_1_3B,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +247,7 @@ def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> Cau
 
 def _digits(policy: PolicyName, dtype: DType) -> Workload:
     from forcing_kv.export.shipped import shipped_model
-    from forcing_kv.runtime_trt.heads import read_heads
+    from forcing_kv.runtime_trt.bundle.heads import read_heads
 
     shipped = shipped_model("digits")
     partition = read_heads(shipped.HEADS, shipped.MODEL).partition

@@ -14,10 +14,10 @@ from cyclopts import Parameter
 from forcing_kv.export.flags import Int, Json, PositiveInt, YesNo, between, flags
 from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.origin import Origin
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.hashes import sha256_of
-from forcing_kv.runtime_trt.heads import read_heads
 from forcing_kv.tools.digits import shipped
 
 SHORT_CHUNKS, LONG_CHUNKS = 7, 20

@@ -5,9 +5,9 @@ import torch
 
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.workloads import Workload, random_prompt
 

@@ -9,7 +9,7 @@ from forcing_kv.plugins import tuning
 from forcing_kv.plugins.accuracy import output_errors
 from forcing_kv.plugins.cases import attention_case
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
-from forcing_kv.runtime_trt.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.kernels.baselines import Baseline, baseline_errors, baselines
 from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
 from forcing_kv.tools.bench.kernels.flex_attention import flex_call

@@ -7,8 +7,8 @@ import pytest
 
 from forcing_kv.export.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import ChunkShape
-from forcing_kv.runtime_trt.schedule import Schedule
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.tools.digits import codec, data, shipped, text
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (extra `train`)")

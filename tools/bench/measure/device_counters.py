@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from forcing_kv.runtime_trt.ports import kv_names
+from forcing_kv.runtime_trt.rollout.ports import kv_names
 from forcing_kv.runtime_trt.session import Session
 
 

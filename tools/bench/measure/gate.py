@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.files import replaced_file
-from forcing_kv.runtime_trt.ports import port_name, split_name
+from forcing_kv.runtime_trt.rollout.ports import port_name, split_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import Workload
 

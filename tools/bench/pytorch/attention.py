@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import HeadKind
-from forcing_kv.runtime_trt.ports import pool_ports
-from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.ports import pool_ports
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
 
 class History(Protocol):

@@ -30,9 +30,9 @@ from forcing_kv.runtime_trt.backends.base import (
     StepScalars,
     copy_rows,
 )
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.ports import POSITIONS, kv_names, ports, ports_by_name
-from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import POSITIONS, kv_names, ports, ports_by_name
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 from forcing_kv.tools.bench.pytorch.attention import empty_pools
 from forcing_kv.tools.bench.pytorch.evict import PlainEvict
 from forcing_kv.tools.bench.pytorch.options import HISTORIES, TorchOptions

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forcing_kv.export.graphs import candidate_layout
 from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 Rows = list[Tensor]
 

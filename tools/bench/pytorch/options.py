@@ -11,7 +11,7 @@ import torch
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
 from forcing_kv.export.graphs import StepGraph
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.tools.bench.pytorch.attention import (
     DenseHistory,
     GroupedHistory,

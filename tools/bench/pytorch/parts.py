@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.runtime_trt.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
 
 @dataclass(frozen=True)

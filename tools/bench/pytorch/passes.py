@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from forcing_kv.export.denoiser import Attention, CausalWanModel, rms_norm, rotate_pairs, unpatchify
 from forcing_kv.export.graphs import ChunkInputs, StepGraph
-from forcing_kv.runtime_trt.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.tools.bench.pytorch.attention import History
 
 Rows = list[Tensor]

@@ -18,8 +18,8 @@ from forcing_kv.export.fp8_file import read_fp8
 from forcing_kv.export.fp8_model import quantize_, scales_for
 from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.export.rewrite import share_weights
-from forcing_kv.runtime_trt.config import RolloutConfig
-from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 from forcing_kv.tools.digits import codec, text
 from forcing_kv.tools.digits.evaluation import metrics
 from forcing_kv.tools.digits.shipped import (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from forcing_kv.runtime_trt.files import replaced_file, write_file
+from forcing_kv.runtime_trt.bundle.files import replaced_file, write_file
 from forcing_kv.tools.digits.training.network import build_model
 from forcing_kv.tools.digits.training.objective import Predictor, step_loss
 from forcing_kv.tools.digits.training.optimiser import Average, build_optimisers

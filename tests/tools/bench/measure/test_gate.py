@@ -7,7 +7,7 @@ import pytest
 import torch.nn.functional as F
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import ChunkShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape
 from forcing_kv.tools.bench.measure.gate import (
     References,
     RolloutResult,

@@ -15,7 +15,7 @@ from forcing_kv.export.bundle import BundleLabels
 from forcing_kv.export.cost_model import first_steady_chunk
 from forcing_kv.export.engine import eager_session
 from forcing_kv.export.memory_model import buffer_nbytes
-from forcing_kv.runtime_trt.backends.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure

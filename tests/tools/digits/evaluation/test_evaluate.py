@@ -9,7 +9,7 @@ import pytest
 
 from forcing_kv.export.origin import Origin
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 from forcing_kv.tools.digits import evaluate, shipped
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (extra `train`)")

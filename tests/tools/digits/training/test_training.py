@@ -178,8 +178,8 @@ def test_the_plain_rollout_equals_the_eager_session() -> None:
     import dense_rollout
 
     from forcing_kv.export.engine import eager_session
-    from forcing_kv.runtime_trt.config import RolloutConfig
-    from forcing_kv.runtime_trt.layout import CachePolicy, HeadPartition
+    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+    from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
     from forcing_kv.tools.digits import shipped
 
     model, caption = _random_model(), "a digit 7 moving up ."

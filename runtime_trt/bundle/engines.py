@@ -1,0 +1,252 @@
+"""What a manifest records of built engines, whichever backend's, and how to build them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import check_hashes
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
+
+COMPATIBLE_MIN_SM = 80
+"""First generation of GPUs for hardware-compatible engines (Ampere)."""
+
+
+@dataclass(frozen=True)
+class EngineDetail:
+    """What TensorRT's builder told of one graph's engine."""
+
+    inputs_sha256: str = ""
+    """Hash of everything that it was made of."""
+    nbytes: int = 0
+    """Size of the plan."""
+    weight_nbytes: int = 0
+    """Device memory of its weights."""
+    scratch_nbytes: int | None = None
+    """None where the builder does not tell (Torch-TensorRT)."""
+    num_layers: int = 0
+    num_fused_attention: int = 0
+    num_fp8_products: int = 0
+    build_seconds: float = 0.0
+    refitted: bool = False
+    """Whether it is another bundle's engine with this one's weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        if not self.refitted:
+            del data["refitted"]
+        return data
+
+
+@dataclass(frozen=True)
+class EnginePart:
+    """The engines of the denoiser or of one decoder, in one folder."""
+
+    folder: str
+    """Path within the bundle."""
+    build_seconds: float
+    files: Mapping[str, str]
+    """Hash of every file, by its path within the bundle."""
+    graphs: Mapping[str, GraphInfo]
+    """Inputs and outputs; `file` is the plan or the package."""
+    details: Mapping[str, EngineDetail] = field(default_factory=dict)
+    """By graph; none for Inductor."""
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Every file, graphs last, and its hash."""
+        return {**self.files, **{graph.file: graph.sha256 for graph in self.graphs.values()}}
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Device memory of the weights of all graphs."""
+        return sum(detail.weight_nbytes for detail in self.details.values())
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Largest scratch of any graph."""
+        return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {key: getattr(self, key) for key in ("folder", "build_seconds", "files")}
+        data["graphs"] = {name: asdict(graph) for name, graph in self.graphs.items()}
+        if self.details:
+            data["details"] = {name: each.to_json() for name, each in self.details.items()}
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderEngines(EnginePart):
+    """The engines of one video decoder."""
+
+    decoder_sha256: str
+    """Hash of the decoder that they were made of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        first = {"folder": self.folder, "decoder_sha256": self.decoder_sha256}
+        return {**first, **super().to_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord(EnginePart):
+    """One entry of a manifest's `engines`: the denoiser's, and with them those of the decoders.
+
+    Raises:
+        InputError: it does not say what it was built for.
+    """
+
+    backend: str
+    """What built it: tensorrt, tensorrt-rtx or inductor."""
+    environment: Mapping[str, str]
+    """What it was built for and with: device or sm, and versions."""
+    options: Mapping[str, Any]
+    """Those of the build that differ from the defaults (TensorRT), or all."""
+    target: str | None = None
+    """GPU architecture that TensorRT built for, such as sm89."""
+    decoders: Mapping[str, DecoderEngines] = field(default_factory=dict)
+    """By kind: vae, tae."""
+
+    def __post_init__(self) -> None:
+        needed = "device" if self.backend == "inductor" else "sm"
+        found = self.environment.get(needed, "")
+        if not found or (needed == "sm" and not found.isdecimal()):
+            raise InputError(
+                f"environment.{needed} is {found!r}; it must say what the engine is for, such as "
+                "cuda (device) or 89 (sm)"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        target = {} if self.target is None else {"target": self.target}
+        first = {
+            "backend": self.backend, **target, "folder": self.folder,
+            "environment": self.environment, "options": self.options,
+        }  # fmt: skip
+        decoders = {kind: part.to_json() for kind, part in self.decoders.items()}
+        return {**first, **super().to_json(), "decoders": decoders}
+
+    @property
+    def parts(self) -> tuple[EnginePart, ...]:
+        """The denoiser's, and each decoder's."""
+        return (self, *self.decoders.values())
+
+    def part(self, decoder: str | None) -> EnginePart | None:
+        """The denoiser's (None) or a decoder's, if there is one."""
+        return self if decoder is None else self.decoders.get(decoder)
+
+    @property
+    def sm(self) -> int:
+        """Compute capability that it was built for, major * 10 + minor."""
+        return int(self.environment["sm"])
+
+    def runs_on(self, sm: int) -> bool:
+        """Whether a GPU of that compute capability can run it."""
+        compatible = self.options.get("hardware_compatible") is True
+        return self.sm == sm or (compatible and min(sm, self.sm) >= COMPATIBLE_MIN_SM)
+
+    def rebuild_command(self, bundle: Path) -> str:
+        """The `fkv build` that makes these engines again."""
+        if self.backend == "inductor":
+            return build_command(bundle, "inductor", options={"device": self.environment["device"]})
+        return build_command(bundle, self.backend, self.sm, self.options)
+
+    def check_graphs(self, bundle: Path, graphs: Mapping[str, GraphInfo]) -> None:
+        """Compare inputs and outputs with those of the bundle's own graphs.
+
+        Raises:
+            BundleError: they differ.
+        """
+        found = {name: (graph.inputs, graph.outputs) for name, graph in self.graphs.items()}
+        wanted = {name: (graph.inputs, graph.outputs) for name, graph in graphs.items()}
+        if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+            raise BundleError(
+                f"{bundle}: engine {self.folder} is not of this bundle's graphs {wrong}; "
+                f"{self.rebuild_command(bundle)}"
+            )
+
+    def check_files(self, bundle: Path) -> None:
+        """Compare the files of its graphs, decoders left out, with their recorded hashes.
+
+        Raises:
+            BundleError: one is missing or altered.
+        """
+        check_hashes(bundle, self.hashes, "it was built", self.rebuild_command(bundle))
+
+    def decoder(self, bundle: Path, kind: str, sha256: str) -> EngineRecord:
+        """The record of one decoder's engines, as if they had been built alone.
+
+        Args:
+            bundle: directory of the bundle.
+            kind: vae or tae.
+            sha256: hash of the decoder that the bundle holds now.
+
+        Raises:
+            BackendUnavailableError: there are none.
+            BundleError: they were made of another decoder.
+        """
+        part, where = self.decoders.get(kind), f"{bundle}: engine {self.folder}"
+        if part is None:
+            raise BackendUnavailableError(
+                f"{where} holds no {kind} decoder; make it with {self.rebuild_command(bundle)}"
+            )
+        if part.decoder_sha256 != sha256:
+            raise BundleError(
+                f"{where}: its {kind} decoder was compiled from another one than the bundle holds "
+                f"now; {self.rebuild_command(bundle)}"
+            )
+        return replace(
+            self,
+            folder=part.folder,
+            build_seconds=part.build_seconds,
+            files=part.files,
+            graphs=part.graphs,
+            details=part.details,
+            decoders={},
+        )
+
+
+_NAMED_APART = ("backend", "target")
+"""Options of a record that a command names on its own."""
+
+
+def build_command(
+    bundle: Path, backend: str, sm: int | None = None, options: Mapping[str, Any] | None = None
+) -> str:
+    """The `fkv build` that makes the engine that is missing.
+
+    Args:
+        bundle: directory of the bundle.
+        backend: tensorrt, tensorrt-rtx or inductor.
+        sm: compute capability of the GPU.
+        options: those of the build that differ from the defaults.
+    """
+    given = {key: value for key, value in (options or {}).items() if key not in _NAMED_APART}
+    flags = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in given.items()
+    ]
+    if backend == "tensorrt-rtx" and sm is not None:
+        flags.insert(0, f"--target sm{sm}")
+    return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"
+
+
+def check_engines(bundle: Path, records: Iterable[EngineRecord]) -> None:
+    """Compare the files of every engine, decoders' too, with their recorded hashes.
+
+    Raises:
+        BundleError: one is missing or altered.
+    """
+    for record in records:
+        for part in record.parts:
+            check_hashes(bundle, part.hashes, "it was built", record.rebuild_command(bundle))
+
+
+def weight_table(plan: str) -> str:
+    """File beside a stripped plan that says where the bundle holds its weights."""
+    return plan.removesuffix(".plan") + ".weights.json"

@@ -1,0 +1,149 @@
+"""Files of encoded prompts, read and written with numpy alone: safetensors, or plain arrays.
+
+Layout of safetensors: an unsigned 64-bit little-endian header length, a JSON header, the raw
+tensors. The one tensor is `prompt_embeds` [prompts, text_len, text_dim]; the metadata holds the
+texts.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.bundle.files import replaced_file
+from forcing_kv.runtime_trt.bundle.schema import parse_json
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
+from forcing_kv.runtime_trt.errors import InputError
+
+Float32 = NDArray[np.float32]
+
+TENSOR = "prompt_embeds"
+FORMAT = "forcing_kv.prompts"
+_CODES = {DTYPES[name].safetensors: DTYPES[name] for name in COMPUTE_DTYPES}
+_MAX_HEADER_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """Encoded prompts and what they were."""
+
+    prompts: tuple[str, ...]
+    """The texts; empty strings where the file does not hold them."""
+    embeds: Float32
+    """[prompts, text_len, text_dim], padding rows zero."""
+    text_encoder: str = ""
+    """Kind of encoder that made them, such as umt5-xxl."""
+
+
+def write_prompts(path: Path, content: PromptFile) -> None:
+    """Write encoded prompts, whole or not at all.
+
+    Args:
+        path: `.safetensors` file; replaced if it exists.
+        content: what to write, as float32.
+    """
+    embeds = np.ascontiguousarray(content.embeds, "<f4")
+    metadata = {
+        "format": FORMAT,
+        "prompts": json.dumps(list(content.prompts)),
+        "text_encoder": content.text_encoder,
+    }
+    tensor = {"dtype": "F32", "shape": list(embeds.shape), "data_offsets": [0, embeds.nbytes]}
+    header = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    with replaced_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(embeds.tobytes())
+
+
+def read_prompts(path: Path, size: tuple[int, int] | None = None) -> PromptFile:
+    """Read encoded prompts: this project's files, others with `prompt_embeds`, or plain arrays.
+
+    Args:
+        path: `.safetensors` with a tensor of float32, float16 or bfloat16; or `.npy`, or `.npz`
+            with arrays of any name: floats [text_len, text_dim], or [prompts, text_len, text_dim].
+        size: text_len and text_dim that are needed; None takes any.
+
+    Raises:
+        InputError: missing, truncated, malformed, of another dtype, rank or size, or not finite.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path, size)
+    _check_array(content.embeds, f"{path}: {TENSOR}", size)
+    return content
+
+
+def _check_array(array: NDArray[Any], name: str, size: tuple[int, int] | None) -> None:
+    floating = np.issubdtype(array.dtype, np.floating) and array.ndim in (2, 3) and array.size > 0
+    if floating and np.isfinite(array).all() and size in (None, array.shape[-2:]):
+        return
+    needed = "[text_len, text_dim]" if size is None else str(list(size))
+    raise InputError(
+        f"{name} is {array.dtype} of shape {list(array.shape)}; needed are finite floats of shape "
+        f"{needed}, or a stack of such; encode the prompts with `fkv encode-prompt`"
+    )
+
+
+def _read_arrays(path: Path, size: tuple[int, int] | None) -> PromptFile:
+    """Prompts of a `.npy` file, without texts, or of a `.npz` file, by the names of its arrays."""
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: cannot be read as .safetensors, .npz or .npy ({error})"
+        ) from error
+    prompts: list[str] = []
+    embeds: list[Float32] = []
+    for name, array in arrays.items():
+        _check_array(array, f"{path}: {name or 'the array'}", size)
+        stack = array if array.ndim == 3 else array[None]
+        many = name and len(stack) > 1
+        prompts += [f"{name}[{place}]" if many else name for place in range(len(stack))]
+        embeds += list(stack.astype(np.float32))
+    if len({array.shape for array in embeds}) != 1:
+        raise InputError(f"{path}: needed are arrays of one size [text_len, text_dim]")
+    return PromptFile(tuple(prompts), np.stack(embeds))
+
+
+def _read_safetensors(path: Path) -> PromptFile:
+    remedy = "encode the prompt again with `fkv encode-prompt`"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    try:
+        header, data = _split(content)
+        tensor = header[TENSOR]
+        begin, end = tensor["data_offsets"]
+        dtype = _CODES[tensor["dtype"]]
+        stored = np.frombuffer(data[begin:end], np.dtype(dtype.numpy).newbyteorder("<"))
+        array = stored.reshape(tensor["shape"])
+        metadata: Mapping[str, Any] = header.get("__metadata__", {})
+        texts = parse_json(metadata.get("prompts", "[]"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a file of encoded prompts, or truncated ({error!r}); {remedy}"
+        ) from error
+    embeds = widened(array, dtype.name).astype(np.float32)
+    embeds = embeds[None] if embeds.ndim == 2 else embeds
+    prompts = tuple(str(text) for text in texts) or ("",) * len(embeds)
+    if len(prompts) != len(embeds):
+        raise InputError(f"{path}: {len(embeds)} embeddings but {len(prompts)} texts; {remedy}")
+    return PromptFile(prompts, embeds, metadata.get("text_encoder", ""))
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(content[:8], "little")
+    if not 2 <= length <= min(_MAX_HEADER_NBYTES, len(content) - 8):
+        raise ValueError("no safetensors header")
+    header = parse_json(content[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    return header, content[8 + length :]

@@ -1,0 +1,1 @@
+"""CUDA without PyTorch: buffers, streams, and one graph a chunk."""

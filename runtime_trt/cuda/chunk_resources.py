@@ -1,0 +1,106 @@
+"""Streams, events, device memory and pinned blocks of one session, released together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory, PinnedMirror
+from forcing_kv.runtime_trt.cuda.capture import CapturedGraph
+from forcing_kv.runtime_trt.cuda.chunk_program import SLOTS, plan_memory, result_names, upload_names
+from forcing_kv.runtime_trt.cuda.runtime import Cuda
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+
+SLOT_EVENTS = ("start", "steps", "clean", "evict", "commit", "chunk", "held", "copied")
+"""Marks of a slot's current chunk, in the order in which they pass."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one chunk needs from its upload until its result is read."""
+
+    upload: PinnedMirror
+    """Inputs on their way to the device."""
+    result: PinnedMirror
+    """Results on the host."""
+    held: str
+    """Device buffer that keeps the result while the next chunk overwrites its source."""
+    events: Mapping[str, int]
+    """`SLOT_EVENTS`."""
+
+
+class ChunkResources:
+    """Everything on the device that a session owns beside the engine.
+
+    Args:
+        cuda: the device.
+        config: rollout configuration.
+        graphs: inputs and outputs of the graphs.
+        scratch_nbytes: largest scratch of any graph.
+        on_close: runs after everything else is released.
+
+    Raises:
+        BackendUnavailableError: not enough device memory.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        config: RolloutConfig,
+        graphs: Mapping[str, GraphInfo],
+        scratch_nbytes: int,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._cuda = cuda
+        self.graphs: dict[object, CapturedGraph] = {}
+        """Captured graphs by variant."""
+        with ExitStack() as stack:
+            stack.callback(on_close)
+            cuda.bind_thread()
+            self.stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
+            self.copy_stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
+            plan = plan_memory(config, graphs, scratch_nbytes)
+            self.memory = DeviceMemory(cuda, plan)
+            stack.callback(cuda.free, self.memory.base)
+            self.slots = tuple(self._slot(stack, config, held) for held in SLOTS)
+            stack.callback(self._drop_graphs)
+            # Runs first when the stack unwinds: nothing is freed under work that is on its way.
+            # So nothing is enqueued before this line.
+            for stream in (self.copy_stream, self.stream):
+                stack.callback(cuda.synchronize, stream)
+            self.memory.clear(cuda, self.stream)
+            self._stack = stack.pop_all()
+
+    @staticmethod
+    def _owned(stack: ExitStack, create: Callable[[], int], destroy: Callable[[int], None]) -> int:
+        handle = create()
+        stack.callback(destroy, handle)
+        return handle
+
+    def _slot(self, stack: ExitStack, config: RolloutConfig, held: str) -> Slot:
+        cuda = self._cuda
+
+        def pinned(names: Sequence[str]) -> PinnedMirror:
+            mirror = PinnedMirror(cuda, self.memory.plan, names)
+            stack.callback(cuda.free_host, mirror.address)
+            return mirror
+
+        upload, result = pinned(upload_names(config)), pinned(result_names(config))
+        events = {
+            name: self._owned(stack, cuda.create_event, cuda.destroy_event) for name in SLOT_EVENTS
+        }
+        return Slot(upload, result, held, events)
+
+    def _drop_graphs(self) -> None:
+        for graph in self.graphs.values():
+            self._cuda.destroy_executable(graph.executable)
+        self.graphs.clear()
+
+    def close(self) -> None:
+        """Wait for the device and release everything, in reverse order; may be called twice.
+
+        One failing release (a device in error) does not stop the others; the first is raised.
+        """
+        self._stack.close()

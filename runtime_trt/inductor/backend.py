@@ -1,0 +1,117 @@
+"""Graphs compiled by AOTInductor, run one after another on torch tensors; CPU or CUDA.
+
+On CUDA the production path is the chunk graph (`backends/chunk_graph.py` over `InductorEngine`);
+this one enqueues every graph on its own there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forcing_kv.runtime_trt.backends.base import (
+    Backend,
+    ChunkPositions,
+    Float32,
+    StepScalars,
+    copy_rows,
+    outputs_of,
+)
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.inductor.package import InductorPackage
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import pool_ports
+from forcing_kv.runtime_trt.rollout.text_fold import fold_text
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InductorBackend(Backend):
+    """Runs a package over pools that it owns.
+
+    Args:
+        config: rollout configuration.
+        package: compiled graphs; closed with this backend.
+    """
+
+    name = "inductor"
+
+    def __init__(self, config: RolloutConfig, package: InductorPackage) -> None:
+        super().__init__(config)
+        self._torch = require("torch", extra="inductor")
+        self.package = package
+        self.tensors: dict[str, Tensor] = {}
+        """Inputs and outputs by name: pools, text and the last pass's results."""
+        for port in pool_ports(config):
+            self.tensors[port.name] = self._torch.zeros(
+                port.shape, dtype=getattr(self._torch, port.dtype), device=package.device
+            )
+
+    def _put(self, **arrays: Any) -> None:
+        for name, array in arrays.items():
+            self.tensors[name] = self._torch.as_tensor(array, device=self.package.device)
+
+    def _run(self, graph: str) -> None:
+        with self._torch.inference_mode():
+            self.tensors |= self.package.run(graph, self.tensors)
+
+    def set_prompt(self, prompt_embeds: Float32) -> None:
+        """See base class."""
+        rows = self.num_text_rows
+        if rows != len(prompt_embeds) or self._folds_text:
+            prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
+            self._put(text_bias=bias)
+        self._put(prompt_embeds=prompt_embeds)
+        self._run("prompt")
+
+    @property
+    def num_text_rows(self) -> int:
+        """See base class."""
+        (port,) = self.package.graphs["prompt"].inputs
+        return port.shape[0]
+
+    def outputs_of(self, graph: str) -> Collection[str]:
+        """See base class."""
+        return outputs_of(self.package.graphs, graph)
+
+    @property
+    def _folds_text(self) -> bool:
+        return any(port.name == "text_bias" for port in self.package.graphs["step"].inputs)
+
+    def run_step(
+        self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
+    ) -> tuple[Tensor, Tensor]:
+        """See base class; returns tensors on the device."""
+        self._put(**self.pass_inputs(x, eps, scalars, positions))
+        if scalars.index == self.clean_scalars.index and "clean" in self.package.graphs:
+            self._run("clean")
+            return self.tensors["x"], self.tensors["x"]
+        self._run("step")
+        return self.tensors["x0"], self.tensors["x_next"]
+
+    def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
+        """See base class."""
+        self._run("evict")
+        return self.tensors["scores"].cpu().numpy(), self.tensors["kept"].cpu().numpy()
+
+    def commit(self, plan: ChunkPlan) -> None:
+        """See base class."""
+        with self._torch.inference_mode():
+            copy_rows(plan, self.config, self.tensors)
+
+    def read_tensor(self, name: str) -> NDArray[Any]:
+        """See base class; 16-bit floats as float32."""
+        tensor = self.tensors[name]
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        array: NDArray[Any] = wide.cpu().numpy().copy()
+        return array
+
+    def close(self) -> None:
+        """Drop the package and every tensor."""
+        self.package.close()
+        self.tensors.clear()

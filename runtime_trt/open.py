@@ -1,0 +1,135 @@
+"""Backends, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+from forcing_kv.runtime_trt.backends.base import Backend
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, check_files, read_manifest
+from forcing_kv.runtime_trt.errors import (
+    BackendUnavailableError,
+    ForcingKvError,
+    InputError,
+    missing_dependency,
+)
+from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
+
+BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
+"""Every backend that can open a bundle, best first."""
+
+_MODULES = {name: (flavour.module, flavour.extra) for name, flavour in FLAVOURS.items()} | {
+    "inductor": ("torch", "inductor"),
+    "onnxruntime": ("onnxruntime", "onnxruntime"),
+}
+
+_log = logging.getLogger(__name__)
+
+
+def available_backends() -> dict[str, str | None]:
+    """What each backend lacks on this machine, whatever the bundle; None where it is installed."""
+    return {
+        name: None
+        if importlib.util.find_spec(module) is not None
+        else str(missing_dependency(module, extra=extra))
+        for name, (module, extra) in _MODULES.items()
+    }
+
+
+def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
+    """Resolve `auto` to the best backend that can run here.
+
+    Args:
+        wanted: a backend's name, or auto.
+        bundle: bundle to run, which must hold an engine for the backends that need one; without it
+            only what is installed counts.
+
+    Returns:
+        The backend, and why it is the one.
+
+    Raises:
+        InputError: no such backend.
+        BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
+    """
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise InputError(f"backend {wanted!r} is unknown; choose auto or one of {list(BACKENDS)}")
+    manifest = None if bundle is None else read_manifest(bundle)
+    installed = available_backends()
+    passed_over: list[str] = []
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        reason = installed[name]
+        if reason is None and bundle is not None and manifest is not None:
+            reason = _unusable(name, bundle, manifest)
+        if reason is None:
+            why = "asked for" if wanted != "auto" else "the best that can run here"
+            return name, "; ".join([why, *passed_over])
+        passed_over.append(f"{name}: {reason}")
+    raise BackendUnavailableError("; ".join(passed_over))
+
+
+def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
+    """Why a backend that is installed cannot run this bundle here, or None."""
+    try:
+        if name in FLAVOURS:
+            from forcing_kv.runtime_trt.tensorrt.open import checked_record
+
+            checked_record(bundle, manifest, name)
+        elif name == "inductor":
+            from forcing_kv.runtime_trt.inductor.open import inductor_record
+            from forcing_kv.runtime_trt.inductor.package import check_environment
+
+            environment = inductor_record(bundle, manifest).environment
+            check_environment(environment, environment["device"])
+        elif manifest.config.dtype == "bfloat16":
+            return "it does not run bfloat16 on the CPU; export with --dtype float32"
+    except ForcingKvError as error:
+        return str(error)
+    return None
+
+
+def open_backend(
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    num_threads: int = 0,
+    use_graphs: bool = True,
+) -> Backend:
+    """Check a bundle and open it on a backend.
+
+    Args:
+        bundle: directory written by `fkv export`.
+        backend: a backend's name, or auto.
+        num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+        use_graphs: replay one captured CUDA graph a chunk, for backends that can.
+
+    Raises:
+        BundleError: the bundle is missing, altered, or of another version.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    name, why = choose_backend(backend, folder if backend == "auto" else None)
+    opened = _open(name, folder, manifest, num_threads, use_graphs)
+    opened.chosen_because = why
+    _log.info("%s runs on %s: %s", folder, name, why)
+    return opened
+
+
+def _open(
+    name: str, bundle: Path, manifest: Manifest, num_threads: int, use_graphs: bool
+) -> Backend:
+    if name in FLAVOURS:
+        from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt
+
+        return open_tensorrt(bundle, manifest, name, use_graphs=use_graphs)
+    if name == "inductor":
+        from forcing_kv.runtime_trt.inductor.open import inductor_record, open_inductor
+
+        record = inductor_record(bundle, manifest)
+        return open_inductor(bundle, manifest, record, use_graphs=use_graphs)
+    from forcing_kv.runtime_trt.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, manifest, num_threads)

@@ -1,0 +1,1 @@
+"""A rollout as plain host data: shapes, cache policy, timeline, schedule, noise."""

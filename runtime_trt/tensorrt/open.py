@@ -1,0 +1,134 @@
+"""Opens the TensorRT or TensorRT-RTX engines of a bundle, everything checked first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from forcing_kv.runtime_trt.bundle.engines import EngineRecord
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
+from forcing_kv.runtime_trt.cuda.buffers import require_free_memory
+from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.cuda.runtime import Cuda
+from forcing_kv.runtime_trt.decode.graph import GraphDecodeRunner, plan_decoder_memory
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.runtime_trt.tensorrt.engine import LoadedPlans, TensorRtEngine
+from forcing_kv.runtime_trt.tensorrt.flavours import (
+    FLAVOURS,
+    check_version,
+    choose_record,
+    find_records,
+    nbytes_on_device,
+)
+
+
+def fitting_record(
+    bundle: Path, manifest: Manifest, name: str, cuda: Cuda | None = None
+) -> tuple[EngineRecord, Cuda, Any]:
+    """The engine of this flavour for this GPU; its plans are not looked at.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: its manifest.
+        name: tensorrt, tensorrt-lean or tensorrt-rtx.
+        cuda: the device; the first GPU if None.
+
+    Returns:
+        The engine, the device, and the module that runs it.
+
+    Raises:
+        BackendUnavailableError: no engine, driver, GPU or version for it.
+        BundleError: an engine is not of the bundle's graphs.
+        MissingDependencyError: the runtime is not installed.
+    """
+    flavour = FLAVOURS[name]
+    records = find_records(bundle, manifest, flavour)
+    trt = require(flavour.module, extra=flavour.extra)
+    cuda = cuda or Cuda(extra=flavour.extra)
+    record = choose_record(bundle, records, cuda.device)
+    check_version(bundle, record, flavour, str(trt.__version__))
+    return record, cuda, trt
+
+
+def checked_record(
+    bundle: Path, manifest: Manifest, name: str, cuda: Cuda | None = None
+) -> tuple[EngineRecord, Cuda, Any]:
+    """Everything that can be known before a TensorRT runtime exists; see `fitting_record`.
+
+    Raises:
+        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
+        BundleError: a plan is missing or altered.
+        MissingDependencyError: the runtime is not installed.
+    """
+    record, cuda, trt = fitting_record(bundle, manifest, name, cuda)
+    record.check_files(bundle)
+    needed = nbytes_on_device(record, manifest.config)
+    require_free_memory(cuda, needed, f"{bundle} on {name}")
+    return record, cuda, trt
+
+
+def open_tensorrt(
+    bundle: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    use_graphs: bool = True,
+    cuda: Cuda | None = None,
+) -> ChunkGraphBackend:
+    """Open the engine that fits this GPU.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: its manifest.
+        name: tensorrt, tensorrt-lean or tensorrt-rtx.
+        use_graphs: replay captured chunks.
+        cuda: the device; the first GPU if None.
+
+    Raises:
+        ForcingKvError: see `checked_record`, or TensorRT refuses a plan; nothing is left allocated.
+    """
+    start = perf_counter()
+    record, cuda, trt = checked_record(bundle, manifest, name, cuda)
+    checked = perf_counter()
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
+    loaded = perf_counter()
+    backend = ChunkGraphBackend(cuda, engine, manifest.config, record.graphs, use_graphs=use_graphs)
+    backend.load_ms = {
+        "check": 1e3 * (checked - start), "load plans": 1e3 * (loaded - checked), **backend.load_ms
+    }  # fmt: skip
+    return backend
+
+
+def open_tensorrt_decoder(
+    bundle: Path,
+    manifest: Manifest,
+    kind: str,
+    name: str,
+    *,
+    use_graphs: bool = True,
+    cuda: Cuda | None = None,
+) -> GraphDecodeRunner:
+    """Open the engine of a decoder that fits this GPU; the denoiser's plans are not touched.
+
+    Args:
+        bundle: directory of the bundle; the decoder's own files are checked by the caller.
+        manifest: its manifest.
+        kind: vae or tae.
+        name: tensorrt, tensorrt-lean or tensorrt-rtx.
+        use_graphs: replay captured graphs.
+        cuda: the device; the first GPU if None.
+
+    Raises:
+        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
+        BundleError: a plan is missing, altered, or of another decoder.
+        MissingDependencyError: the runtime is not installed.
+    """
+    shared, cuda, trt = fitting_record(bundle, manifest, name, cuda)
+    record = shared.decoder(bundle, kind, manifest.decoders[kind].sha256)
+    record.check_files(bundle)
+    buffers = plan_decoder_memory(record.graphs, record.scratch_nbytes)
+    nbytes = record.weight_nbytes + buffers.nbytes
+    require_free_memory(cuda, nbytes, f"the {kind} decoder of {bundle} on {name}")
+    engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
+    return GraphDecodeRunner(cuda, engine, record.graphs, use_graphs=use_graphs)
