@@ -115,7 +115,7 @@ def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPla
         return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
     if graph.decoder is None and options.backend == "tensorrt":
         from forcing_kv.export.plugin_setup import register_once
-        from forcing_kv.plugins.tensorrt_plugin import register_tensorrt_plugins
+        from forcing_kv.plugins.bind.tensorrt import register_tensorrt_plugins
 
         register_once(register_tensorrt_plugins, options)
     with _builder_file(plan, graph) as path:

@@ -23,14 +23,14 @@ from forcing_kv.export.denoiser import (
     unpatchify,
 )
 from forcing_kv.export.fusion import PLAIN, FusionOptions, time_tables
-from forcing_kv.plugins.candidates import CandidateLayout
+from forcing_kv.plugins.bind.torch_library import OPERATORS
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.registry import (
     HEAD_INDEXED_ATTENTION,
     QK_NORM_ROPE,
     SEGMENT_SIMILARITY,
     SIMILARITY_EVICTION,
 )
-from forcing_kv.plugins.torch_library import OPERATORS
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.schedule import rope_table
 

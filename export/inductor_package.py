@@ -21,7 +21,7 @@ from forcing_kv.export.cuda_toolchain import cuda_toolchain
 from forcing_kv.export.denoiser import CausalWanModel
 from forcing_kv.export.fp8 import compiler_body as fp8_body
 from forcing_kv.export.fusion import FUSED, FusionOptions
-from forcing_kv.plugins.compiler_bodies import Bodies, aten_bodies, triton_bodies
+from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.dtypes import dtype_name

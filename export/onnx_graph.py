@@ -20,9 +20,9 @@ from onnxscript.rewriter import rewrite
 
 from forcing_kv.export.capture import GraphSource
 from forcing_kv.export.fp8 import onnx_decomposition as fp8_decomposition
+from forcing_kv.plugins.bind.torch_library import onnx_decompositions
 from forcing_kv.plugins.op_spec import DOMAIN
 from forcing_kv.plugins.registry import OPSET, onnx_functions
-from forcing_kv.plugins.torch_library import onnx_decompositions
 
 INLINE_NBYTES = 1024
 """Larger constants go to the shared weight file."""

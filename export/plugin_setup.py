@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.plugins.launch import PORTABLE_SM
-from forcing_kv.plugins.tensorrt_plugin import TargetDevice
+from forcing_kv.plugins.bind.tensorrt import TargetDevice
+from forcing_kv.plugins.compile.launch import PORTABLE_SM
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 

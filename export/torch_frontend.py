@@ -1,7 +1,7 @@
 """A graph to a TensorRT plan from the torch side, through Torch-TensorRT.
 
 Written to the documented interface of `convert_exported_program_to_serialized_trt_engine` (releases
-for TensorRT 10 and 11); our operators are converted to our plugins (`plugins/torch_tensorrt.py`).
+for TensorRT 10 and 11); our operators are converted to our plugins (`plugins/bind/torch_tensorrt.py`).
 The engine's tensors carry Torch-TensorRT's names; the runtime binds them by position.
 """
 
@@ -45,7 +45,7 @@ def build_plan_from_torch(
     from forcing_kv.export.bundle_weights import read_bundle_weights
     from forcing_kv.export.capture import graph_sources
     from forcing_kv.export.plugin_setup import register_once
-    from forcing_kv.plugins.torch_tensorrt import register_converters
+    from forcing_kv.plugins.bind.torch_tensorrt import register_converters
 
     register_once(register_converters, options)
     model = read_bundle_weights(bundle, manifest).model.to("cuda")

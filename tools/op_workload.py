@@ -19,7 +19,7 @@ from forcing_kv.runtime_trt.rollout.layout import (
 )
 
 if TYPE_CHECKING:
-    from forcing_kv.plugins.cases import OpCase
+    from forcing_kv.plugins.check.cases import OpCase
 
 
 @flags()
@@ -80,8 +80,8 @@ class CompressedLayer:
 
     def cases(self) -> tuple[OpCase, ...]:
         """One call of every operator; without segments, none of the eviction."""
-        from forcing_kv.plugins import cases
-        from forcing_kv.plugins.candidates import CandidateLayout
+        from forcing_kv.plugins.check import cases
+        from forcing_kv.plugins.frame_chain.layout import CandidateLayout
         from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
 
         tokens, dim = self.num_tokens, self.head_dim

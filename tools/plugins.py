@@ -14,8 +14,8 @@ from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.op_workload import LayerOptions
 
 if TYPE_CHECKING:
-    from forcing_kv.plugins.cases import OpCase
-    from forcing_kv.plugins.launch import Tactic
+    from forcing_kv.plugins.check.cases import OpCase
+    from forcing_kv.plugins.compile.launch import Tactic
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def list_plugins(*, options: ListOptions = ListOptions()) -> None:
     """
     require("torch")
     require("triton")
-    from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES
+    from forcing_kv.plugins.compile.launch import SHARED_LIMIT_BYTES
 
     devices = options.sm or list(SHARED_LIMIT_BYTES)
     unknown = sorted(set(devices) - set(SHARED_LIMIT_BYTES))
@@ -97,9 +97,9 @@ def _tactics(case: OpCase) -> Iterator[tuple[int, Tactic]]:
 def _row(
     case: OpCase, number: int, tactic: Tactic, device: int, dtype: str, num_sms: int
 ) -> KernelRow:
-    from forcing_kv.plugins.launch import Problem, SharedMemoryError, default_tactic
-    from forcing_kv.plugins.ptx import compile_kernel, tensor_dtypes
-    from forcing_kv.plugins.ptxas import assemble
+    from forcing_kv.plugins.compile.launch import Problem, SharedMemoryError, default_tactic
+    from forcing_kv.plugins.compile.ptx import compile_kernel, tensor_dtypes
+    from forcing_kv.plugins.compile.ptxas import assemble
 
     spec = case.spec
     shapes = [tensor.shape(case.sizes) for tensor in spec.inputs]

@@ -17,10 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.head_indexed_attention.schedule import MIN_TAIL, tile_counts
-from forcing_kv.plugins.head_indexed_attention.split import split_attention_kernel
-from forcing_kv.plugins.head_indexed_attention.tile import attend_queries, store_queries
-from forcing_kv.plugins.launch import (
+from forcing_kv.plugins.compile.launch import (
     Launch,
     Problem,
     Scratch,
@@ -28,6 +25,9 @@ from forcing_kv.plugins.launch import (
     ceil_div,
     next_power_of_2,
 )
+from forcing_kv.plugins.head_indexed_attention.schedule import MIN_TAIL, tile_counts
+from forcing_kv.plugins.head_indexed_attention.split import split_attention_kernel
+from forcing_kv.plugins.head_indexed_attention.tile import attend_queries, store_queries
 
 # Bytes of a thread that ptxas spills for D 128, bfloat16, at 480p. On sm_90: 128x128 16,
 # 128x64_split 44, the others none. Elsewhere: 128x128 540 on sm_80 .. 89, 28 on sm_100, 660 on

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from forcing_kv.plugins.launch import ceil_div
+from forcing_kv.plugins.compile.launch import ceil_div
 
 Schedule = Literal["tiles", "persistent", "split"]
 

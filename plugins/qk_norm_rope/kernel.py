@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.launch import Launch, Problem, Tactic, ceil_div, next_power_of_2
+from forcing_kv.plugins.compile.launch import Launch, Problem, Tactic, ceil_div, next_power_of_2
 
 TACTICS = (
     Tactic("rows1", num_warps=4, blocks={"ROWS": 1}, portable=True),

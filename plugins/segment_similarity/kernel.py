@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.chain_kernel import chain_constants, chain_frame
-from forcing_kv.plugins.launch import Launch, Problem, Tactic
+from forcing_kv.plugins.compile.launch import Launch, Problem, Tactic
+from forcing_kv.plugins.frame_chain.kernel import chain_constants, chain_frame
 
 TACTICS = (
     Tactic("tokens32", num_warps=4, blocks={"BLOCK": 32}, portable=True),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx
 
-from forcing_kv.plugins.chain_onnx import CHAIN_CONSTANTS, chain_nodes
+from forcing_kv.plugins.frame_chain.onnx_body import CHAIN_CONSTANTS, chain_nodes
 from forcing_kv.plugins.onnx_function import build_function
 from forcing_kv.plugins.segment_similarity.spec import SPEC
 

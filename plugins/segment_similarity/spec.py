@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from forcing_kv.plugins.candidates import CANDIDATE_ATTRIBUTES, candidate_sizes
+from forcing_kv.plugins.frame_chain.layout import CANDIDATE_ATTRIBUTES, candidate_sizes
 from forcing_kv.plugins.op_spec import Attributes, OpSpec, TensorSpec
 
 

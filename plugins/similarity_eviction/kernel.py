@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.chain_kernel import chain_constants, chain_frame
-from forcing_kv.plugins.launch import Launch, Problem, Tactic, ceil_div, next_power_of_2
+from forcing_kv.plugins.compile.launch import Launch, Problem, Tactic, ceil_div, next_power_of_2
+from forcing_kv.plugins.frame_chain.kernel import chain_constants, chain_frame
 
 TACTICS = (
     Tactic("tokens64", num_warps=4, blocks={"BLOCK": 64}, portable=True),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx
 
-from forcing_kv.plugins.chain_onnx import CHAIN_CONSTANTS, chain_nodes
+from forcing_kv.plugins.frame_chain.onnx_body import CHAIN_CONSTANTS, chain_nodes
 from forcing_kv.plugins.onnx_function import build_function
 from forcing_kv.plugins.similarity_eviction.spec import SPEC
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.chain import frame_chain
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
+from forcing_kv.plugins.frame_chain.reference import frame_chain
 
 
 def select_segments(scores: Tensor, num_kept: int) -> Tensor:

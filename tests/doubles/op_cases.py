@@ -1,6 +1,6 @@
 """The small cases of one operator."""
 
-from forcing_kv.plugins.cases import CASES, OpCase
+from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import OpSpec
 
 

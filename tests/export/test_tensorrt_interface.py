@@ -1,7 +1,7 @@
 """Every name of TensorRT's that we use, looked up in the real Python packages.
 
 None of this needs a GPU, nor a builder: `tensorrt` imports over stub libraries (see
-tests/plugins/tensorrt_stubs.py), and the lean runtime and TensorRT-RTX are on PyPI whole.
+tests/plugins/bind/tensorrt_stubs.py), and the lean runtime and TensorRT-RTX are on PyPI whole.
 """
 
 import ast
@@ -58,7 +58,7 @@ BUILDER_MEMBERS = {
 @pytest.fixture(scope="module")
 def tensorrt(repository, tmp_path_factory):
     """The module `tensorrt`, real or on stub libraries."""
-    path = repository / "tests/plugins/tensorrt_stubs.py"
+    path = repository / "tests/plugins/bind/tensorrt_stubs.py"
     spec = importlib.util.spec_from_file_location("tensorrt_stubs", path)
     stubs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stubs)

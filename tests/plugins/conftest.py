@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from forcing_kv.plugins.accuracy import output_errors, reference_outputs
-from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.cases import CASES, OpCase
+from forcing_kv.plugins.check.accuracy import output_errors, reference_outputs
+from forcing_kv.plugins.check.cases import CASES, OpCase
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 
 Arrays = tuple[np.ndarray, ...]
 

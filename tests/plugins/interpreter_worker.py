@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from forcing_kv.plugins.cases import CASES, attention_case, norm_rope_case
-from forcing_kv.plugins.launch import default_tactic
+from forcing_kv.plugins.bind.triton_run import empty_outputs, run_kernel
+from forcing_kv.plugins.check.cases import CASES, attention_case, norm_rope_case
+from forcing_kv.plugins.compile.launch import default_tactic
 from forcing_kv.plugins.registry import OPS
-from forcing_kv.plugins.triton_run import empty_outputs, run_kernel
 
 # Four heads of two tiles on three multiprocessors: full tiles and a tail of half the height, and
 # several rounds of persistent programs.

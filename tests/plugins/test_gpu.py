@@ -6,11 +6,11 @@ Nothing here has a tolerance of its own: `check` judges by the operator's class 
 import pytest
 import torch
 
-from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.cases import OpCase, attention_case, candidate_case, norm_rope_case
-from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES
+from forcing_kv.plugins.bind.torch_library import OPERATORS
+from forcing_kv.plugins.check.cases import OpCase, attention_case, candidate_case, norm_rope_case
+from forcing_kv.plugins.compile.launch import SHARED_LIMIT_BYTES
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.registry import OPS, SEGMENT_SIMILARITY, SIMILARITY_EVICTION
-from forcing_kv.plugins.torch_library import OPERATORS
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def sm():
 
 
 def poisoned_outputs(case: OpCase, inputs):
-    from forcing_kv.plugins.triton_run import empty_outputs
+    from forcing_kv.plugins.bind.triton_run import empty_outputs
 
     outputs = empty_outputs(case.spec, inputs, case.attributes)
     for output in outputs:
@@ -66,7 +66,7 @@ def run(case: OpCase, inputs, outputs, tactic) -> bool:
     """Launch a tactic; False where the device has too little shared memory for it."""
     from triton.runtime.errors import OutOfResources
 
-    from forcing_kv.plugins.triton_run import multiprocessors, run_kernel
+    from forcing_kv.plugins.bind.triton_run import multiprocessors, run_kernel
 
     try:
         run_kernel(case.spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))
@@ -77,7 +77,7 @@ def run(case: OpCase, inputs, outputs, tactic) -> bool:
 
 
 def check_every_tactic(case: OpCase, dtype: torch.dtype, sm: int, check) -> None:
-    from forcing_kv.plugins.triton_run import compile_together, multiprocessors
+    from forcing_kv.plugins.bind.triton_run import compile_together, multiprocessors
 
     inputs = case.build(dtype, device="cuda")
     tactics, some = tactics_of(case, dtype, sm), poisoned_outputs(case, inputs)
@@ -91,9 +91,9 @@ def check_every_tactic(case: OpCase, dtype: torch.dtype, sm: int, check) -> None
 
 def embedded_kernels(case: OpCase, inputs, sm: int):
     """Kernel of every tactic that fits the device and can be launched without Triton."""
-    from forcing_kv.plugins.launch import SharedMemoryError
-    from forcing_kv.plugins.ptx import compile_kernel
-    from forcing_kv.plugins.triton_run import multiprocessors, problem_of
+    from forcing_kv.plugins.bind.triton_run import multiprocessors, problem_of
+    from forcing_kv.plugins.compile.launch import SharedMemoryError
+    from forcing_kv.plugins.compile.ptx import compile_kernel
 
     problem = problem_of(case.spec, inputs, case.attributes, multiprocessors(0))
     outputs = poisoned_outputs(case, inputs)
@@ -122,8 +122,8 @@ def test_large_cases(large, dtype, sm, check):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("large", LARGE, ids=lambda case: f"{case.spec.torch_name}-{case.name}")
 def test_embedded_ptx_gives_the_same_numbers(large, dtype, sm, check):
-    from forcing_kv.plugins.ptx_launch import LoadedKernel
-    from forcing_kv.plugins.triton_run import scratch_memory
+    from forcing_kv.plugins.bind.triton_run import scratch_memory
+    from forcing_kv.plugins.compile.ptx_launch import LoadedKernel
 
     inputs = large.build(dtype, device="cuda")
     for kernel in embedded_kernels(large, inputs, sm):

@@ -16,14 +16,14 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcin
 
 from op_cases import cases_of  # noqa: E402
 
-from forcing_kv.plugins.cases import attention_case, norm_rope_case  # noqa: E402
+from forcing_kv.plugins.bind.triton_run import accepted_inputs  # noqa: E402
+from forcing_kv.plugins.check.cases import attention_case, norm_rope_case  # noqa: E402
+from forcing_kv.plugins.compile.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
 from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
     predicted_share,
     tile_counts,
 )
-from forcing_kv.plugins.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
 from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE  # noqa: E402
-from forcing_kv.plugins.triton_run import accepted_inputs  # noqa: E402
 
 pytestmark = pytest.mark.long
 

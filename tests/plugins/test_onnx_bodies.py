@@ -9,14 +9,14 @@ ort = pytest.importorskip("onnxruntime")
 
 from op_cases import cases_of  # noqa: E402
 
-from forcing_kv.plugins.cases import OpCase  # noqa: E402
+from forcing_kv.plugins.bind.torch_library import OPERATORS, onnx_decompositions  # noqa: E402
+from forcing_kv.plugins.check.cases import OpCase  # noqa: E402
 from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION  # noqa: E402
 from forcing_kv.plugins.registry import (  # noqa: E402
     OPS,
     OPSET,
     onnx_functions,
 )
-from forcing_kv.plugins.torch_library import OPERATORS, onnx_decompositions  # noqa: E402
 
 ELEMENT_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,

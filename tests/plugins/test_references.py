@@ -7,12 +7,12 @@ import pytest
 import torch
 from op_cases import cases_of
 
-from forcing_kv.plugins.accuracy import float64_outputs, output_errors
-from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.cases import OpCase
+from forcing_kv.plugins.bind.torch_library import OPERATORS
+from forcing_kv.plugins.check.accuracy import float64_outputs, output_errors
+from forcing_kv.plugins.check.cases import OpCase
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
 from forcing_kv.plugins.similarity_eviction.reference import select_segments
-from forcing_kv.plugins.torch_library import OPERATORS
 
 
 def call_operator(case: OpCase, inputs):

@@ -52,7 +52,7 @@ def bench_ops(*, options: OpsOptions = OpsOptions()) -> ExitCode:
         for text in options.resolution or ["480p"]
     ]
     _require_gpu()
-    from forcing_kv.plugins import tuning
+    from forcing_kv.plugins.compile import tuning
 
     if options.update_table and not os.access(tuning.TABLE, os.W_OK):
         raise InputError(f"--update-table: {tuning.TABLE} cannot be written to")

@@ -5,9 +5,9 @@ import torch
 from command_line import fkv
 
 from forcing_kv.export.presets import load_preset
-from forcing_kv.plugins import tuning
-from forcing_kv.plugins.accuracy import output_errors
-from forcing_kv.plugins.cases import attention_case
+from forcing_kv.plugins.check.accuracy import output_errors
+from forcing_kv.plugins.check.cases import attention_case
+from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.kernels.baselines import Baseline, baseline_errors, baselines

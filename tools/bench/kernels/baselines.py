@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from forcing_kv.plugins.accuracy import OutputError, output_errors, reference_outputs
-from forcing_kv.plugins.cases import OpCase
+from forcing_kv.plugins.check.accuracy import OutputError, output_errors, reference_outputs
+from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
 from forcing_kv.tools.bench.kernels.flex_attention import flex_call
 from forcing_kv.tools.bench.kernels.folded_attention import (

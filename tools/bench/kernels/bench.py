@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from forcing_kv.plugins.accuracy import output_errors
-from forcing_kv.plugins.cases import OpCase
-from forcing_kv.plugins.launch import Tactic
-from forcing_kv.plugins.triton_run import (
+from forcing_kv.plugins.bind.triton_run import (
     compile_together,
     empty_outputs,
     multiprocessors,
     run_kernel,
 )
-from forcing_kv.plugins.tuning import TunedTactic
+from forcing_kv.plugins.check.accuracy import output_errors
+from forcing_kv.plugins.check.cases import OpCase
+from forcing_kv.plugins.compile.launch import Tactic
+from forcing_kv.plugins.compile.tuning import TunedTactic
 from forcing_kv.runtime_trt.console import talk, track
 from forcing_kv.tools.bench.kernels.baselines import baseline_errors, baselines
 from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes

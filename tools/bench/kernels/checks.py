@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.accuracy import output_errors
-from forcing_kv.plugins.cases import CASES, OpCase
-from forcing_kv.plugins.launch import Tactic, default_tactic
-from forcing_kv.plugins.triton_run import (
+from forcing_kv.plugins.bind.triton_run import (
     compile_together,
     empty_outputs,
     multiprocessors,
     run_kernel,
 )
+from forcing_kv.plugins.check.accuracy import output_errors
+from forcing_kv.plugins.check.cases import CASES, OpCase
+from forcing_kv.plugins.compile.launch import Tactic, default_tactic
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

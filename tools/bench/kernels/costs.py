@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from forcing_kv.plugins.cases import OpCase
+from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.op_spec import TensorSpec
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, SEGMENT_SIMILARITY
 from forcing_kv.runtime_trt.dtypes import DTYPES

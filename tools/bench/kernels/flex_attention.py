@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from forcing_kv.plugins.cases import OpCase
-from forcing_kv.plugins.launch import ceil_div
+from forcing_kv.plugins.check.cases import OpCase
+from forcing_kv.plugins.compile.launch import ceil_div
 from forcing_kv.tools.bench.kernels.grouped_attention import Call
 
 _FLEX_BLOCK = 128

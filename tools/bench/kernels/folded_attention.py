@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.cases import OpCase
+from forcing_kv.plugins.check.cases import OpCase
 
 
 @dataclass(frozen=True)

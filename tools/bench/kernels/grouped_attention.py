@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forcing_kv.plugins.cases import OpCase, attention_case
+from forcing_kv.plugins.check.cases import OpCase, attention_case
 
 Call = Callable[[], Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from forcing_kv.plugins import tuning
+from forcing_kv.plugins.compile import tuning
 from forcing_kv.tools.bench.measure.chunks import MEASURE_SEED, Chunks
 from forcing_kv.tools.bench.measure.device_counters import memory, reset_peak_memory
 from forcing_kv.tools.bench.measure.gate import References, check, roll_out

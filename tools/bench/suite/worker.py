@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forcing_kv.export.presets import load_preset
-from forcing_kv.plugins import tuning
+from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure

@@ -9,9 +9,9 @@ from command_line import fkv
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plugins]'")
 
-from forcing_kv.plugins import tuning
-from forcing_kv.plugins.accuracy import reference_outputs
-from forcing_kv.plugins.cases import OpCase
+from forcing_kv.plugins.check.accuracy import reference_outputs
+from forcing_kv.plugins.check.cases import OpCase
+from forcing_kv.plugins.compile import tuning
 from forcing_kv.tools.bench.kernels import bench as op_bench
 from forcing_kv.tools.bench.kernels import checks as kernel_checks
 from forcing_kv.tools.bench.kernels.baselines import Baseline

@@ -16,17 +16,17 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
-from forcing_kv.plugins import triton_run
-from forcing_kv.plugins.cases import CASES
-from forcing_kv.plugins.launch import Tactic
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
-from forcing_kv.plugins.triton_run import (
+from forcing_kv.plugins.bind import triton_run
+from forcing_kv.plugins.bind.triton_run import (
     compile_together,
     empty_outputs,
     problem_of,
     run_kernel,
     scratch_memory,
 )
+from forcing_kv.plugins.check.cases import CASES
+from forcing_kv.plugins.compile.launch import Tactic
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
 NUM_SMS = 3
 STREAM = 0x55

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.launch import Launch, Problem, Tactic
+from forcing_kv.plugins.compile.launch import Launch, Problem, Tactic
+from forcing_kv.plugins.compile.tuning import best_tactic
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
-from forcing_kv.plugins.tuning import best_tactic
 from forcing_kv.runtime_trt.dtypes import dtype_name
 
 

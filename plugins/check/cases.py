@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.candidates import CandidateLayout
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
 from forcing_kv.plugins.registry import (
     HEAD_INDEXED_ATTENTION,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from forcing_kv.plugins import tuning
-from forcing_kv.plugins.launch import Problem, Tactic
+from forcing_kv.plugins.compile import tuning
+from forcing_kv.plugins.compile.launch import Problem, Tactic
+from forcing_kv.plugins.compile.tuning import TunedTactic, best_tactic, read_table, update_table
 from forcing_kv.plugins.registry import QK_NORM_ROPE
-from forcing_kv.plugins.tuning import TunedTactic, best_tactic, read_table, update_table
 from forcing_kv.runtime_trt.errors import InputError
 
 TACTICS = (Tactic("small", 4, portable=True), Tactic("wide", 8), Tactic("deep", 8))

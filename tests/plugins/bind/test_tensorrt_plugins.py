@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from op_cases import cases_of
 
-from forcing_kv.plugins.cases import CASES, OpCase
+from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN, VERSION
 from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
 
@@ -36,7 +36,7 @@ def trt(tmp_path_factory):
             pytest.skip(f"needs {reason}")
         stubs.load(tmp_path_factory.mktemp("stubs"))
     tensorrt = pytest.importorskip("tensorrt")
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_tensorrt_plugins
+    from forcing_kv.plugins.bind.tensorrt import TargetDevice, register_tensorrt_plugins
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
@@ -186,8 +186,8 @@ def test_types_and_shapes_are_the_specification_s(case, dtype, plugin_of):
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_tactics_are_offered_in_the_network_s_types_and_launch(spec, plugin_of):
-    from forcing_kv.plugins.launch import SAFE_SHARED_BYTES
-    from forcing_kv.plugins.ptx import entry_parameters
+    from forcing_kv.plugins.compile.launch import SAFE_SHARED_BYTES
+    from forcing_kv.plugins.compile.ptx import entry_parameters
 
     driven = plugin_of(cases_of(spec)[0], "BF16").prepare()
     combination = driven.combinations()
@@ -229,9 +229,9 @@ def test_dynamic_shapes_are_refused(plugin_of):
 
 
 def test_portable_tactics_alone_can_be_offered(trt):
-    from forcing_kv.plugins.ptx import tensor_dtypes
+    from forcing_kv.plugins.bind.tensorrt import PluginKernels, TargetDevice
+    from forcing_kv.plugins.compile.ptx import tensor_dtypes
     from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
-    from forcing_kv.plugins.tensorrt_plugin import PluginKernels, TargetDevice
 
     kernels = PluginKernels(HEAD_INDEXED_ATTENTION, TargetDevice(SM, NUM_SMS, portable_only=True))
     case = cases_of(HEAD_INDEXED_ATTENTION)[0]
@@ -257,15 +257,15 @@ def test_signatures_follow_the_specification(spec, trt):
 
 
 def test_registering_twice_is_refused(trt):
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_tensorrt_plugins
+    from forcing_kv.plugins.bind.tensorrt import TargetDevice, register_tensorrt_plugins
 
     with pytest.raises(ValueError, match="already has"):
         register_tensorrt_plugins(TargetDevice(SM, NUM_SMS))
 
 
 def test_converters_of_torch_tensorrt_take_the_torch_names(trt, monkeypatch):
-    from forcing_kv.plugins.tensorrt_plugin import TargetDevice
-    from forcing_kv.plugins.torch_tensorrt import register_converters
+    from forcing_kv.plugins.bind.tensorrt import TargetDevice
+    from forcing_kv.plugins.bind.torch_tensorrt import register_converters
 
     calls = []
     fake = SimpleNamespace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.candidates import CandidateLayout
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 
 
 def frame_chain(pool: Tensor, new: Tensor, layout: CandidateLayout) -> Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib
 
-from forcing_kv.plugins import torch_library  # noqa: F401 - defines the torch operators
+from forcing_kv.plugins.bind import torch_library
+from forcing_kv.plugins.bind.tensorrt import TargetDevice, register_plugin
 from forcing_kv.plugins.registry import OPS
-from forcing_kv.plugins.tensorrt_plugin import TargetDevice, register_plugin
 
 
 def register_converters(device: TargetDevice) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from forcing_kv.plugins.launch import SAFE_SHARED_BYTES
-from forcing_kv.plugins.ptx import CompiledKernel, entry_parameters
+from forcing_kv.plugins.compile.launch import SAFE_SHARED_BYTES
+from forcing_kv.plugins.compile.ptx import CompiledKernel, entry_parameters
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, require
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from forcing_kv.plugins.bind.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OpSpec, result_of
 from forcing_kv.plugins.registry import OPS
-from forcing_kv.plugins.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef

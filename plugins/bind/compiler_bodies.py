@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.launch import Tactic
+from forcing_kv.plugins.bind.torch_library import overload
+from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
 from forcing_kv.plugins.registry import OPS
-from forcing_kv.plugins.torch_library import overload
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
@@ -70,7 +70,7 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
 @cache
 def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any]:
     """A torch operator that the compiler opens and whose kernel it compiles itself."""
-    from forcing_kv.plugins.triton_run import (
+    from forcing_kv.plugins.bind.triton_run import (
         accepted_inputs,
         empty_outputs,
         lend_memory,

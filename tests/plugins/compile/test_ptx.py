@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plug
 
 from op_cases import cases_of
 
-from forcing_kv.plugins.launch import (
+from forcing_kv.plugins.compile.launch import (
     SAFE_SHARED_BYTES,
     SHARED_LIMIT_BYTES,
     Problem,
@@ -17,13 +17,13 @@ from forcing_kv.plugins.launch import (
     SharedMemoryError,
     default_tactic,
 )
-from forcing_kv.plugins.ptx import (
+from forcing_kv.plugins.compile.ptx import (
     compile_kernel,
     entry_parameters,
     strip_hidden_parameters,
     tensor_dtypes,
 )
-from forcing_kv.plugins.ptxas import assemble
+from forcing_kv.plugins.compile.ptxas import assemble
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
 DEVICES = tuple(SHARED_LIMIT_BYTES)

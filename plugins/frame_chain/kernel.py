@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from forcing_kv.plugins.launch import Problem
+from forcing_kv.plugins.compile.launch import Problem
 
 
 @triton.jit

@@ -60,9 +60,9 @@ int stub_cuModuleUnload(void *module) {
 SCRIPT = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-from forcing_kv.plugins.launch import Launch
-from forcing_kv.plugins.ptx import CompiledKernel
-from forcing_kv.plugins.ptx_launch import LoadedKernel
+from forcing_kv.plugins.compile.launch import Launch
+from forcing_kv.plugins.compile.ptx import CompiledKernel
+from forcing_kv.plugins.compile.ptx_launch import LoadedKernel
 
 ptx = ".visible .entry run(" + ",".join(f".param .u64 p{i}" for i in range(3)) + ") {}"
 launch = Launch(None, {}, (5, 6, 7), num_warps=4, num_stages=1)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forcing_kv.plugins.launch import (
+from forcing_kv.plugins.compile.launch import (
     FIRST_TMA_SM,
     PTX_VERSION,
     SHARED_LIMIT_BYTES,

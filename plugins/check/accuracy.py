@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.plugins.candidates import CandidateLayout
-from forcing_kv.plugins.chain import frame_chain
+from forcing_kv.plugins.frame_chain.layout import CandidateLayout
+from forcing_kv.plugins.frame_chain.reference import frame_chain
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
 
 _QUERY_BLOCK = 2048

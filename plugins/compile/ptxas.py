@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcing_kv.plugins.launch import PtxError
-from forcing_kv.plugins.ptx import CompiledKernel
+from forcing_kv.plugins.compile.launch import PtxError
+from forcing_kv.plugins.compile.ptx import CompiledKernel
 from forcing_kv.runtime_trt.errors import require
 
 _FIRST_BLACKWELL = 100

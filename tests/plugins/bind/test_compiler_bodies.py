@@ -6,8 +6,8 @@ import inspect
 import pytest
 import torch
 
-from forcing_kv.plugins.cases import CASES, OpCase
-from forcing_kv.plugins.compiler_bodies import aten_bodies
+from forcing_kv.plugins.bind.compiler_bodies import aten_bodies
+from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 from forcing_kv.runtime_trt.errors import InputError
@@ -57,8 +57,8 @@ def test_aten_body_is_traced_without_a_host_read(spec):
 )
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_triton_body_keeps_the_schema(spec, monkeypatch):
-    from forcing_kv.plugins import triton_run
-    from forcing_kv.plugins.compiler_bodies import triton_bodies
+    from forcing_kv.plugins.bind import triton_run
+    from forcing_kv.plugins.bind.compiler_bodies import triton_bodies
 
     monkeypatch.setattr(triton_run, "multiprocessors", lambda _: 132)
     operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name)
@@ -79,7 +79,7 @@ def test_triton_body_keeps_the_schema(spec, monkeypatch):
 def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
     version, lends, monkeypatch
 ):
-    from forcing_kv.plugins.compiler_bodies import (
+    from forcing_kv.plugins.bind.compiler_bodies import (
         _triton_operator,
         packaged_tactics,
         triton_bodies,
@@ -99,7 +99,7 @@ def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
     not importlib.util.find_spec("triton"), reason="needs the Python package triton"
 )
 def test_unknown_operator_of_a_tactic():
-    from forcing_kv.plugins.compiler_bodies import triton_bodies
+    from forcing_kv.plugins.bind.compiler_bodies import triton_bodies
 
     with pytest.raises(InputError, match=r"unknown operators \['attention'\]"):
         triton_bodies({"attention": "64x64"})
@@ -110,8 +110,8 @@ def test_unknown_operator_of_a_tactic():
 )
 @pytest.mark.parametrize(("named", "wanted"), [({}, 2), ({"qk_norm_rope": "rows4"}, 4)])
 def test_body_launches_the_named_or_the_measured_tactic(named, wanted, monkeypatch):
-    from forcing_kv.plugins import triton_run
-    from forcing_kv.plugins.compiler_bodies import _triton_operator, triton_bodies
+    from forcing_kv.plugins.bind import triton_run
+    from forcing_kv.plugins.bind.compiler_bodies import _triton_operator, triton_bodies
     from forcing_kv.plugins.registry import QK_NORM_ROPE
 
     kernel = QK_NORM_ROPE.module("kernel")
@@ -164,7 +164,7 @@ def test_compiler_sees_that_inputs_are_only_read(spec, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime import driver
 
-    from forcing_kv.plugins.triton_run import empty_outputs, problem_of, scratch_memory
+    from forcing_kv.plugins.bind.triton_run import empty_outputs, problem_of, scratch_memory
 
     monkeypatch.setattr(driver, "_active", _H200())
     kernel = spec.module("kernel")

@@ -15,15 +15,15 @@ from types import GenericAlias
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from forcing_kv.plugins.launch import (
+from forcing_kv.plugins.compile.launch import (
     SHARED_LIMIT_BYTES,
     Problem,
     PtxError,
     SharedMemoryError,
     Tactic,
 )
+from forcing_kv.plugins.compile.ptx import CompiledKernel, compile_kernel
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
-from forcing_kv.plugins.ptx import CompiledKernel, compile_kernel
 from forcing_kv.plugins.registry import OPS
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require

@@ -13,7 +13,7 @@ from functools import cache
 from math import log
 from pathlib import Path
 
-from forcing_kv.plugins.launch import Problem, Tactic, default_tactic
+from forcing_kv.plugins.compile.launch import Problem, Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
 from forcing_kv.runtime_trt.bundle.files import write_file
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json

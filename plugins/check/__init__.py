@@ -1,0 +1,1 @@
+"""Inputs and accuracy classes that every check of an operator shares."""

@@ -1,0 +1,1 @@
+"""Triton kernels to PTX, and the tactics that they are compiled with."""

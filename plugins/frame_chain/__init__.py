@@ -1,0 +1,1 @@
+"""The chain of candidate frames that both eviction operators read."""
