@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
-from forcing_kv.export.flags import Integers, PositiveInt, flags
+from forcing_kv.export.request.flags import Integers, PositiveInt, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forcing_kv.export.presets import PUBLISHED_THRESHOLD
+from forcing_kv.export.request.presets import PUBLISHED_THRESHOLD
 from forcing_kv.runtime_trt.errors import InputError
 
 DEFAULT_BLOCK_ELEMENTS = 1 << 22

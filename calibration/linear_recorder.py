@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from forcing_kv.calibration.rollouts import Rollout
-from forcing_kv.export.engine import EagerBackend
-from forcing_kv.export.fp8 import Fp8Linear
-from forcing_kv.export.fp8_model import block_linears, scales_for
+from forcing_kv.export.model.fp8 import Fp8Linear
+from forcing_kv.export.model.fp8_layers import block_linears, scales_for
+from forcing_kv.export.verify.eager import EagerBackend
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
 

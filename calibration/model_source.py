@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.checkpoint_files import checkpoint_sha256
-from forcing_kv.export.checkpoints import load_model
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.options import ModelOptions
-from forcing_kv.export.presets import PUBLISHED_THRESHOLD
-from forcing_kv.export.request import resolve_model
-from forcing_kv.export.shipped import shipped_model
+from forcing_kv.export.checkpoint.files import checkpoint_sha256
+from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.options import ModelOptions
+from forcing_kv.export.request.presets import PUBLISHED_THRESHOLD
+from forcing_kv.export.request.request import resolve_model
+from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcing_kv.export.flags import Int, Integers, Json, PositiveInt, flags, panel
-from forcing_kv.export.options import ModelOptions
+from forcing_kv.export.request.flags import Int, Integers, Json, PositiveInt, flags, panel
+from forcing_kv.export.request.options import ModelOptions
 from forcing_kv.runtime_trt.bundle.files import check_folder
 from forcing_kv.runtime_trt.errors import InputError, require
 

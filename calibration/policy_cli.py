@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.calibration.policy_grid import PolicyGrid
-from forcing_kv.export.devices import DEVICES, find_device
-from forcing_kv.export.flags import Int, Integers, Natural, between, flags
+from forcing_kv.export.cost.devices import DEVICES, find_device
+from forcing_kv.export.request.flags import Int, Integers, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from forcing_kv.export.flags import Integers, Numbers, flags, panel
+from forcing_kv.export.request.flags import Integers, Numbers, flags, panel
 
 
 @flags(panel("Grid (each a list; every combination is tried)"))

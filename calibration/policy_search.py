@@ -23,9 +23,9 @@ from forcing_kv.calibration.policy_measures import (
     latent_psnr,
     pareto_front,
 )
-from forcing_kv.export.cost_model import fps_bound, histories, step_cost
-from forcing_kv.export.devices import Device
-from forcing_kv.export.engine import eager_session
+from forcing_kv.export.cost.devices import Device
+from forcing_kv.export.cost.work import fps_bound, histories, step_cost
+from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition

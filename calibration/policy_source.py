@@ -9,8 +9,8 @@ from pathlib import Path
 from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.rollouts import dense_config
-from forcing_kv.export.origin import Origin
-from forcing_kv.export.request import resolve_model
+from forcing_kv.export.checkpoint.origin import Origin
+from forcing_kv.export.request.request import resolve_model
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import AttentionCall, eager_session
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.verify.eager import AttentionCall, eager_session
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forcing_kv.export.checkpoint_files import read_tensor_file
+from forcing_kv.export.checkpoint.files import read_tensor_file
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES
 from forcing_kv.runtime_trt.errors import InputError, require
 

@@ -25,9 +25,9 @@ from stand_ins import (
     write_wan_text_encoder,
 )
 
-from forcing_kv.export import presets
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.tae import TinyDecoder
+from forcing_kv.export.decoder.tae import TinyDecoder
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request import presets
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 from forcing_kv.tools import cli

@@ -3,11 +3,11 @@
 Adding a command takes a function and a line in `COMMANDS`:
 
 - The function stands in a *light* module, which is loaded when the command is called:
-  `export/cli.py`, `calibration/cli.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
+  `export/commands/export.py`, `calibration/cli.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
   and the like inside its body, so that `fkv X --help` works with none of them installed. Its
   docstring is the help text, its first line the summary.
 - Its parameters are frozen dataclasses, one a subject, whose fields are the flags
-  (`export/flags.py`); a flag that is the command's own may be a parameter, documented under `Args`.
+  (`export/request/flags.py`); a flag that is the command's own may be a parameter, documented under `Args`.
 - Long flags carry units (`--timeout-s`). `--json` prints one object on stdout (`print_json`);
   everything else goes to stderr (`talk`, `progress`, `track`). All four live in
   `runtime_trt/console.py`. `--dry-run` wherever something is built or written.
@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from cyclopts import App, CycloptsError
 
-from forcing_kv.export.flags import MANNERS, OPTIONS
+from forcing_kv.export.request.flags import MANNERS, OPTIONS
 from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
 from forcing_kv.runtime_trt.errors import EXTRA_OF_MODULE, ForcingKvError, missing_dependency
 
@@ -50,11 +50,11 @@ class Command(NamedTuple):
 COMMANDS: tuple[Command, ...] = (
     Command("demo", "forcing_kv.tools.demo:demo"),
     Command("encode-prompt", "forcing_kv.tools.encode_prompt:encode_prompt"),
-    Command("export", "forcing_kv.export.cli:export"),
-    Command("add-decoder", "forcing_kv.export.decoder_cli:add_decoder"),
-    Command("build", "forcing_kv.export.build_cli:build"),
+    Command("export", "forcing_kv.export.commands.export:export"),
+    Command("add-decoder", "forcing_kv.export.commands.add_decoder:add_decoder"),
+    Command("build", "forcing_kv.export.commands.build:build"),
     Command("run", "forcing_kv.tools.run:run"),
-    Command("verify", "forcing_kv.export.cli:verify"),
+    Command("verify", "forcing_kv.export.commands.export:verify"),
     Command("inspect", "forcing_kv.tools.inspect:inspect"),
     Command("selftest", "forcing_kv.tools.selftest:selftest"),
     Command("eval", "forcing_kv.tools.digits.evaluate:evaluate_command"),

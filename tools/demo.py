@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from forcing_kv.export.flags import Int, Json, Natural, between, flags
+from forcing_kv.export.request.flags import Int, Json, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
@@ -105,10 +105,10 @@ def _calibrate(work: Path, num_chunks: int, bar: Task) -> None:
 
 
 def _export(work: Path, bar: Task) -> None:
-    from forcing_kv.export.bundle import export_bundle
-    from forcing_kv.export.options import ExportRequest
-    from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
-    from forcing_kv.export.request import resolve
+    from forcing_kv.export.bundle.write import export_bundle
+    from forcing_kv.export.request.options import ExportRequest
+    from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
+    from forcing_kv.export.request.request import resolve
 
     requests = (
         ExportRequest(dense_window=DENSE_WINDOW_FRAMES),

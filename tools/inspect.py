@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.export.flags import Json, YesNo
-from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
+from forcing_kv.export.request.flags import Json, YesNo
+from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.bundle.engines import EngineRecord, check_engines
 from forcing_kv.runtime_trt.bundle.manifest import (
     Manifest,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import Int, flags
-from forcing_kv.export.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
+from forcing_kv.export.request.flags import Int, flags
+from forcing_kv.export.request.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import (
     CachePolicy,

@@ -7,7 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.export.cost_model import (
+from forcing_kv.export.cost.devices import MEMORY_SIZES_GIB, Device
+from forcing_kv.export.cost.memory import (
+    OVERHEAD_NBYTES,
+    MemoryCost,
+    engine_nbytes,
+    num_parameters,
+)
+from forcing_kv.export.cost.work import (
     PartCost,
     attended_nbytes,
     fps_bound,
@@ -16,13 +23,6 @@ from forcing_kv.export.cost_model import (
     num_passes,
     steady_history,
     step_cost,
-)
-from forcing_kv.export.devices import MEMORY_SIZES_GIB, Device
-from forcing_kv.export.memory_model import (
-    OVERHEAD_NBYTES,
-    MemoryCost,
-    engine_nbytes,
-    num_parameters,
 )
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.errors import require

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from forcing_kv.export.flags import Int, LatentSize, flags, given, panel
-from forcing_kv.export.memory_model import NO_FP8, all_fp8
-from forcing_kv.export.presets import (
+from forcing_kv.export.cost.memory import NO_FP8, all_fp8
+from forcing_kv.export.request.flags import Int, LatentSize, flags, given, panel
+from forcing_kv.export.request.presets import (
     DENSE_WINDOW_FRAMES,
     PUBLISHED_STATIC_HEADS,
     Preset,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from forcing_kv.export.flags import Ints, Json, LatentSize, PositiveInt, flags
+from forcing_kv.export.request.flags import Ints, Json, LatentSize, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.flags import Int, Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.export.request.flags import Int, Json, Natural, PositiveInt, YesNo, flags
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.flags import flags
-from forcing_kv.export.presets import FPS, PIXEL_FRAMES_PER_LATENT
+from forcing_kv.export.request.flags import flags
+from forcing_kv.export.request.presets import FPS, PIXEL_FRAMES_PER_LATENT
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, check_choice, follow_session, to_rgb8

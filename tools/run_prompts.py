@@ -12,7 +12,7 @@ import numpy as np
 from cyclopts import Parameter
 from numpy.typing import NDArray
 
-from forcing_kv.export.flags import flags, panel
+from forcing_kv.export.request.flags import flags, panel
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError

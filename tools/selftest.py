@@ -13,13 +13,13 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from forcing_kv.export.flags import Json, flags
+from forcing_kv.export.request.flags import Json, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 if TYPE_CHECKING:
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.backends.base import Backend
     from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -161,8 +161,8 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
     """A small model with all kinds of layers: mixed, all static, all dynamic."""
     import torch
 
-    from forcing_kv.export.bundle import BundleLabels, export_bundle
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.bundle.write import BundleLabels, export_bundle
+    from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.dtypes import DType
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
     from forcing_kv.runtime_trt.rollout.layout import (
@@ -193,8 +193,8 @@ def _fp8_scales(model: CausalWanModel, config: RolloutConfig) -> Fp8Scales:
     """From one chunk of the model itself, in float32."""
     from forcing_kv.calibration.linear_recorder import measure_amax
     from forcing_kv.calibration.rollouts import Rollout
-    from forcing_kv.export.engine import EagerBackend
-    from forcing_kv.export.fp8_model import scales_for
+    from forcing_kv.export.model.fp8_layers import scales_for
+    from forcing_kv.export.verify.eager import EagerBackend
 
     backend = EagerBackend(model, replace(config, dtype="float32"))
     amax = measure_amax(backend, [Rollout("random", _prompt(backend), 0)], 1)
@@ -206,14 +206,14 @@ def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
     if backend == "onnxruntime":
         return {}
     if backend == "inductor":
-        from forcing_kv.export.build_inductor import build_inductor
-        from forcing_kv.export.inductor_package import InductorOptions
+        from forcing_kv.export.inductor.build import build_inductor
+        from forcing_kv.export.inductor.compile import InductorOptions
 
         compiled = InductorOptions(cast(Literal["cpu", "cuda"], device))
         return {"build_seconds": build_inductor(bundle, compiled).build_seconds}
-    from forcing_kv.export.build import run_build
-    from forcing_kv.export.engine_options import EngineOptions, TensorRtBackend
-    from forcing_kv.export.planning import plan_build, target_device
+    from forcing_kv.export.tensorrt.build import run_build
+    from forcing_kv.export.tensorrt.options import EngineOptions, TensorRtBackend
+    from forcing_kv.export.tensorrt.plan import plan_build, target_device
 
     options = EngineOptions(cast(TensorRtBackend, backend))
     record, layers = run_build(plan_build(bundle, options, device=target_device(options)))
@@ -257,7 +257,7 @@ def _prompt(backend: Backend) -> Any:
 
 def verify(bundle: Path, backend: Backend) -> dict[str, Any]:
     """Against eager PyTorch: the worst tensor, the rollout, the kept segments."""
-    from forcing_kv.export.verify_bundle import verify_bundle
+    from forcing_kv.export.verify.bundle import verify_bundle
 
     report = verify_bundle(bundle, backend)
     return {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import run
 
-from forcing_kv.export.flags import Int, YesNo, flags
+from forcing_kv.export.request.flags import Int, YesNo, flags
 
 if TYPE_CHECKING:
     from forcing_kv.tools.digits.training.trainer import Progress, TrainConfig

@@ -156,7 +156,7 @@ def ports(
     """Ports of the graphs of a deployment: prompt, step, and as asked for clean and evict.
 
     A bundle holds the plain graphs; what a compiler may ask for instead is in
-    `export.fusion.FusionOptions`.
+    `export.model.fusion.FusionOptions`.
 
     Args:
         config: rollout configuration.

@@ -10,9 +10,9 @@ from command_line import fkv
 from forcing_kv.calibration.fp8_scales import Fp8Calibration
 from forcing_kv.calibration.linear_recorder import AmaxRecorder
 from forcing_kv.calibration.model_source import load_shipped
-from forcing_kv.export.fp8_file import read_fp8
-from forcing_kv.export.fp8_model import block_linears
-from forcing_kv.export.shipped import shipped_model
+from forcing_kv.export.checkpoint.fp8_file import read_fp8
+from forcing_kv.export.model.fp8_layers import block_linears
+from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import InputError
@@ -70,7 +70,7 @@ def test_the_largest_input_is_that_of_all_passes(written):
 
         return hook
 
-    from forcing_kv.export.engine import EagerBackend
+    from forcing_kv.export.verify.eager import EagerBackend
     from forcing_kv.runtime_trt.session import Session
 
     backend = EagerBackend(source.model, Fp8Calibration(source, 1, (3,)).config)

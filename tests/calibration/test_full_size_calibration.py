@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from forcing_kv.export.checkpoints import load_model
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import EagerBackend
-from forcing_kv.export.presets import PRESETS
+from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.presets import PRESETS
+from forcing_kv.export.verify.eager import EagerBackend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule

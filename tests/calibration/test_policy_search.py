@@ -21,10 +21,10 @@ from forcing_kv.calibration.policy_picture import best_by_size
 from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
 from forcing_kv.calibration.policy_source import SearchRequest, load_search
 from forcing_kv.calibration.rollouts import dense_config
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.devices import find_device
-from forcing_kv.export.request import ExportRequest
-from forcing_kv.export.shipped import shipped_model
+from forcing_kv.export.cost.devices import find_device
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.request import ExportRequest
+from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule

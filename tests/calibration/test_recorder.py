@@ -11,9 +11,9 @@ from forcing_kv.calibration.head_profile import HeadRule
 from forcing_kv.calibration.profile import HeadProfile
 from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.calibration.rollouts import ProfilePlan, Rollout, dense_config, profile_heads
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import eager_session
-from forcing_kv.export.verify import GoldenCase
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.export.verify.golden import GoldenCase
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forcing_kv.export.denoiser import Attend, Block, CausalWanModel, rotate_pairs, unpatchify
+from forcing_kv.export.model.denoiser import Attend, Block, CausalWanModel, rotate_pairs, unpatchify
 from forcing_kv.runtime_trt.rollout.schedule import time_sinusoid
 from forcing_kv.tools.digits import text
 from forcing_kv.tools.digits.shipped import CHUNK, SCHEDULE

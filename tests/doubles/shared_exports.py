@@ -2,8 +2,8 @@
 
 What is exported is told by its content: weights, configuration, labels, FP8 scales, the project's
 sources and the versions of the exporter's packages. The same content gives the same bundle, byte by
-byte (tests/export/test_bundle.py exports twice and compares), so a copy stands for an export of
-its own. Tests of the export itself call `forcing_kv.export.bundle.export_bundle`.
+byte (tests/export/bundle/test_bundle.py exports twice and compares), so a copy stands for an export of
+its own. Tests of the export itself call `forcing_kv.export.bundle.write.export_bundle`.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from forcing_kv.export import bundle as exporter
-from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.bundle import write as exporter
+from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from forcing_kv.export import text
-from forcing_kv.export.decoders import DecoderSource
-from forcing_kv.export.key_maps import OFFICIAL_OF_MODULE
-from forcing_kv.export.tae import TinyDecoder
+from forcing_kv.export.checkpoint.names import OFFICIAL_OF_MODULE
+from forcing_kv.export.decoder.add import DecoderSource
+from forcing_kv.export.decoder.tae import TinyDecoder
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs", "on", "grass"]
 

@@ -7,7 +7,7 @@ from command_line import fkv
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'forcing-kv[export]'")
 
-from forcing_kv.export.presets import load_preset
+from forcing_kv.export.request.presets import load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.op_workload import compressed_layer

@@ -30,8 +30,8 @@ def tiny_bundle(tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFac
     import torch
     from shared_exports import export_once
 
-    from forcing_kv.export.bundle import BundleLabels
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.bundle.write import BundleLabels
+    from forcing_kv.export.model.denoiser import CausalWanModel
 
     torch.manual_seed(0)
     model = CausalWanModel(tiny_config.model).requires_grad_(False)
@@ -47,9 +47,9 @@ def decoder_bundle(
     """The bundle with both decoders; read only."""
     from stand_ins import tiny_decoder_files
 
-    from forcing_kv.export.decoders import add_decoder
-    from forcing_kv.export.tae import tiny_decoder
-    from forcing_kv.export.vae import wan_decoder
+    from forcing_kv.export.decoder.add import add_decoder
+    from forcing_kv.export.decoder.tae import tiny_decoder
+    from forcing_kv.export.decoder.vae import wan_decoder
 
     folder = tmp_path_factory.mktemp("decoders")
     _, channels, *size = tiny_config.latent_shape

@@ -25,8 +25,8 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed bundle of the digits shape; half of the heads static."""
     from shared_exports import export_once
 
-    from forcing_kv.export.bundle import BundleLabels
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.bundle.write import BundleLabels
+    from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
     from forcing_kv.runtime_trt.rollout.layout import HeadPartition
     from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE

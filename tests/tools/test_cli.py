@@ -108,7 +108,7 @@ def test_every_flag_is_documented():
 
 
 def test_every_whole_number_is_read_by_us():
-    """cyclopts would round 1.5; see `Int` of `export/flags.py`."""
+    """cyclopts would round 1.5; see `Int` of `export/request/flags.py`."""
     app = cli.build_app(cli.COMMANDS)
     for command in cli.COMMANDS:
         _, apps, _ = app.parse_commands(command.name.split())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from stand_ins import decode_clip, tiny_decoder_files
 
-from forcing_kv.export.decoders import add_decoder
-from forcing_kv.export.tae import tiny_decoder
-from forcing_kv.export.vae import wan_decoder
+from forcing_kv.export.decoder.add import add_decoder
+from forcing_kv.export.decoder.tae import tiny_decoder
+from forcing_kv.export.decoder.vae import wan_decoder
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from forcing_kv.export.memory_model import buffer_nbytes
-from forcing_kv.export.presets import PRESETS
-from forcing_kv.export.request import ExportRequest, resolve
+from forcing_kv.export.cost.memory import buffer_nbytes
+from forcing_kv.export.request.presets import PRESETS
+from forcing_kv.export.request.request import ExportRequest, resolve
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory

@@ -8,11 +8,11 @@ import pytest
 from host_cuda import HostCuda, HostEngine
 from shared_exports import export_once
 
-from forcing_kv.export.build_inductor import build_inductor
-from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.checkpoints import load_model
-from forcing_kv.export.engine import eager_session
-from forcing_kv.export.inductor_package import InductorOptions
+from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.inductor.build import build_inductor
+from forcing_kv.export.inductor.compile import InductorOptions
+from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend

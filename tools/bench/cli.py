@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from forcing_kv.export.flags import Json
+from forcing_kv.export.request.flags import Json
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.options import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from forcing_kv.export.flags import Json, PositiveInt, flags
+from forcing_kv.export.request.flags import Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size

@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from forcing_kv.export.decoders import DecoderSource
-from forcing_kv.export.tae import WIDTHS, random_tiny_decoder
+from forcing_kv.export.decoder.add import DecoderSource
+from forcing_kv.export.decoder.tae import WIDTHS, random_tiny_decoder
 
 WARMUP_CHUNKS = 3
 MEASURED_CHUNKS = 10
@@ -62,7 +62,7 @@ def random_decoders(
     dtype = "float32" if device == "cpu" else "bfloat16"
     yield PixelDecoder(random_tiny_decoder(latent_channels, widths, latent_size, dtype), device)
     if importlib.util.find_spec("diffusers"):
-        from forcing_kv.export.vae import random_wan_decoder
+        from forcing_kv.export.decoder.vae import random_wan_decoder
 
         yield PixelDecoder(random_wan_decoder(latent_size, dtype), device)
 

@@ -27,7 +27,7 @@ from forcing_kv.tools.bench.workloads import (
 from forcing_kv.tools.run_decode import pixel_frames_per_latent
 
 if TYPE_CHECKING:
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.model.denoiser import CausalWanModel
 
 DEFAULT_SUBJECTS = {
     "cuda": ("eager-dense", "eager-forcing-kv", "inductor"),
@@ -118,7 +118,7 @@ def bundle_workload(bundle: Path) -> Workload:
     config = replace(config, partition=HeadPartition(config.partition.num_heads, static))
 
     def load(device: str) -> CausalWanModel:
-        from forcing_kv.export.bundle_weights import read_bundle_weights
+        from forcing_kv.export.bundle.read import read_bundle_weights
 
         return read_bundle_weights(bundle, manifest).model.float().to(device)
 

@@ -92,7 +92,7 @@ def bundle_subject(bundle: Path, backend: str) -> Subject:
 def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool = False) -> Open:
     @contextmanager
     def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
-        from forcing_kv.export.fusion import FusionOptions
+        from forcing_kv.export.model.fusion import FusionOptions
         from forcing_kv.tools.bench.pytorch.backend import TorchBackend
         from forcing_kv.tools.bench.pytorch.options import TorchOptions
 
@@ -112,8 +112,8 @@ def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool
 def _inductor(*, use_graphs: bool, autotune: bool = True) -> Open:
     @contextmanager
     def open_it(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
-        from forcing_kv.export.inductor_package import InductorOptions
-        from forcing_kv.export.inductor_session import compile_model, open_compiled
+        from forcing_kv.export.inductor.compile import InductorOptions
+        from forcing_kv.export.inductor.session import compile_model, open_compiled
 
         options = InductorOptions("cuda" if device == "cuda" else "cpu", autotune=autotune)
         config = workload.config
@@ -133,7 +133,7 @@ def _inductor(*, use_graphs: bool, autotune: bool = True) -> Open:
 
 @contextmanager
 def _onnxruntime(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
-    from forcing_kv.export.bundle import BundleLabels, export_bundle
+    from forcing_kv.export.bundle.write import BundleLabels, export_bundle
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.cost_model import steady_history, step_flops
-from forcing_kv.export.devices import MEASURED_TFLOPS
-from forcing_kv.export.presets import (
+from forcing_kv.export.cost.devices import MEASURED_TFLOPS
+from forcing_kv.export.cost.work import steady_history, step_flops
+from forcing_kv.export.request.presets import (
     DENSE_WINDOW_FRAMES,
     PIXEL_FRAMES_PER_LATENT,
     PUBLISHED_STATIC_HEADS,
@@ -28,7 +28,7 @@ from forcing_kv.runtime_trt.rollout.schedule import Schedule
 if TYPE_CHECKING:
     import torch
 
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.tools.bench.pixel_decoders import PixelDecoder
 
 PolicyName = Literal["forcing-kv", "dense"]
@@ -153,8 +153,8 @@ def with_fp8(plain: Workload) -> Workload:
     def load(device: str) -> CausalWanModel:
         from forcing_kv.calibration.linear_recorder import measure_amax
         from forcing_kv.calibration.rollouts import Rollout
-        from forcing_kv.export.engine import EagerBackend
-        from forcing_kv.export.fp8_model import quantize_, scales_for
+        from forcing_kv.export.model.fp8_layers import quantize_, scales_for
+        from forcing_kv.export.verify.eager import EagerBackend
 
         model = plain.load(device)
         with closing(EagerBackend(model, plain.config, device)) as backend:
@@ -231,7 +231,7 @@ def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> Cau
     """
     import torch
 
-    from forcing_kv.export.denoiser import CausalWanModel
+    from forcing_kv.export.model.denoiser import CausalWanModel
 
     torch.manual_seed(seed)
     with torch.device(device):
@@ -246,7 +246,7 @@ def random_wan(device: str, shape: ModelShape = WAN_1_3B, seed: int = 11) -> Cau
 
 
 def _digits(policy: PolicyName, dtype: DType) -> Workload:
-    from forcing_kv.export.shipped import shipped_model
+    from forcing_kv.export.request.shipped import shipped_model
     from forcing_kv.runtime_trt.bundle.heads import read_heads
 
     shipped = shipped_model("digits")
@@ -255,7 +255,7 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
     config = RolloutConfig(shipped.MODEL, shipped.CHUNK, *policy_and_heads, shipped.SCHEDULE, dtype)
 
     def load(device: str) -> CausalWanModel:
-        from forcing_kv.export.checkpoints import load_model
+        from forcing_kv.export.checkpoint.load import load_model
 
         return _on(load_model(shipped.CHECKPOINT, shipped.MODEL), device)
 

@@ -79,7 +79,7 @@ def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
 
 
 def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
-    from forcing_kv.export.verify_bundle import verify_bundle
+    from forcing_kv.export.verify.bundle import verify_bundle
 
     cleaned = []
     run_clean = ChunkProgram.clean

@@ -12,8 +12,8 @@ import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda
 
-from forcing_kv.export.engine_options import EngineOptions
-from forcing_kv.export.stripped_weights import shared_weights, write_stripped
+from forcing_kv.export.tensorrt.options import EngineOptions
+from forcing_kv.export.tensorrt.stripped import shared_weights, write_stripped
 from forcing_kv.runtime_trt.bundle.constants import read_constants, read_table, write_table
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule

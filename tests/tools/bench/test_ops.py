@@ -4,7 +4,7 @@ import pytest
 import torch
 from command_line import fkv
 
-from forcing_kv.export.presets import load_preset
+from forcing_kv.export.request.presets import load_preset
 from forcing_kv.plugins.check.accuracy import output_errors
 from forcing_kv.plugins.check.cases import attention_case
 from forcing_kv.plugins.compile import tuning

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import fkv
 
-from forcing_kv.export.cost_model import mean_frames, steady_history
+from forcing_kv.export.cost.work import mean_frames, steady_history
 from forcing_kv.runtime_trt.console import ExitCode
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.tools.bench.cli import finish

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from forcing_kv.export.model_config import model_shape_from_official
+from forcing_kv.export.request.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ChunkShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule

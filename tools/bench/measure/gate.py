@@ -152,7 +152,7 @@ class References:
         return f"{work.model}-{work.size}-{work.policy}-{dtype}-{digest}"
 
     def _make(self, dtype: DType, forced: Kept | None) -> RolloutResult:
-        from forcing_kv.export.fp8_model import dequantized
+        from forcing_kv.export.model.fp8_layers import dequantized
         from forcing_kv.tools.bench.pytorch.backend import TorchBackend
         from forcing_kv.tools.bench.pytorch.options import TorchOptions
 

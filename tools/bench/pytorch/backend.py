@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forcing_kv.export.cost_model import first_steady_chunk
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.graphs import EvictGraph, PromptGraph
-from forcing_kv.export.rewrite import sort_heads_
+from forcing_kv.export.cost.work import first_steady_chunk
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.graphs import EvictGraph, PromptGraph
+from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
     Backend,
     ChunkPositions,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.export.graphs import candidate_layout
+from forcing_kv.export.model.graphs import candidate_layout
 from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 

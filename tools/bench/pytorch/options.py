@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.fusion import PLAIN, FusionOptions, fuse_qkv_
-from forcing_kv.export.graphs import StepGraph
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.fusion import PLAIN, FusionOptions, fuse_qkv_
+from forcing_kv.export.model.graphs import StepGraph
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.tools.bench.pytorch.attention import (
     DenseHistory,

@@ -11,8 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.export.denoiser import Attention, CausalWanModel, rms_norm, rotate_pairs, unpatchify
-from forcing_kv.export.graphs import ChunkInputs, StepGraph
+from forcing_kv.export.model.denoiser import (
+    Attention,
+    CausalWanModel,
+    rms_norm,
+    rotate_pairs,
+    unpatchify,
+)
+from forcing_kv.export.model.graphs import ChunkInputs, StepGraph
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.tools.bench.pytorch.attention import History
 

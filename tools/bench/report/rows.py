@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from forcing_kv.export.cost_model import mean_frames, steady_history
+from forcing_kv.export.cost.work import mean_frames, steady_history
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.workloads import Workload
 

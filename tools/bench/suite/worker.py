@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from forcing_kv.export.presets import load_preset
+from forcing_kv.export.request.presets import load_preset
 from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.tools.bench.measure.options import MeasureOptions

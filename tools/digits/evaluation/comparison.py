@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.denoiser import CausalWanModel
-from forcing_kv.export.engine import eager_session
-from forcing_kv.export.fp8_file import read_fp8
-from forcing_kv.export.fp8_model import quantize_, scales_for
-from forcing_kv.export.presets import DENSE_WINDOW_FRAMES
-from forcing_kv.export.rewrite import share_weights
+from forcing_kv.export.checkpoint.fp8_file import read_fp8
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.fp8_layers import quantize_, scales_for
+from forcing_kv.export.model.rewrite import share_weights
+from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
+from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 from forcing_kv.tools.digits import codec, text

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from forcing_kv.export.checkpoints import load_model
-from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.tools.digits.evaluation.comparison import Clip, Float32, Variant, generate
 from forcing_kv.tools.digits.shipped import MODEL
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forcing_kv.export.denoiser import Attend, Block, CausalWanModel, rotate_pairs, unpatchify
+from forcing_kv.export.model.denoiser import Attend, Block, CausalWanModel, rotate_pairs, unpatchify
 from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 from forcing_kv.tools.digits import data

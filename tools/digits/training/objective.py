@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forcing_kv.export.denoiser import CausalWanModel
+from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.tools.digits.shipped import CHUNK, MODEL, SCHEDULE
 from forcing_kv.tools.digits.training.network import (
     attention_bias,

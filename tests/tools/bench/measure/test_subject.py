@@ -11,10 +11,10 @@ import torch
 from host_cuda import HostCuda, HostEngine
 from shared_exports import export_once
 
-from forcing_kv.export.bundle import BundleLabels
-from forcing_kv.export.cost_model import first_steady_chunk
-from forcing_kv.export.engine import eager_session
-from forcing_kv.export.memory_model import buffer_nbytes
+from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.cost.memory import buffer_nbytes
+from forcing_kv.export.cost.work import first_steady_chunk
+from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure.options import MeasureOptions
@@ -149,7 +149,7 @@ def test_tiny_decoder_goes_on_where_it_was():
 
 def test_random_wan_vae_makes_four_frames_of_one():
     pytest.importorskip("diffusers", reason="needs diffusers: pip install 'forcing-kv[vae]'")
-    from forcing_kv.export.vae import random_wan_decoder
+    from forcing_kv.export.decoder.vae import random_wan_decoder
 
     small = random_wan_decoder((4, 6), "float32", base_dim=8, z_dim=4,
                                latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip

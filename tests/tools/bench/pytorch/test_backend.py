@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forcing_kv.export.fusion import FusionOptions
-from forcing_kv.export.verify import GoldenCase, verify_golden
+from forcing_kv.export.model.fusion import FusionOptions
+from forcing_kv.export.verify.golden import GoldenCase, verify_golden
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.pytorch.backend import TorchBackend
 from forcing_kv.tools.bench.pytorch.options import TorchOptions

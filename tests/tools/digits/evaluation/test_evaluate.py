@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forcing_kv.export.origin import Origin
+from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 from forcing_kv.tools.digits import evaluate, shipped
@@ -110,7 +110,7 @@ def test_rows_share_their_noise_and_part_where_caches_do() -> None:
 def test_jobs_keep_the_order_whoever_does_them(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from forcing_kv.export.checkpoints import load_model
+    from forcing_kv.export.checkpoint.load import load_model
     from forcing_kv.tools.digits.evaluation import comparison, workers
     from forcing_kv.tools.digits.training.network import MODEL, build_model
 
@@ -158,7 +158,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
-    from forcing_kv.export.checkpoints import load_model
+    from forcing_kv.export.checkpoint.load import load_model
     from forcing_kv.tools.digits import text
     from forcing_kv.tools.digits.evaluation.comparison import (
         Clip,

@@ -100,7 +100,7 @@ def test_a_run_ends_saves_and_logs(tmp_path: Path) -> None:
     _trainer(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     weights = trainer.average.state_dict()
-    from forcing_kv.export.checkpoints import load_model
+    from forcing_kv.export.checkpoint.load import load_model
     from forcing_kv.tools.digits.shipped import MODEL
 
     loaded = load_model(tmp_path / "average.safetensors", MODEL).state_dict()
@@ -177,7 +177,7 @@ def test_a_training_sequence_computes_what_a_rollout_computes() -> None:
 def test_the_plain_rollout_equals_the_eager_session() -> None:
     import dense_rollout
 
-    from forcing_kv.export.engine import eager_session
+    from forcing_kv.export.verify.eager import eager_session
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
     from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
     from forcing_kv.tools.digits import shipped

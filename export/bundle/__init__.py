@@ -1,0 +1,1 @@
+"""Bundles: writing them, and reading their weights and graphs."""

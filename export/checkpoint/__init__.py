@@ -1,0 +1,1 @@
+"""Checkpoints in the layouts that projects distribute, adapters and shards included."""

@@ -1,0 +1,1 @@
+"""What a deployment costs: FLOPs, memory, and the devices that it may run on."""

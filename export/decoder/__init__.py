@@ -1,0 +1,1 @@
+"""Video decoders: latents to pixels, a latent frame at a time."""

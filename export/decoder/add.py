@@ -1,0 +1,161 @@
+"""Adds a video decoder to a bundle: its graphs with explicit state, its weights, its entry."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from forcing_kv.export.bundle.onnx_graph import WeightStore, onnx_model, write_onnx
+from forcing_kv.export.bundle.write import Report, graph_info, write_manifest
+from forcing_kv.export.model.capture import GraphSource
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import (
+    GRAPH_FOLDER,
+    DecoderInfo,
+    Manifest,
+    read_manifest,
+)
+from forcing_kv.runtime_trt.decode.runner import NEW_STATE, STATE
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.ports import port_name
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """A decoder ready to be captured."""
+
+    kind: str
+    decode: nn.Module
+    """(latents [1, C, h, w] float32, state) -> (frames [k, 3, H, W] float32 in 0..1, new state)."""
+    state_shapes: tuple[tuple[int, ...], ...]
+    state_dtype: torch.dtype
+    decode_first: nn.Module | None = None
+    """The same for the first latent frame, from no state; None where zeros are its state."""
+    first_states: tuple[int, ...] = ()
+    """Which states `decode_first` returns; the others stay zeros."""
+    num_trimmed_frames: int = 0
+    source: str = ""
+
+    def new_state(self) -> list[Tensor]:
+        """The state before any frame."""
+        return [torch.zeros(shape, dtype=self.state_dtype) for shape in self.state_shapes]
+
+    def graphs(self, latent_shape: tuple[int, int, int]) -> list[GraphSource]:
+        """The graphs for latent frames of [C, h, w]."""
+        latents = torch.zeros(1, *latent_shape)
+        layers = range(len(self.state_shapes))
+        inputs = ("latents", *_numbered(STATE, layers))
+        outputs = ("frames", *_numbered(NEW_STATE, layers))
+        found = [GraphSource("decode", self.decode, (latents, self.new_state()), inputs, outputs)]
+        if self.decode_first is not None:
+            outputs = ("frames", *_numbered(NEW_STATE, self.first_states))
+            first = GraphSource(
+                "decode_first", self.decode_first, (latents,), ("latents",), outputs
+            )
+            found.append(first)
+        return found
+
+
+def _numbered(stem: str, states: Iterable[int]) -> tuple[str, ...]:
+    return tuple(port_name(stem, state) for state in states)
+
+
+def add_decoder(
+    bundle: Path, source: DecoderSource, *, force: bool = False, report: Report = lambda _: None
+) -> Manifest:
+    """Export a decoder into a bundle that is there.
+
+    Args:
+        bundle: directory of the bundle.
+        source: the decoder.
+        force: replace a decoder of the same kind.
+        report: told the name of each part when it begins.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        BundleError: no readable bundle.
+        InputError: the bundle has such a decoder already.
+    """
+    manifest = read_manifest(bundle)
+    check_decoder_target(manifest, bundle, source.kind, force=force)
+    _, *latent_shape = manifest.config.latent_shape
+    with tempfile.TemporaryDirectory(prefix=f".{source.kind}.", dir=bundle) as folder:
+        work = Path(folder)
+        (work / GRAPH_FOLDER).mkdir()
+        graphs = _write_graphs(source, tuple(latent_shape), work, report)  # type: ignore[arg-type]
+        weights = f"{GRAPH_FOLDER}/{source.kind}.bin"
+        info = DecoderInfo(
+            graphs, weights, sha256_of(work / weights), source.num_trimmed_frames, source.source
+        )
+        report("manifest")
+        updated = replace(manifest, decoders={**manifest.decoders, source.kind: info})
+        for file in (weights, *(graph.file for graph in graphs.values())):
+            shutil.move(work / file, bundle / file)
+        write_manifest(updated, bundle)
+    return updated
+
+
+def check_decoder_target(manifest: Manifest, bundle: Path, kind: str, *, force: bool) -> None:
+    """Refuse to replace a decoder unasked, or to write where that is not allowed.
+
+    Raises:
+        InputError: what is in the way.
+    """
+    if kind in manifest.decoders and not force:
+        raise InputError(f"{bundle}: has a {kind} decoder already; replace it with --force")
+    if not os.access(bundle, os.W_OK):
+        raise InputError(f"{bundle}: cannot be written; choose a copy that can")
+
+
+def _write_graphs(
+    source: DecoderSource, latent_shape: tuple[int, int, int], work: Path, report: Report
+) -> Mapping[str, GraphInfo]:
+    graphs: dict[str, GraphInfo] = {}
+    folder = work / GRAPH_FOLDER
+    with ExitStack() as stack:
+        file = stack.enter_context((folder / f"{source.kind}.bin").open("wb"))
+        store = WeightStore(file, f"{source.kind}.bin", folder)
+        for graph in source.graphs(latent_shape):
+            report(graph.name)
+            relative = f"{GRAPH_FOLDER}/{source.kind}_{graph.name}.onnx"
+            exported = onnx_model(graph)
+            write_onnx(exported, work / relative, store)
+            graphs[graph.name] = graph_info(exported, relative, work)
+    return graphs
+
+
+def frames_from_signed(pixels: Tensor) -> Tensor:
+    """Pixels [1, 3, k, H, W] in -1..1 to frames [k, 3, H, W] float32 in 0..1."""
+    return (pixels[0].transpose(0, 1).float().clamp(-1, 1) + 1) / 2
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict into `module`, every key and shape checked.
+
+    Raises:
+        InputError: what does not fit.
+    """
+    needed = {name: value.shape for name, value in module.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    wrong = sorted(name for name in {*needed, *found} if needed.get(name) != found.get(name))
+    if wrong:
+        raise InputError(
+            f"{where}: not the weights of this decoder: {len(wrong)} of {len(needed)} tensors are "
+            f"missing, unknown or mis-shaped, such as {_some(wrong)}"
+        )
+    module.load_state_dict(dict(state))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3])

@@ -1,0 +1,1 @@
+"""Packages compiled by PyTorch's AOTInductor."""

@@ -1,0 +1,180 @@
+"""Compiles a deployment's graphs with AOTInductor into one package with one set of weights.
+
+The package (`.pt2`) holds machine code alone. The weights stay outside and are handed over when it
+is loaded, so that every graph and every session reads the same copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from forcing_kv.export.inductor.toolchain import cuda_toolchain
+from forcing_kv.export.model.capture import GraphSource, graph_sources
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.fp8 import compiler_body as fp8_body
+from forcing_kv.export.model.fusion import FUSED, FusionOptions
+from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, triton_bodies
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.dtypes import dtype_name
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+
+PACKAGE_FILE = "package.pt2"
+
+_SHARED_WEIGHTS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+}
+_CUDA = {
+    # The only index is the denoise step's, in every norm: the check would cost registers there.
+    "assert_indirect_indexing": False,
+    # A captured chunk runs the C++ around the launches once. Optimised, a pass of 30 layers takes
+    # 16 s to compile instead of 8.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+_AUTOTUNE = {
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+    # Epilogues (bias, GELU, gates) join the matrix products that the search picks.
+    "epilogue_fusion": True,
+}
+
+
+@dataclass(frozen=True)
+class InductorOptions:
+    """How a package is compiled."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    fusion: FusionOptions = FUSED
+    """Fusions of the graphs; see there."""
+    autotune: bool = True
+    """Measure matrix-product kernels on the device and keep the fastest; CUDA alone."""
+    tactics: Mapping[str, str] = field(default_factory=dict)
+    """Tactic of an operator's Triton kernel by the operator's torch name; CUDA alone. Others take
+    the measured one, or the device's default."""
+
+    def bodies(self) -> Bodies:
+        """What replaces the operators."""
+        own = aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
+        return own | fp8_body(self.device)
+
+    def inductor_settings(self) -> dict[str, Any]:
+        """Settings of PyTorch's compiler."""
+        if self.device == "cpu":
+            return dict(_SHARED_WEIGHTS)
+        return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an engine record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompiledPackage:
+    """What compiling gave."""
+
+    path: Path
+    graphs: dict[str, GraphInfo]
+    """Inputs and outputs of each graph; their file is the package."""
+    constants: dict[str, Tensor]
+    """Everything that the graphs must be given when loaded, by name."""
+
+
+def compile_package(
+    model: CausalWanModel,
+    config: RolloutConfig,
+    folder: Path,
+    options: InductorOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> CompiledPackage:
+    """Compile every graph and write the package.
+
+    Args:
+        model: heads in exported order, weights in the compute dtype on the target device; fused in
+            place as the options say.
+        config: rollout configuration.
+        folder: existing directory that receives the package.
+        options: target and fusions.
+        report: told the name of each part when it begins.
+
+    Returns:
+        The package. Its constants share memory with `model` where they are weights.
+    """
+    return compile_sources(graph_sources(model, config, options.fusion), folder, options, report)
+
+
+def compile_sources(
+    sources: Iterable[GraphSource],
+    folder: Path,
+    options: InductorOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> CompiledPackage:
+    """Compile graphs and write their package.
+
+    Args:
+        sources: the graphs, weights on the target device; constants of one name are one tensor.
+        folder: existing directory that receives the package.
+        options: the target.
+        report: told the name of each graph when it begins.
+
+    Returns:
+        The package. Its constants share memory with the graphs' modules.
+    """
+    from torch._inductor.package.package import load_package, package_aoti
+
+    files: dict[str, Any] = {}
+    constants: dict[str, Tensor] = {}
+    ports: dict[str, tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]] = {}
+    for source in sources:
+        report(source.name)
+        with torch.no_grad():
+            program = source.capture().run_decompositions(options.bodies())
+            files[source.name] = _compile(program, source.arguments, options)
+        ports[source.name] = _inputs_and_outputs(source, program)
+        held = {**program.state_dict, **program.constants}
+        constants |= {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    report("package")
+    path = folder / PACKAGE_FILE
+    package_aoti(str(path), files)
+    sha256 = sha256_of(path)
+    graphs = {name: GraphInfo(PACKAGE_FILE, sha256, *pair) for name, pair in ports.items()}
+    needed = {
+        name: constants[name]
+        for graph in graphs
+        for name in load_package(str(path), graph, run_single_threaded=True).get_constant_fqns()
+    }
+    return CompiledPackage(path, graphs, needed)
+
+
+def _compile(program: ExportedProgram, arguments: tuple[Any, ...], options: InductorOptions) -> Any:
+    """Compile one graph; returns the compiler's files."""
+    from torch._inductor import aot_compile
+
+    module = program.module(check_guards=False)
+    with cuda_toolchain() if options.device == "cuda" else nullcontext():
+        return aot_compile(module, arguments, options=options.inductor_settings())
+
+
+def _inputs_and_outputs(
+    source: GraphSource, program: ExportedProgram
+) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    (outputs,) = program.graph.output_node().args
+    shapes = [node.meta["val"] for node in cast(Any, outputs)]
+    inputs = torch.utils._pytree.tree_leaves(source.arguments)
+    return (
+        tuple(map(tensor_info, source.input_names, inputs)),
+        tuple(map(tensor_info, source.output_names, shapes)),
+    )
+
+
+def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
+    """What a manifest says of a graph's input or output."""
+    return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype))

@@ -1,0 +1,63 @@
+"""A session on a model compiled by Inductor, without a bundle: for checks and benchmarks."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from forcing_kv.export.inductor.compile import (
+    CompiledPackage,
+    InductorOptions,
+    compile_package,
+)
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.rewrite import sort_heads_
+from forcing_kv.runtime_trt.inductor.open import package_backend
+from forcing_kv.runtime_trt.inductor.package import InductorPackage
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.session import Session
+
+
+def compile_model(
+    model: CausalWanModel,
+    config: RolloutConfig,
+    folder: Path,
+    options: InductorOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> CompiledPackage:
+    """Compile a model as `fkv build --backend inductor` would, straight from its weights.
+
+    Args:
+        model: weights under the official names, heads in checkpoint order; not changed.
+        config: rollout configuration.
+        folder: existing directory that receives the package.
+        options: target and fusions.
+        report: told the name of each part when it begins.
+    """
+    prepared = sort_heads_(copy.deepcopy(model), config.partition)
+    prepared = prepared.cast_(getattr(torch, config.dtype)).to(options.device).eval()
+    return compile_package(prepared, config, folder, options, report)
+
+
+def open_compiled(
+    compiled: CompiledPackage, config: RolloutConfig, device: str, *, use_graphs: bool = True
+) -> Session:
+    """A session on a compiled package; on CUDA it replays a captured graph a chunk by default."""
+    package = InductorPackage(compiled.path, compiled.graphs, compiled.constants, device)
+    return Session(package_backend(config, package, use_graphs=use_graphs))
+
+
+@contextmanager
+def inductor_session(
+    model: CausalWanModel, config: RolloutConfig, options: InductorOptions
+) -> Iterator[Session]:
+    """Compile a model to a temporary package and open a session on it; arguments as above."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_model(model, config, Path(folder), options)
+        with open_compiled(compiled, config, options.device) as session:
+            yield session

@@ -1,0 +1,1 @@
+"""The denoiser in PyTorch, its graphs, and how they are captured."""

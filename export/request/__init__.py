@@ -1,0 +1,1 @@
+"""What to export: presets, shipped models, and options resolved to a configuration."""

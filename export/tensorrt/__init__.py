@@ -1,0 +1,1 @@
+"""TensorRT engines: planning, building and refitting them."""

@@ -1,0 +1,222 @@
+"""Builds the TensorRT engines of a bundle: only what changed, recorded in the manifest.
+
+What an engine record holds is said by `EngineRecord`; the denoiser and each decoder are opened on
+their own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from time import perf_counter
+
+from forcing_kv.export.bundle.write import write_manifest
+from forcing_kv.export.tensorrt.builder import BuiltPlan, LayerInfo, build_plan
+from forcing_kv.export.tensorrt.plan import BuildPlan, GraphBuild, record_of
+from forcing_kv.export.tensorrt.stripped import write_stripped
+from forcing_kv.runtime_trt.bundle.engines import (
+    DecoderEngines,
+    EngineDetail,
+    EngineRecord,
+    weight_table,
+)
+from forcing_kv.runtime_trt.bundle.files import replaced_folder
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import sha256_of
+from forcing_kv.runtime_trt.bundle.manifest import (
+    WEIGHT_FILE,
+    read_manifest,
+)
+
+Report = Callable[[str, str, float], None]
+"""(graph, what the builder does, how much of the graph is done)."""
+
+
+def run_build(
+    plan: BuildPlan, report: Report = lambda _, __, ___: None
+) -> tuple[EngineRecord, dict[str, list[LayerInfo]]]:
+    """Build what is to do, put all engines in place at once and record them.
+
+    Returns:
+        The engine record, and the layers of every graph that was built.
+
+    Raises:
+        ForcingKvError: a graph cannot be built; the bundle is then as it was.
+    """
+    old = record_of(plan.manifest, plan.folder)
+    if not plan.to_do and old is not None:
+        return old, {}
+    start = perf_counter()
+    details: dict[str, EngineDetail] = {}
+    layers = {}
+    target = plan.bundle / plan.folder
+    with replaced_folder(target) as folder:
+        for graph in plan.graphs:
+            file = folder / graph.file
+            file.parent.mkdir(exist_ok=True)
+            if graph.found is not None:
+                for kept in (target / graph.file).parent.glob(f"{graph.name}.*"):
+                    shutil.copyfile(kept, file.with_name(kept.name))
+                details[graph.label] = graph.found
+                continue
+            begin = perf_counter()
+            if plan.source is not None:
+                report(graph.label, "refitting", 0.0)
+                details[graph.label] = _refit_graph(plan, plan.source, graph, file, begin)
+                continue
+            built = _build_graph(plan, graph, report)
+            file.write_bytes(built.plan)
+            if plan.options.strip_weights:
+                table = file.with_name(weight_table(file.name))
+                write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
+            layers[graph.label] = built.log.layers
+            details[graph.label] = _detail(graph, built, perf_counter() - begin)
+    record = _record(plan, details, perf_counter() - start)
+    write_record(plan.bundle, record)
+    return record, layers
+
+
+def _refit_graph(
+    plan: BuildPlan, source: BuildPlan, graph: GraphBuild, file: Path, begin: float
+) -> EngineDetail:
+    """Write an engine of the source with this bundle's weights, and describe it."""
+    from forcing_kv.export.tensorrt.refit import refitted_plan
+
+    (old,) = (each for each in source.graphs if each.label == graph.label)
+    engine = source.bundle / source.folder / old.file
+    with _builder_file(source, old) as before, _builder_file(plan, graph) as after:
+        content = refitted_plan(engine, before, after, plan.options)
+    file.write_bytes(content)
+    return replace(
+        old.found or EngineDetail(),
+        inputs_sha256=graph.inputs_sha256,
+        nbytes=len(content),
+        build_seconds=round(perf_counter() - begin, 1),
+        refitted=True,
+    )
+
+
+def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
+    """Build one graph with the plugins, or in the form that needs none."""
+    options = plan.options
+    cache = None if plan.timing_cache is None else plan.bundle / plan.timing_cache
+
+    def progress(phase: str, fraction: float) -> None:
+        report(graph.label, phase, fraction)
+
+    progress("reading the graph", 0.0)
+    if graph.decoder is None and options.frontend == "torch-tensorrt":
+        from forcing_kv.export.tensorrt.torch_frontend import build_plan_from_torch
+
+        return build_plan_from_torch(plan.bundle, plan.manifest, graph.name, options)
+    if graph.decoder is None and options.backend == "tensorrt":
+        from forcing_kv.export.tensorrt.plugins import register_once
+        from forcing_kv.plugins.bind.tensorrt import register_tensorrt_plugins
+
+        register_once(register_tensorrt_plugins, options)
+    with _builder_file(plan, graph) as path:
+        return build_plan(path, options, cache, progress)
+
+
+@contextmanager
+def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
+    """The graph as the builder is given it, in a file that finds its weights beside it.
+
+    TensorRT reads the bundle's own, for it has our plugins; decoders hold standard operators alone.
+    TensorRT-RTX gets the denoiser's in standard operators.
+    """
+    if graph.decoder is not None or plan.options.backend == "tensorrt":
+        yield plan.bundle / graph.info.file
+        return
+    import onnx
+    import onnx_ir as ir
+
+    from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies, read_onnx
+
+    source = plan.bundle / graph.info.file
+    model = read_onnx(source)
+    if plan.manifest.config.dtype != "float32":
+        fuse_attention(model, plan.manifest.config)
+    with tempfile.TemporaryDirectory(prefix="fkv-build-") as folder:
+        path = Path(folder) / source.name
+        onnx.save(ir.to_proto(inline_bodies(model)), path)
+        weights = plan.bundle / WEIGHT_FILE
+        path.with_name(weights.name).symlink_to(weights.resolve())
+        yield path
+
+
+def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> EngineDetail:
+    log = built.log
+    # They come to the device all the same, whatever the builder counts. Torch-TensorRT tells
+    # nothing; a plan is weights for the most part.
+    stripped = sum(entry.nbytes for entry in built.stripped.values())
+    return EngineDetail(
+        inputs_sha256=graph.inputs_sha256,
+        nbytes=len(built.plan),
+        weight_nbytes=max(log.nbytes.get("weights", len(built.plan)), stripped),
+        scratch_nbytes=log.nbytes.get("activation"),
+        num_layers=len(log.layers),
+        num_fused_attention=log.num_fused_attention,
+        num_fp8_products=log.num_fp8_products,
+        build_seconds=round(seconds, 1),
+    )
+
+
+def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float) -> EngineRecord:
+    decoders = {}
+    for kind, decoder in plan.manifest.decoders.items():
+        found = _found(plan, kind, details)
+        built = sum(detail.build_seconds for detail in found.details.values())
+        decoders[kind] = DecoderEngines(
+            f"{plan.folder}/{kind}", round(built, 1), found.files, found.graphs, found.details,
+            decoder_sha256=decoder.sha256,
+        )  # fmt: skip
+    found = _found(plan, None, details)
+    return EngineRecord(
+        plan.folder,
+        round(seconds, 1),
+        found.files,
+        found.graphs,
+        found.details,
+        backend=plan.options.backend,
+        target=plan.target,
+        environment=dict(plan.environment),
+        options=plan.options.to_json(),
+        decoders=decoders,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies in the folder of the denoiser or of a decoder."""
+
+    files: Mapping[str, str]
+    graphs: Mapping[str, GraphInfo]
+    details: Mapping[str, EngineDetail]
+
+
+def _found(plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDetail]) -> _Found:
+    files, graphs, described = {}, {}, {}
+    for graph in plan.graphs:
+        if graph.decoder != decoder:
+            continue
+        relative = f"{plan.folder}/{graph.file}"
+        files[relative] = sha256_of(plan.bundle / relative)
+        if plan.options.strip_weights:
+            table = weight_table(relative)
+            files[table] = sha256_of(plan.bundle / table)
+        graphs[graph.name] = replace(graph.info, file=relative, sha256=files[relative])
+        described[graph.name] = details[graph.label]
+    return _Found(files, graphs, described)
+
+
+def write_record(bundle: Path, record: EngineRecord) -> None:
+    """Add an engine record to the manifest, in place of the one of the same folder."""
+    # Read again: another build may have added its engines meanwhile.
+    manifest = read_manifest(bundle)
+    others = [old for old in manifest.engines if old.folder != record.folder]
+    write_manifest(replace(manifest, engines=(*others, record)), bundle)

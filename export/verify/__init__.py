@@ -1,0 +1,1 @@
+"""Backends against eager PyTorch and against recorded results of the official code."""

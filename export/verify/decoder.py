@@ -1,0 +1,147 @@
+"""A decoder's backend against eager PyTorch on the bundle's own graphs: every output, streaming.
+
+The reference computes in float32. A float16 decoder is allowed what a 16-bit denoiser is: see
+`verify_bundle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forcing_kv.export.decoder.onnx_module import OnnxModule
+from forcing_kv.export.verify.bundle import TensorCheck, allowed_error, error_of
+from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
+from forcing_kv.runtime_trt.decode.runner import (
+    DECODE,
+    FRAMES,
+    DecodeRunner,
+    Float32,
+    next_state,
+    state_inputs,
+)
+from forcing_kv.runtime_trt.decoder import VideoDecoder
+from forcing_kv.runtime_trt.rollout.noise import draw_noise
+from forcing_kv.runtime_trt.rollout.ports import split_name
+
+NUM_FRAMES = 5
+"""Latent frames decoded: the first one, and both sets of state twice."""
+
+
+class EagerDecodeRunner(DecodeRunner):
+    """The graphs of a bundle's decoder as plain PyTorch.
+
+    Args:
+        bundle: directory of the bundle.
+        info: the decoder's entry in the manifest.
+        in_float32: compute in float32, whatever the decoder's dtype.
+    """
+
+    name = "eager"
+
+    def __init__(self, bundle: Path, info: DecoderInfo, *, in_float32: bool) -> None:
+        self._info, self._in_float32 = info, in_float32
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._modules = {
+            name: OnnxModule(bundle / graph.file, info.weights_file)
+            for name, graph in info.graphs.items()
+        }
+        for module in self._modules.values():
+            (module.in_float32() if in_float32 else module).to(self._device)
+        self._state: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """See base class."""
+        for info in state_inputs(self._info.graphs[DECODE]):
+            dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
+            self._state[info.name] = torch.zeros(info.shape, dtype=dtype, device=self._device)
+
+    @torch.inference_mode()
+    def run(self, graph: str, latents: Float32) -> Float32:
+        """See base class."""
+        info = self._info.graphs[graph]
+        state = [self._state[port.name] for port in state_inputs(info)]
+        frames, made = self._modules[graph](torch.from_numpy(latents).to(self._device), state)
+        names = [next_state(port.name) for port in info.outputs if port.name != FRAMES]
+        self._state |= dict(zip(names, made, strict=True))
+        result: Float32 = frames.cpu().numpy()
+        return result
+
+    def read_state(self, name: str) -> NDArray[Any]:
+        """See base class."""
+        copied: NDArray[Any] = self._state[name].cpu().numpy().copy()
+        return copied
+
+    def close(self) -> None:
+        """See base class."""
+        self._modules.clear()
+        self._state.clear()
+
+
+@dataclass
+class DecoderReport:
+    """Verdict on one decoder on one backend."""
+
+    bundle: str
+    decoder: str
+    backend: str
+    dtype: str
+    tensors: list[TensorCheck] = field(default_factory=list)
+    """Frames and every state at their worst, the worst first; `chunk` is the latent frame."""
+
+    @property
+    def passed(self) -> bool:
+        """Everything within what is allowed."""
+        return all(check.passed for check in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify_decoder(
+    bundle: Path, manifest: Manifest, kind: str, decoder: VideoDecoder, *, seed: int = 0
+) -> DecoderReport:
+    """Compare a decoder's backend with eager PyTorch.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: its manifest.
+        kind: vae or tae.
+        decoder: opened on it; reset, and not closed.
+        seed: key of the latents.
+    """
+    info = manifest.decoders[kind]
+    (dtype,) = {port.dtype for port in state_inputs(info.graphs[DECODE])}
+    reference, same_dtype = (
+        VideoDecoder(EagerDecodeRunner(bundle, info, in_float32=in_float32), info)
+        for in_float32 in (True, False)
+    )
+    decoders = (reference, same_dtype, decoder)
+    decoder.reset()
+    worst: dict[str, TensorCheck] = {}
+    for frame in range(NUM_FRAMES):
+        latents = draw_noise(seed, frame, 0, (1, *manifest.config.latent_shape[1:]))
+        made = [_outputs(each, latents) for each in decoders]
+        for name in made[0]:
+            wanted, yardstick, found = (outputs[name].astype(np.float64) for outputs in made)
+            check = TensorCheck(
+                kind, name, split_name(name)[1], frame, None,
+                error_of(found, wanted), allowed_error(wanted, yardstick, dtype),
+            )  # fmt: skip
+            if name not in worst or check.ratio > worst[name].ratio:
+                worst[name] = check
+    tensors = sorted(worst.values(), key=lambda check: check.ratio, reverse=True)
+    return DecoderReport(str(bundle), kind, decoder.backend_name, dtype, tensors)
+
+
+def _outputs(decoder: VideoDecoder, latents: Float32) -> Mapping[str, NDArray[Any]]:
+    """Frames and states after one more latent frame."""
+    return {FRAMES: decoder.decode(latents), **decoder.read_state()}

@@ -1,0 +1,297 @@
+"""Rollouts of any backend against golden cases from the official code."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from forcing_kv.export.bundle.write import BundleLabels, export_bundle
+from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.model_config import model_shape_from_official
+from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.runtime_trt.bundle.heads import parse_partition
+from forcing_kv.runtime_trt.bundle.schema import read_json
+from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.open import choose_backend
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
+from forcing_kv.runtime_trt.session import Chunk, Session
+
+LATENT_ATOL = 1e-4
+"""Float32 implementations differ by <= 1.6e-6; one wrong segment moves latents by >= 1.6e-2."""
+
+
+@dataclass(frozen=True)
+class ChunkCheck:
+    """One chunk of a golden case."""
+
+    chunk: int
+    latent_error: float
+    """Largest absolute difference of the output latents."""
+    x0_error: float | None
+    """Same, over the intermediate x0, where the case records them."""
+    cache_error: float | None
+    """Same, over the cached K and V after the chunk, where the case records them."""
+    kept_equal: bool | None
+    """Whether the kept segments are exactly the golden ones; None where none are selected."""
+
+    @property
+    def worst(self) -> float:
+        """Largest error of any kind."""
+        errors = (self.latent_error, self.x0_error, self.cache_error)
+        return max(error for error in errors if error is not None)
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance, and the same segments."""
+        return self.worst <= LATENT_ATOL and self.kept_equal is not False
+
+    def line(self) -> str:
+        """The check in one line, for people."""
+        parts = [f"latents {self.latent_error:.2e}"]
+        if self.x0_error is not None:
+            parts.append(f"x0 {self.x0_error:.2e}")
+        if self.cache_error is not None:
+            parts.append(f"cache {self.cache_error:.2e}")
+        if self.kept_equal is not None:
+            parts.append("segments equal" if self.kept_equal else "segments DIFFER")
+        return f"chunk {self.chunk}: {', '.join(parts)} -> {'ok' if self.passed else 'FAIL'}"
+
+
+@dataclass
+class GoldenReport:
+    """Verdict on one case."""
+
+    case: str
+    backend: str
+    schedule_error: float
+    """Largest difference of timesteps (in units of t / 1000) and sigmas."""
+    chunks: list[ChunkCheck] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Every chunk and the schedule within tolerance."""
+        return self.schedule_error <= 1e-6 and all(check.passed for check in self.chunks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an infinite error (another shape, or NaN) is the word `infinite`."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(entry) for key, entry in value.items()}
+            if isinstance(value, list):
+                return [plain(entry) for entry in value]
+            return "infinite" if value == float("inf") else value
+
+        return plain({**asdict(self), "tolerance": LATENT_ATOL, "passed": self.passed})
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One case directory, with the weights and inputs of its parent."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    golden: Mapping[str, NDArray[Any]]
+    inputs: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> GoldenCase:
+        """Read a case.
+
+        Raises:
+            InputError: a file of the format is missing or unreadable.
+        """
+        needed = [path / "config.json", path / "golden.npz", path.parent / "inputs.npz"]
+        missing = [str(file) for file in needed if not file.is_file()]
+        if missing:
+            raise InputError(
+                f"{path}: not a golden case: {missing} missing; a case directory has config.json "
+                "and golden.npz, its parent weights.safetensors and inputs.npz"
+            )
+        arrays: list[dict[str, NDArray[Any]]] = []
+        for file in needed[1:]:
+            try:
+                with np.load(file, allow_pickle=False) as data:
+                    arrays.append({key: data[key] for key in data.files})
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise InputError(f"{file}: cannot be read ({error})") from error
+        return cls(path, read_json(needed[0], "golden case", "restore it"), *arrays)
+
+    @property
+    def config(self) -> RolloutConfig:
+        """The case's settings as a rollout configuration."""
+        try:
+            model = model_shape_from_official(self.settings["model"], str(self.path))
+            height, width = self.settings["latent_hw"]
+            frames = self.settings["num_frame_per_block"]
+            chunk = ChunkShape(frames, height, width, model.patch_size)
+            schedule = Schedule(
+                tuple(self.settings["denoising_step_list"]),
+                self.settings["warp_denoising_step"],
+                self.settings["timestep_shift"],
+            )
+            policy, partition = _policy_from_settings(self.settings, model, frames)
+        except KeyError as error:
+            raise InputError(f"{self.path}/config.json: entry {error} is missing") from error
+        return RolloutConfig(model, chunk, policy, partition, schedule)
+
+    def load_model(self, checkpoint: Path | None = None) -> CausalWanModel:
+        """The parent's weights, or another checkpoint of the same shape."""
+        file = checkpoint or self.path.parent / "weights.safetensors"
+        return load_model(file, self.config.model)
+
+
+def _policy_from_settings(
+    settings: Mapping[str, Any], model: ModelShape, chunk_frames: int
+) -> tuple[CachePolicy, HeadPartition]:
+    """Translate the official settings."""
+    sink = settings.get("sink_size", 0)
+    if "forcingkv" not in settings:
+        window = settings["local_attn_size"]
+        window = settings["num_frames"] if window == -1 else window
+        policy = CachePolicy.dense(window, chunk_frames, sink)
+        return policy, HeadPartition.uniform(model.num_layers, model.num_heads, static=True)
+    official = settings["forcingkv"]
+    budget = official["dynamic_context_length"] if official["dynamic_temporal_enabled"] else 0
+    calls = max((len(event["attn"]) for event in settings.get("events", [])), default=0)
+    policy = CachePolicy(
+        num_sink_frames=sink,
+        num_static_frames=official["spatial_context_length"],
+        num_temporal_frames=official["temporal_context_length"],
+        num_dynamic_frames=budget,
+        num_segments=official["num_frame_patch"],
+        last_warmup_chunk=official["ar_start"],
+        # A grouped layer makes two attention calls.
+        compress_first_layer=calls == 2 * model.num_layers,
+        global_sink=settings.get("global_sink", True),
+    )
+    partition = parse_partition(settings["head_partition"], "head_partition", model)
+    return policy, partition
+
+
+@contextmanager
+def golden_session(
+    case: GoldenCase, backend: str, checkpoint: Path | None = None
+) -> Iterator[Session]:
+    """A session on `case`'s model and settings; engines are exported to a temporary bundle.
+
+    Args:
+        case: the golden case.
+        backend: `eager`, `inductor` (compiled here, without a bundle), or one of the runtime.
+        checkpoint: weights to use instead of the case's own.
+    """
+    model, config = case.load_model(checkpoint), case.config
+    if backend == "eager":
+        with eager_session(model, config) as session:
+            yield session
+        return
+    if backend == "inductor":
+        from forcing_kv.export.inductor.compile import InductorOptions
+        from forcing_kv.export.inductor.session import inductor_session
+
+        options = InductorOptions("cuda" if torch.cuda.is_available() else "cpu")
+        with inductor_session(model, config, options) as session:
+            yield session
+        return
+    choose_backend(backend)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
+        if backend in ("tensorrt", "tensorrt-rtx"):
+            from forcing_kv.export.tensorrt.build import run_build
+            from forcing_kv.export.tensorrt.options import EngineOptions
+            from forcing_kv.export.tensorrt.plan import plan_build, target_device
+
+            engine = EngineOptions(cast(Any, backend))
+            run_build(plan_build(bundle, engine, device=target_device(engine)))
+        with Session.open(bundle, backend) as session:
+            yield session
+
+
+def verify_golden(case: GoldenCase, session: Session) -> Iterator[ChunkCheck]:
+    """Roll a case out on `session`, yielding the check of each chunk."""
+    inputs, settings = case.inputs, case.settings
+    prompts, frames = inputs["prompt_embeds"], session.config.chunk.num_frames
+    draws = session.config.schedule.num_steps - 1
+    switches = sorted(settings.get("switch_frame_indices", []))
+    session.set_prompt(prompts[0])
+    num_prompt = 0
+    for chunk in range(settings["num_frames"] // frames):
+        first = chunk * frames
+        if num_prompt < len(switches) and first >= switches[num_prompt]:
+            num_prompt += 1
+            session.switch_prompt(prompts[num_prompt])
+        noise = inputs["noise"][0, first : first + frames]
+        made = session.generate_chunk(noise, inputs["renoise"][chunk, :draws], keep_x0=True)
+        yield _check_chunk(case, session, made)
+
+
+def _check_chunk(case: GoldenCase, session: Session, made: Chunk) -> ChunkCheck:
+    golden, frames = case.golden, session.config.chunk.num_frames
+    first = made.index * frames
+    latent_error = _error(made.latents, golden["latents"][first : first + frames])
+    x0_error = None
+    if "x0_intermediate" in golden and made.x0_steps is not None:
+        wanted = golden["x0_intermediate"][made.index]
+        x0_error = max(_error(made.x0_steps[i], x0) for i, x0 in enumerate(wanted))
+    kept_equal = None
+    wanted_kept = golden.get(f"kept/c{made.index}")
+    if wanted_kept is not None or made.kept is not None:
+        kept_equal = (
+            wanted_kept is not None
+            and made.kept is not None
+            and np.array_equal(made.kept, wanted_kept)
+        )
+    return ChunkCheck(made.index, latent_error, x0_error, _cache_error(case, session, made.index),
+                      kept_equal)  # fmt: skip
+
+
+def _cache_error(case: GoldenCase, session: Session, chunk: int) -> float | None:
+    """Compare the pools with every grouped cache tensor recorded after `chunk`."""
+    policy, tokens = session.config.policy, session.config.chunk.tokens_per_frame
+    sink = policy.num_sink_frames * tokens
+    errors = []
+    for key, wanted in case.golden.items():
+        parts = key.split("/")
+        if parts[:2] != ["cache", f"c{chunk}"] or parts[3].startswith(("dense", "sink", "local")):
+            continue
+        layer = int(parts[2][1:])
+        kind, part, which = parts[3].split("_")
+        group = session.config.layouts[layer].group("static" if kind == "static" else "dynamic")
+        if group is None or wanted.size == 0:
+            continue
+        pool = session.backend.read_pool(layer)[which == "v"][group.rows]
+        rows = pool.reshape(group.num_heads, -1, wanted.shape[-1])
+        local = policy.local_frames(group.kind, warmup=False) * tokens
+        begin = {"sink": 0, "local": sink, "seg": sink + local}[part]
+        errors.append(_error(rows[:, begin : begin + len(wanted)].transpose(1, 0, 2), wanted))
+    return max(errors) if errors else None
+
+
+def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Largest absolute difference; infinite where shapes differ or values are not finite."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = float(np.abs(found.astype(np.float64) - wanted).max()) if wanted.size else 0.0
+    return error if np.isfinite(error) else float("inf")
+
+
+def schedule_error(case: GoldenCase, schedule: Schedule) -> float:
+    """Difference of our timesteps and sigmas from the case's."""
+    if "timesteps" not in case.golden:
+        return 0.0
+    timesteps = _error(schedule.timesteps, case.golden["timesteps"]) / 1000
+    return max(timesteps, _error(schedule.sigmas, case.golden["sigmas"]))

@@ -1,0 +1,410 @@
+"""Real TensorRT-RTX builds without a GPU, and what is built when."""
+
+import json
+import math
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from command_line import fkv
+from shared_exports import export_once
+
+from forcing_kv.export.bundle.onnx_graph import INLINE_NBYTES
+from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.tensorrt.builder import BuildLog, BuiltPlan
+from forcing_kv.export.tensorrt.options import EngineOptions
+from forcing_kv.export.tensorrt.plan import BUILD_VERSION, BuildPlan, GraphBuild, plan_build
+from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies, read_onnx
+from forcing_kv.export.tensorrt.stripped import mark_stripped, shared_weights
+from forcing_kv.runtime_trt.bundle.constants import map_constants, read_constants, read_table
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.dtypes import DTYPES
+from forcing_kv.runtime_trt.errors import (
+    BundleError,
+    ForcingKvError,
+    InputError,
+    MissingDependencyError,
+)
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.schedule import Schedule
+
+SHAPE = ModelShape(
+    2, dim=64, ffn_dim=64, num_heads=2, in_channels=2, text_len=8, text_dim=8, freq_dim=8
+)
+"""The smallest that TensorRT fuses attention of: head dim 32."""
+
+
+def export(folder, dtype, policy=None):
+    import torch
+
+    torch.manual_seed(0)
+    partition = HeadPartition(2, ((), (0,)))
+    config = RolloutConfig(
+        SHAPE,
+        ChunkShape(3, 8, 12),
+        policy or CachePolicy(),
+        partition,
+        Schedule((1000, 500)),
+        dtype,
+    )
+    model = CausalWanModel(SHAPE).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    export_once(model, config, folder, BundleLabels("small"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("rtx") / "half", "float16")
+
+
+def rtx(bundle, *options, target="sm89"):
+    return fkv("build", bundle, "--backend", "tensorrt-rtx", "--target", target, *options)
+
+
+def needs_rtx():
+    pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
+    pytest.importorskip("polygraphy", reason="needs the Python package polygraphy")
+
+
+def test_a_half_bundle_builds_into_fused_attention(half_bundle, tmp_path):
+    needs_rtx()
+    layers = tmp_path / "layers.json"
+    rtx(half_bundle, "--layer-info", layers)
+    (record,) = read_manifest(half_bundle).engines
+    assert record.target == "sm89"
+    # Self- and cross-attention of every layer.
+    assert record.details["step"].num_fused_attention == 2 * SHAPE.num_layers
+    assert record.details["step"].scratch_nbytes > 0
+    found = json.loads(layers.read_text())
+    assert sum("_gemm_mha" in layer["tactic"] for layer in found["step"]) == 4
+    for graph in record.graphs.values():
+        assert (half_bundle / graph.file).stat().st_size > 1000
+    plan = half_bundle / record.graphs["evict"].file
+    before = {name: detail.build_seconds for name, detail in record.details.items()}
+
+    assert "nothing to do" in rtx(half_bundle).stderr
+    assert read_manifest(half_bundle).engines == (record,)
+
+    plan.write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"evict\.plan: altered since it was built .*`fkv build "):
+        fkv("inspect", half_bundle)
+    assert fkv("inspect", half_bundle, "--no-check").exit_code == 0
+    said = json.loads(rtx(half_bundle, "--dry-run", "--json").stdout)
+    assert said["to_build"] == ["evict"]
+    rtx(half_bundle)
+    (again,) = read_manifest(half_bundle).engines
+    assert again.details["step"].build_seconds == before["step"]
+    assert plan.read_bytes() != b"damaged"
+    listed = fkv("inspect", half_bundle).stdout
+    assert "engines/tensorrt-rtx-sm89: tensorrt-rtx for sm89, default options; built" in listed
+    assert again.files[again.graphs["evict"].file][:12] in listed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_dtypes_and_targets_build(tmp_path, dtype):
+    needs_rtx()
+    bundle = export(tmp_path / "bundle", dtype)
+    rtx(bundle, target="sm120" if dtype == "bfloat16" else "sm86")
+    (record,) = read_manifest(bundle).engines
+    fused = 0 if dtype == "float32" else 2 * SHAPE.num_layers
+    assert record.details["step"].num_fused_attention == fused
+
+
+def test_a_place_for_layers_is_checked_before_the_build(half_bundle, tmp_path):
+    needs_rtx()
+    (tmp_path / "file").touch()
+    before = read_manifest(half_bundle).engines
+    with pytest.raises(InputError, match="not a writable folder; choose another --layer-info"):
+        rtx(half_bundle, "--force", "--layer-info", tmp_path / "file" / "layers.json")
+    assert read_manifest(half_bundle).engines == before
+
+
+def test_a_failed_build_leaves_the_bundle_as_it_was(half_bundle, monkeypatch):
+    needs_rtx()
+    from forcing_kv.export.tensorrt import build
+
+    before = sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*"))
+    engines = read_manifest(half_bundle).engines
+
+    def fail(*_):
+        raise ForcingKvError("made to fail")
+
+    monkeypatch.setattr(build, "build_plan", fail)
+    with pytest.raises(ForcingKvError, match="made to fail"):
+        rtx(half_bundle, target="sm86")
+    assert sorted(path.relative_to(half_bundle) for path in half_bundle.rglob("*")) == before
+    assert read_manifest(half_bundle).engines == engines
+
+
+@pytest.mark.parametrize("place", ["log", "progress"])
+def test_ctrl_c_stops_the_builder(half_bundle, monkeypatch, capfd, place):
+    """Wherever Python happens to be when the signal arrives: the builder drops exceptions."""
+    needs_rtx()
+    from forcing_kv.export.tensorrt import build
+    from forcing_kv.export.tensorrt import builder as engine_builder
+
+    calls = []
+
+    def interrupt(*_, **__):
+        calls.append(place)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    if place == "log":
+        monkeypatch.setattr(engine_builder.BuildLog, "read", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    engines = read_manifest(half_bundle).engines
+    plan = plan_build(half_bundle, EngineOptions("tensorrt-rtx", target="sm89"), force=True)
+    with pytest.raises(KeyboardInterrupt):
+        build.run_build(plan, interrupt if place == "progress" else lambda *_: None)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_manifest(half_bundle).engines == engines
+    assert not capfd.readouterr().out
+
+
+def test_an_error_is_told_in_the_builders_words_alone(half_bundle, capfd):
+    needs_rtx()
+    with pytest.raises(ForcingKvError, match=r"^prompt\.onnx: .* for sm86: .*workspace limit"):
+        rtx(half_bundle, "--workspace-gb", "1e-7", target="sm86")
+    assert "Invalid Engine" not in "".join(capfd.readouterr())
+
+
+STRIPPED = EngineOptions("tensorrt-rtx", target="sm89", strip_weights=True)
+
+
+def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch):
+    """The builder itself needs a GPU for this; everything around it does not."""
+    needs_rtx()
+    from forcing_kv.export.tensorrt import build
+
+    wanted = {}
+
+    def build_plan(path, *_):
+        # ONNX's own loader reads the weights, for which it wants their file and not a link.
+        copied = half_bundle / "graphs" / "given.onnx"
+        shutil.copyfile(path, copied)
+        values = onnx.load(copied).graph.initializer
+        copied.unlink()
+        contents = {each.name: onnx.numpy_helper.to_array(each).tobytes() for each in values}
+        wanted[path.stem] = {n: c for n, c in contents.items() if len(c) > INLINE_NBYTES}
+        return BuiltPlan(b"plan", BuildLog(nbytes={"weights": 0}), shared_weights(path))
+
+    monkeypatch.setattr(build, "build_plan", build_plan)
+    before = read_manifest(half_bundle).engines
+    record, _ = build.run_build(plan_build(half_bundle, STRIPPED, force=True))
+    assert set(wanted) == {"prompt", "step", "evict"}
+    for name, contents in wanted.items():
+        file = f"{record.folder}/{name}.weights.json"
+        table = read_table(half_bundle / file)
+        found = {n: bytes(content) for n, _, content in read_constants(half_bundle, table)}
+        assert found == contents
+        assert file in record.files
+        assert record.details[name].weight_nbytes == sum(map(len, contents.values()))
+    assert len(wanted["step"]) > 10
+    assert not plan_build(half_bundle, STRIPPED).to_do
+    (half_bundle / record.folder / "step.weights.json").write_text("{}")
+    assert [graph.name for graph in plan_build(half_bundle, STRIPPED).to_do] == ["step"]
+    build.run_build(plan_build(half_bundle, STRIPPED))
+    assert not plan_build(half_bundle, STRIPPED).to_do
+    path = half_bundle / "manifest.json"
+    engines = [each.to_json() for each in before]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engines": engines}))
+
+
+def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):
+    """The names in the table against NVIDIA's parser, which gives them to the network."""
+    needs_rtx()
+    import tensorrt_rtx as trt
+
+    from forcing_kv.export.tensorrt import build
+
+    plan = plan_build(half_bundle, STRIPPED)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    for graph in plan.graphs:
+        with build._builder_file(plan, graph) as path:
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            network = builder.create_network(flags)
+            assert trt.OnnxParser(network, logger).parse_from_file(str(path))
+            table = mark_stripped(network, path)
+            assert all(network.are_weights_marked_refittable(name) for name in table)
+            # What the network holds under those names is what the table points to.
+            held = set()
+            for i in range(network.num_layers):
+                layer = network.get_layer(i)
+                if layer.type == trt.LayerType.CONSTANT:
+                    layer.__class__ = trt.IConstantLayer
+                    held.add((layer.name, layer.weights.tobytes()))
+            for name, entry, content in map_constants(path.parent, table):
+                assert (name, content.tobytes()) in held
+                dtype = getattr(trt.DataType, DTYPES[entry.dtype].tensorrt)
+                weights = trt.Weights(dtype, content.ctypes.data, math.prod(entry.shape))
+                assert weights.nbytes == content.nbytes
+                assert weights.numpy().tobytes() == content.tobytes()
+            assert bool(table) == (graph.name != "evict")
+            unknown = path.with_name("other.onnx")
+            unknown.write_bytes(path.read_bytes().replace(b".ffn.0.weight", b".ffn.9.weight"))
+            if graph.name == "step":
+                with pytest.raises(ForcingKvError, match=r"ffn\.9\.weight.*without --strip"):
+                    mark_stripped(network, unknown)
+
+
+POLICIES = {
+    "published": CachePolicy(),
+    "no sink, unequal": CachePolicy(num_sink_frames=0, num_temporal_frames=2, last_warmup_chunk=0),
+    "no history": CachePolicy.dense(3, 3, 0),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
+    """The fused form against the portable one, both in ONNX's own evaluator and in float32."""
+    import onnx_ir as ir
+    from onnx.reference import ReferenceEvaluator
+
+    bundle = export(tmp_path / "bundle", "float32", policy)
+    config = read_manifest(bundle).config
+    portable = read_onnx(bundle / "graphs/step.onnx")
+    fused = read_onnx(bundle / "graphs/step.onnx")
+    assert fuse_attention(fused, replace(config, dtype="float16")) == SHAPE.num_layers
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for value in portable.graph.inputs:
+        shape, dtype = value.shape.numpy(), value.dtype.numpy()
+        inputs[value.name] = rng.standard_normal(shape).astype(dtype)
+    tokens = config.chunk.tokens_per_frame
+    for new_len in (config.chunk.num_tokens, tokens):
+        lengths = np.zeros((SHAPE.num_layers, SHAPE.num_heads), np.int32)
+        for layer, layout in enumerate(config.layouts):
+            for group in layout.groups:
+                lengths[layer, group.heads] = min(group.rows_per_head, tokens)
+        inputs |= {"hist_len": lengths, "new_len": np.asarray([new_len], np.int32)}
+        results = []
+        for model in (portable, fused):
+            path = bundle / "graphs" / "check.onnx"
+            onnx.save(ir.to_proto(inline_bodies(model.clone())), path)
+            results.append(ReferenceEvaluator(str(path)).run(["x0", "x_next"], inputs))
+        for left, right in zip(*results, strict=True):
+            np.testing.assert_allclose(right, left, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorrt-rtx", "target": "sm90"}, "cannot build for sm90"),
+        ({"backend": "tensorrt-rtx", "target": "sm75"}, "cannot build for sm75"),
+        ({"backend": "tensorrt", "target": "sm90"}, "takes no --target"),
+        ({"backend": "tensorrt-rtx", "version_compatible": True}, "--version-compatible"),
+        ({"backend": "tensorrt-rtx", "frontend": "torch-tensorrt"}, "--frontend"),
+        (
+            {"backend": "tensorrt", "frontend": "torch-tensorrt", "strip_weights": True},
+            "leave out --strip-weights",
+        ),
+        ({"backend": "tensorrt", "optimization_level": 6}, "0 to 5"),
+        ({"backend": "tensorrt", "workspace_gb": 0.0}, "positive"),
+        ({"backend": "openvino"}, "allowed are"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        EngineOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "named"),
+    [
+        ("inductor", ["--refit", "--target", "sm89", "--optimization-level", "0"], "--target, --r"),
+        ("tensorrt-rtx", ["--device", "cpu", "--text-rows", "4"], "--device, --text-rows"),
+        ("tensorrt", ["--no-autotune"], "--no-autotune"),
+    ],
+)
+def test_options_of_another_backend_are_not_passed_over(half_bundle, backend, options, named):
+    with pytest.raises(InputError, match=f"--backend {backend} does not have {named}"):
+        fkv("build", half_bundle, "--backend", backend, *options)
+
+
+def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
+    manifest = read_manifest(half_bundle)
+    found = {
+        BuildPlan(half_bundle, manifest, EngineOptions("tensorrt"), environment, ()).timing_cache
+        for environment in (
+            {"tensorrt": "11.4.0.106", "sm": "90", "gpu": "NVIDIA H100 80GB HBM3"},
+            {"tensorrt": "11.4.0.106", "sm": "90", "gpu": "NVIDIA H200"},
+            {"tensorrt": "11.5.0.1", "sm": "90", "gpu": "NVIDIA H200"},
+        )
+    }
+    assert found == {
+        f"engines/timing-nvidia-h100-80gb-hbm3-11.4.0.106-{BUILD_VERSION}.cache",
+        f"engines/timing-nvidia-h200-11.4.0.106-{BUILD_VERSION}.cache",
+        f"engines/timing-nvidia-h200-11.5.0.1-{BUILD_VERSION}.cache",
+    }
+    rtx_plan = BuildPlan(half_bundle, manifest, STRIPPED, {"sm": "89"}, ())
+    assert rtx_plan.timing_cache is None
+
+
+def test_what_is_missing_is_named(half_bundle, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependencyError, match=r"forcing-kv\[trt\]"):
+        fkv("build", half_bundle, "--backend", "tensorrt", "--dry-run")
+
+
+def test_plugins_of_a_compatible_engine_are_portable(monkeypatch):
+    from host_cuda import HostCuda
+
+    from forcing_kv.export.tensorrt import plugins as plugin_setup
+
+    monkeypatch.setattr(plugin_setup, "Cuda", lambda: HostCuda(sm=90))
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    targets = []
+    own = EngineOptions("tensorrt")
+    compatible = EngineOptions("tensorrt", hardware_compatible=True)
+    for _ in range(2):
+        plugin_setup.register_once(targets.append, own)
+    with pytest.raises(ForcingKvError, match=r"build for .*portable_only=True.* in another"):
+        plugin_setup.register_once(targets.append, compatible)
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    plugin_setup.register_once(targets.append, compatible)
+    assert [(target.sm, target.portable_only) for target in targets] == [(90, False), (80, True)]
+
+
+def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):
+    from forcing_kv.export.tensorrt import build
+
+    graph = GraphBuild("step", read_manifest(half_bundle).graphs["step"], None, "0", None)
+    detail = build._detail(graph, BuiltPlan(b"x" * 1000, BuildLog()), 1.0)
+    assert detail.weight_nbytes == 1000
+
+
+def test_torch_tensorrt_is_asked_for_by_name(half_bundle):
+    from forcing_kv.export.tensorrt.torch_frontend import build_plan_from_torch
+
+    options = EngineOptions("tensorrt", frontend="torch-tensorrt")
+    with pytest.raises(MissingDependencyError, match="pip install torch-tensorrt"):
+        build_plan_from_torch(half_bundle, read_manifest(half_bundle), "step", options)
+
+
+def test_the_log_is_read():
+    log = BuildLog()
+    log.read("Total Activation Memory: 9044480 bytes", problem=False)
+    log.read(
+        "Layers:\nName: a_mha, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1] }], "
+        "TacticName: _gemm_mha_v2_0x33, StreamId: 0, Metadata: [ONNX Layer: node_1]\n"
+        "Name: p, LayerType: PluginV3, Inputs: []",
+        problem=False,
+    )
+    log.read("it will be slow", problem=True)
+    assert log.nbytes == {"activation": 9044480}
+    assert log.num_fused_attention == 1
+    assert [layer.kind for layer in log.layers] == ["kgen", "PluginV3"]
+    assert log.layers[0].source == "[ONNX Layer: node_1]"
+    assert log.problems == ["it will be slow"]
+    assert replace(log.layers[1], name="q").tactic == ""
