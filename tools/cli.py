@@ -3,7 +3,7 @@
 Adding a command takes a function and a line in `COMMANDS`:
 
 - The function stands in a *light* module, which is loaded when the command is called:
-  `export/commands/export.py`, `calibration/cli.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
+  `export/commands/export.py`, `calibration/commands/heads.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
   and the like inside its body, so that `fkv X --help` works with none of them installed. Its
   docstring is the help text, its first line the summary.
 - Its parameters are frozen dataclasses, one a subject, whose fields are the flags
@@ -59,9 +59,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("selftest", "forcing_kv.tools.selftest:selftest"),
     Command("eval", "forcing_kv.tools.digits.evaluate:evaluate_command"),
     Command("plan", "forcing_kv.tools.plan:plan"),
-    Command("calibrate heads", "forcing_kv.calibration.cli:calibrate_heads"),
-    Command("calibrate fp8", "forcing_kv.calibration.fp8_cli:calibrate_fp8"),
-    Command("calibrate policy", "forcing_kv.calibration.policy_cli:calibrate_policy"),
+    Command("calibrate heads", "forcing_kv.calibration.commands.heads:calibrate_heads"),
+    Command("calibrate fp8", "forcing_kv.calibration.commands.fp8:calibrate_fp8"),
+    Command("calibrate policy", "forcing_kv.calibration.commands.policy:calibrate_policy"),
     Command("bench step", "forcing_kv.tools.bench.cli:bench_step"),
     Command("bench chunk", "forcing_kv.tools.bench.cli:bench_chunk"),
     Command("bench rollout", "forcing_kv.tools.bench.cli:bench_rollout"),

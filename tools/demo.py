@@ -91,10 +91,10 @@ def demo(*, options: DemoOptions) -> None:
 
 
 def _calibrate(work: Path, num_chunks: int, bar: Task) -> None:
-    from forcing_kv.calibration.head_profile import HeadRule
-    from forcing_kv.calibration.heads import HeadCalibration
+    from forcing_kv.calibration.heads.calibration import HeadCalibration
+    from forcing_kv.calibration.heads.rollouts import ProfilePlan
+    from forcing_kv.calibration.heads.rule import HeadRule
     from forcing_kv.calibration.model_source import load_shipped
-    from forcing_kv.calibration.rollouts import ProfilePlan
     from forcing_kv.tools.digits.shipped import CALIBRATION_PROMPTS
 
     source = load_shipped("digits", CALIBRATION_PROMPTS[:2])

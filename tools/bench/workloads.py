@@ -151,8 +151,8 @@ def with_fp8(plain: Workload) -> Workload:
     """The same workload with linear layers in FP8, by scales measured on one chunk of its own."""
 
     def load(device: str) -> CausalWanModel:
-        from forcing_kv.calibration.linear_recorder import measure_amax
-        from forcing_kv.calibration.rollouts import Rollout
+        from forcing_kv.calibration.fp8.recorder import measure_amax
+        from forcing_kv.calibration.heads.rollouts import Rollout
         from forcing_kv.export.model.fp8_layers import quantize_, scales_for
         from forcing_kv.export.verify.eager import EagerBackend
 

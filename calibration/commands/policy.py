@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
-from forcing_kv.calibration.policy_grid import PolicyGrid
+from forcing_kv.calibration.policy.grid import PolicyGrid
 from forcing_kv.export.cost.devices import DEVICES, find_device
 from forcing_kv.export.request.flags import Int, Integers, Natural, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 
 if TYPE_CHECKING:
-    from forcing_kv.calibration.policy_measures import Candidate
-    from forcing_kv.calibration.policy_search import PolicySearch
+    from forcing_kv.calibration.policy.measures import Candidate
+    from forcing_kv.calibration.policy.search import PolicySearch
 
 FILES = ("policy.json", "policy.png")
 
@@ -69,8 +69,8 @@ def calibrate_policy(
     Generates the same videos with dense attention and with every policy of the grid, compares
     latents and chunk boundaries, and draws which policies no other beats.
     """
-    from forcing_kv.calibration.policy_search import PolicySearch
-    from forcing_kv.calibration.policy_source import load_search
+    from forcing_kv.calibration.policy.search import PolicySearch
+    from forcing_kv.calibration.policy.source import load_search
 
     output.files(FILES)
     loaded = load_search(model, target.heads, rollouts.num_chunks, rollouts.window_frames)
@@ -98,8 +98,8 @@ def _compare(
     search: PolicySearch, candidates: Sequence[Candidate], output: PolicyOutput, num_threads: int
 ) -> None:
     """Run the search, draw it and write it."""
-    from forcing_kv.calibration.policy_picture import draw_policies
-    from forcing_kv.calibration.policy_search import search_record
+    from forcing_kv.calibration.policy.picture import draw_policies
+    from forcing_kv.calibration.policy.search import search_record
     from forcing_kv.runtime_trt.bundle.files import write_json
 
     if num_threads:

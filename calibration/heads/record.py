@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from forcing_kv.calibration.profile import HeadProfile
-from forcing_kv.calibration.stability import Stability, measure_stability
+from forcing_kv.calibration.heads.head_profile import HeadProfile
+from forcing_kv.calibration.heads.stability import Stability, measure_stability
 from forcing_kv.runtime_trt.bundle.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from forcing_kv.calibration.head_profile import HeadRule
+from forcing_kv.calibration.heads.rule import HeadRule
 from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition

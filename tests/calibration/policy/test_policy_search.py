@@ -9,18 +9,18 @@ import pytest
 import torch
 from command_line import fkv
 
+from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.calibration.policy_measures import (
+from forcing_kv.calibration.policy.measures import (
     Candidate,
     Measurement,
     boundary_ratio,
     latent_psnr,
     pareto_front,
 )
-from forcing_kv.calibration.policy_picture import best_by_size
-from forcing_kv.calibration.policy_search import PolicyGrid, PolicySearch, search_record
-from forcing_kv.calibration.policy_source import SearchRequest, load_search
-from forcing_kv.calibration.rollouts import dense_config
+from forcing_kv.calibration.policy.picture import best_by_size
+from forcing_kv.calibration.policy.search import PolicyGrid, PolicySearch, search_record
+from forcing_kv.calibration.policy.source import SearchRequest, load_search
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.request import ExportRequest

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.calibration.rollouts import Rollout
+from forcing_kv.calibration.heads.rollouts import Rollout
 from forcing_kv.export.model.fp8 import Fp8Linear
 from forcing_kv.export.model.fp8_layers import block_linears, scales_for
 from forcing_kv.export.verify.eager import EagerBackend

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.calibration.profile import HeadProfile, Sample
+from forcing_kv.calibration.heads.head_profile import HeadProfile, Sample
 
 GROUPINGS: dict[str, Callable[[Sample], str]] = {
     "prompt": lambda sample: sample.prompt,

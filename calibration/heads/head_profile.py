@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forcing_kv.calibration.head_profile import HeadRule
+from forcing_kv.calibration.heads.rule import HeadRule
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 

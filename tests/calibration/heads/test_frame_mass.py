@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forcing_kv.calibration import head_profile
-from forcing_kv.calibration.head_profile import frame_mass
+from forcing_kv.calibration.heads import rule as head_profile
+from forcing_kv.calibration.heads.rule import frame_mass
 from forcing_kv.runtime_trt.errors import InputError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.options import SourceOptions
-from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.request.request import resolve_model
 from forcing_kv.runtime_trt.bundle.heads import read_heads

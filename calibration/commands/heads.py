@@ -79,10 +79,10 @@ def calibrate_heads(
     Generates videos with dense attention, measures how much of each head's attention stays on the
     last frames, and writes the partition with its scores and their stability, and a heat map.
     """
-    from forcing_kv.calibration.head_profile import HeadRule
-    from forcing_kv.calibration.heads import HEADS_FILE, PICTURE_FILE, HeadCalibration
+    from forcing_kv.calibration.heads.calibration import HEADS_FILE, PICTURE_FILE, HeadCalibration
+    from forcing_kv.calibration.heads.rollouts import ProfilePlan
+    from forcing_kv.calibration.heads.rule import HeadRule
     from forcing_kv.calibration.model_source import load_source
-    from forcing_kv.calibration.rollouts import ProfilePlan
 
     files = output.files((HEADS_FILE, PICTURE_FILE))
     model = replace(model, schedule=schedule.schedule)

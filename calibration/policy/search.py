@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.calibration.policy_grid import PolicyGrid
-from forcing_kv.calibration.policy_measures import (
+from forcing_kv.calibration.policy.grid import PolicyGrid
+from forcing_kv.calibration.policy.measures import (
     Candidate,
     Float32,
     Measurement,

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from forcing_kv.calibration.heat_map import draw_linears
-from forcing_kv.calibration.linear_recorder import (
+from forcing_kv.calibration.fp8.recorder import (
     ErrorRecorder,
     generate,
     measure_amax,
     watched,
 )
+from forcing_kv.calibration.heads.picture import draw_linears
+from forcing_kv.calibration.heads.rollouts import Rollout, dense_config
 from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.checkpoint.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.model.fp8_layers import scale_of
 from forcing_kv.export.verify.eager import EagerBackend

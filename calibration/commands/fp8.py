@@ -47,7 +47,7 @@ def calibrate_fp8(
     Args:
         skip_layers: Blocks to leave in the compute dtype, such as 0,29.
     """
-    from forcing_kv.calibration.fp8_scales import FP8_FILE, PICTURE_FILE, Fp8Calibration
+    from forcing_kv.calibration.fp8.scales import FP8_FILE, PICTURE_FILE, Fp8Calibration
     from forcing_kv.calibration.model_source import load_source
 
     files = output.files((FP8_FILE, PICTURE_FILE))

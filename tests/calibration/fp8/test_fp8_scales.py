@@ -7,8 +7,8 @@ import pytest
 import torch
 from command_line import fkv
 
-from forcing_kv.calibration.fp8_scales import Fp8Calibration
-from forcing_kv.calibration.linear_recorder import AmaxRecorder
+from forcing_kv.calibration.fp8.recorder import AmaxRecorder
+from forcing_kv.calibration.fp8.scales import Fp8Calibration
 from forcing_kv.calibration.model_source import load_shipped
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
 from forcing_kv.export.model.fp8_layers import block_linears
@@ -105,5 +105,5 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 def test_the_recorder_needs_pytorch_and_numpy_alone(run_blocked):
     others = ["matplotlib", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "cyclopts"]
-    done = run_blocked("import forcing_kv.calibration.linear_recorder", blocked=others)
+    done = run_blocked("import forcing_kv.calibration.fp8.recorder", blocked=others)
     assert done.returncode == 0, done.stderr

@@ -8,17 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.calibration.artifacts import heads_record
-from forcing_kv.calibration.heat_map import draw_heads
-from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.calibration.profile import HeadProfile
-from forcing_kv.calibration.rollouts import (
+from forcing_kv.calibration.heads.head_profile import HeadProfile
+from forcing_kv.calibration.heads.picture import draw_heads
+from forcing_kv.calibration.heads.record import heads_record
+from forcing_kv.calibration.heads.rollouts import (
     ProfilePlan,
     Rollout,
     dense_config,
     profile_heads,
     recorded_chunks,
 )
+from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

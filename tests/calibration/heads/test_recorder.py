@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from forcing_kv.calibration.head_profile import HeadRule
-from forcing_kv.calibration.profile import HeadProfile
-from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
-from forcing_kv.calibration.rollouts import ProfilePlan, Rollout, dense_config, profile_heads
+from forcing_kv.calibration.heads.head_profile import HeadProfile
+from forcing_kv.calibration.heads.recorder import HeadRecorder, num_key_frames, widest_chunks
+from forcing_kv.calibration.heads.rollouts import ProfilePlan, Rollout, dense_config, profile_heads
+from forcing_kv.calibration.heads.rule import HeadRule
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden import GoldenCase

@@ -11,8 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from forcing_kv.calibration.head_profile import DEFAULT_BLOCK_ELEMENTS, HeadRule, frame_mass
-from forcing_kv.calibration.profile import HeadProfile, Sample
+from forcing_kv.calibration.heads.head_profile import HeadProfile, Sample
+from forcing_kv.calibration.heads.rule import DEFAULT_BLOCK_ELEMENTS, HeadRule, frame_mass
 from forcing_kv.export.verify.eager import AttentionCall
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

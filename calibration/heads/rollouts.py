@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from forcing_kv.calibration.head_profile import HeadRule
-from forcing_kv.calibration.profile import HeadProfile
-from forcing_kv.calibration.recorder import HeadRecorder, num_key_frames, widest_chunks
+from forcing_kv.calibration.heads.head_profile import HeadProfile
+from forcing_kv.calibration.heads.recorder import HeadRecorder, num_key_frames, widest_chunks
+from forcing_kv.calibration.heads.rule import HeadRule
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.verify.eager import AttentionCall, eager_session
 from forcing_kv.runtime_trt.dtypes import DType

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcing_kv.calibration.artifacts import heads_record
-from forcing_kv.calibration.head_profile import HeadRule
-from forcing_kv.calibration.heat_map import draw_heads
-from forcing_kv.calibration.profile import HeadProfile, Sample
-from forcing_kv.calibration.stability import measure_stability
+from forcing_kv.calibration.heads.head_profile import HeadProfile, Sample
+from forcing_kv.calibration.heads.picture import draw_heads
+from forcing_kv.calibration.heads.record import heads_record
+from forcing_kv.calibration.heads.rule import HeadRule
+from forcing_kv.calibration.heads.stability import measure_stability
 from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError

@@ -1,0 +1,1 @@
+"""Scales of linear layers in FP8, measured on rollouts."""

@@ -1,0 +1,1 @@
+"""Which heads are static and which dynamic, measured on rollouts."""
