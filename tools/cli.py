@@ -48,17 +48,17 @@ class Command(NamedTuple):
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("demo", "forcing_kv.tools.demo:demo"),
-    Command("encode-prompt", "forcing_kv.tools.encode_prompt:encode_prompt"),
+    Command("demo", "forcing_kv.tools.demo.command:demo"),
+    Command("encode-prompt", "forcing_kv.tools.run.encode_prompt:encode_prompt"),
     Command("export", "forcing_kv.export.commands.export:export"),
     Command("add-decoder", "forcing_kv.export.commands.add_decoder:add_decoder"),
     Command("build", "forcing_kv.export.commands.build:build"),
-    Command("run", "forcing_kv.tools.run:run"),
+    Command("run", "forcing_kv.tools.run.command:run"),
     Command("verify", "forcing_kv.export.commands.export:verify"),
-    Command("inspect", "forcing_kv.tools.inspect:inspect"),
+    Command("inspect", "forcing_kv.tools.inspect_bundle:inspect"),
     Command("selftest", "forcing_kv.tools.selftest:selftest"),
     Command("eval", "forcing_kv.tools.digits.evaluate:evaluate_command"),
-    Command("plan", "forcing_kv.tools.plan:plan"),
+    Command("plan", "forcing_kv.tools.plan.command:plan"),
     Command("calibrate heads", "forcing_kv.calibration.commands.heads:calibrate_heads"),
     Command("calibrate fp8", "forcing_kv.calibration.commands.fp8:calibrate_fp8"),
     Command("calibrate policy", "forcing_kv.calibration.commands.policy:calibrate_policy"),

@@ -129,8 +129,8 @@ except SystemExit:
     print(*sorted(name for name in sys.modules if name.startswith("forcing_kv.")))
 """
     )
-    assert "forcing_kv.tools.inspect" in done.stdout
-    assert "forcing_kv.tools.run" not in done.stdout
+    assert "forcing_kv.tools.inspect_bundle" in done.stdout
+    assert "forcing_kv.tools.run.command" not in done.stdout
     assert "forcing_kv.calibration" not in done.stdout
 
 

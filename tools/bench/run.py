@@ -24,7 +24,7 @@ from forcing_kv.tools.bench.workloads import (
     random_prompt,
     workload,
 )
-from forcing_kv.tools.run_decode import pixel_frames_per_latent
+from forcing_kv.tools.run.decode import pixel_frames_per_latent
 
 if TYPE_CHECKING:
     from forcing_kv.export.model.denoiser import CausalWanModel

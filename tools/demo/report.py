@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from forcing_kv.tools.demo_pictures import Clip
+from forcing_kv.tools.demo.pictures import Clip
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.preview import Preview, contact_sheet
-from forcing_kv.tools.video import open_writer
+from forcing_kv.tools.run.preview import Preview, contact_sheet
+from forcing_kv.tools.run.video import open_writer
 
 LATENTS = np.zeros((3, 16, 2, 2), np.float32)
 

@@ -11,7 +11,7 @@ from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
-from forcing_kv.tools.plan_request import spread
+from forcing_kv.tools.plan.request import spread
 
 
 def plan(run_fkv, *options):

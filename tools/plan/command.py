@@ -12,8 +12,8 @@ from forcing_kv.export.cost.devices import DEVICES, find_device
 from forcing_kv.export.request.flags import Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.plan_report import Plan, draw, print_tables
-from forcing_kv.tools.plan_request import PlanRequest, resolve
+from forcing_kv.tools.plan.report import Plan, draw, print_tables
+from forcing_kv.tools.plan.request import PlanRequest, resolve
 
 
 @flags()

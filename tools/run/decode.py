@@ -16,7 +16,7 @@ from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.decoder import VideoDecoder, check_choice, follow_session, to_rgb8
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits import codec
-from forcing_kv.tools.video import gray_to_rgb
+from forcing_kv.tools.run.video import gray_to_rgb
 
 Float32 = NDArray[np.float32]
 Uint8 = NDArray[np.uint8]

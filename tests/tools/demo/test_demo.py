@@ -6,14 +6,14 @@ import pytest
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 from forcing_kv.runtime_trt.session import Chunk
-from forcing_kv.tools.demo_pictures import (
+from forcing_kv.tools.demo.pictures import (
     Clip,
     draw_cost,
     draw_kept_segments,
     kv_nbytes_by_kind,
     side_by_side,
 )
-from forcing_kv.tools.demo_report import summary_rows, write_report
+from forcing_kv.tools.demo.report import summary_rows, write_report
 from forcing_kv.tools.digits import codec
 from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE
 

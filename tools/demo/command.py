@@ -18,7 +18,7 @@ from forcing_kv.tools.digits.text import encode_prompt
 
 if TYPE_CHECKING:
     from forcing_kv.runtime_trt.console import Task
-    from forcing_kv.tools.demo_pictures import Clip
+    from forcing_kv.tools.demo.pictures import Clip
 
 FILES = (
     "video.mp4", "video.gif", "heads.json", "heads.png", "segments.png", "cost.png", "report.html",
@@ -128,7 +128,7 @@ def _export(work: Path, bar: Task) -> None:
 
 
 def _generate(session: Session, label: str, options: DemoOptions, bar: Task) -> Clip:
-    from forcing_kv.tools.demo_pictures import Clip
+    from forcing_kv.tools.demo.pictures import Clip
 
     chunks = []
     for chunk in session.stream(options.num_chunks, seed=options.seed):
@@ -140,9 +140,9 @@ def _generate(session: Session, label: str, options: DemoOptions, bar: Task) -> 
 def _draw(work: Path, options: DemoOptions, clips: Sequence[Clip]) -> None:
     import numpy as np
 
-    from forcing_kv.tools.demo_pictures import draw_cost, draw_kept_segments, side_by_side
-    from forcing_kv.tools.demo_report import SUMMARY_COLUMNS, summary_rows, write_report
-    from forcing_kv.tools.video import open_writer
+    from forcing_kv.tools.demo.pictures import draw_cost, draw_kept_segments, side_by_side
+    from forcing_kv.tools.demo.report import SUMMARY_COLUMNS, summary_rows, write_report
+    from forcing_kv.tools.run.video import open_writer
 
     frames = side_by_side(clips)
     for name in ("video.mp4", "video.gif"):
@@ -165,7 +165,7 @@ def _move(source: Path, target: Path) -> None:
 def _show(clips: Sequence[Clip], out: Path) -> None:
     from rich.table import Table
 
-    from forcing_kv.tools.demo_report import SUMMARY_COLUMNS, summary_rows
+    from forcing_kv.tools.demo.report import SUMMARY_COLUMNS, summary_rows
 
     table = Table(*SUMMARY_COLUMNS)
     for row in summary_rows(clips):

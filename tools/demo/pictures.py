@@ -16,7 +16,7 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import pool_nbytes
 from forcing_kv.runtime_trt.session import Chunk
 from forcing_kv.tools.digits import codec
-from forcing_kv.tools.video import Uint8, gray_to_rgb
+from forcing_kv.tools.run.video import Uint8, gray_to_rgb
 
 LABEL_HEIGHT = 28
 GAP = 12

@@ -17,16 +17,16 @@ from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Chunk, Session
-from forcing_kv.tools.preview import Preview, check_preview
-from forcing_kv.tools.run_decode import (
+from forcing_kv.tools.run.decode import (
     DecodeOptions,
     FrameDecoder,
     choose_decoder,
     default_fps,
     pixel_frames_per_latent,
 )
-from forcing_kv.tools.run_prompts import PromptSource, Switch
-from forcing_kv.tools.video import Writer, check_output, open_writer
+from forcing_kv.tools.run.preview import Preview, check_preview
+from forcing_kv.tools.run.prompts import PromptSource, Switch
+from forcing_kv.tools.run.video import Writer, check_output, open_writer
 
 
 @flags()

@@ -16,7 +16,7 @@ from forcing_kv.export.request.flags import flags, panel
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.tools.encode_prompt import EncoderOptions, encode_texts, read_lines
+from forcing_kv.tools.run.encode_prompt import EncoderOptions, encode_texts, read_lines
 
 Float32 = NDArray[np.float32]
 _SCRIPT_KEYS = {"frame", "prompt", "prompt_file", "index"}

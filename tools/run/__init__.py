@@ -1,0 +1,1 @@
+"""The commands `fkv run` and `fkv encode-prompt`."""
