@@ -3,11 +3,12 @@
 Adding a command takes a function and a line in `COMMANDS`:
 
 - The function stands in a *light* module, which is loaded when the command is called:
-  `export/commands/export.py`, `calibration/commands/heads.py`, or a module of `tools/`. It imports torch, onnx, matplotlib
-  and the like inside its body, so that `fkv X --help` works with none of them installed. Its
-  docstring is the help text, its first line the summary.
+  `export/commands/export.py`, `calibration/commands/heads.py`, or a module of `tools/`. It imports
+  torch, onnx, matplotlib and the like inside its body, so that `fkv X --help` works with none of
+  them installed. Its docstring is the help text, its first line the summary.
 - Its parameters are frozen dataclasses, one a subject, whose fields are the flags
-  (`export/request/flags.py`); a flag that is the command's own may be a parameter, documented under `Args`.
+  (`export/request/flags.py`); a flag that is the command's own may be a parameter, documented under
+  `Args`.
 - Long flags carry units (`--timeout-s`). `--json` prints one object on stdout (`print_json`);
   everything else goes to stderr (`talk`, `progress`, `track`). All four live in
   `runtime_trt/console.py`. `--dry-run` wherever something is built or written.

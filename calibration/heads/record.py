@@ -1,7 +1,8 @@
 """What a head calibration leaves behind: `heads.json`.
 
-The reader is `runtime_trt/bundle/heads.py`, so that exporting needs nothing of this package. The file is
-also a partition in the published form: the official code reads its `layers` and ignores the rest.
+The reader is `runtime_trt/bundle/heads.py`, so that exporting needs nothing of this package. The
+file is also a partition in the published form: the official code reads its `layers` and ignores the
+rest.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class ChunkInputs:
 class ChunkGraph(nn.Module):
     """The blocks over one chunk: what a denoise step and a clean pass share.
 
-    The model's heads must be in exported order (`export.model.rewrite.sort_heads_`), and its q, k and v
-    fused if `fusion.qkv` says so (`export.model.fusion.fuse_qkv_`).
+    The model's heads must be in exported order (`export.model.rewrite.sort_heads_`), and its q, k
+    and v fused if `fusion.qkv` says so (`export.model.fusion.fuse_qkv_`).
     """
 
     def __init__(

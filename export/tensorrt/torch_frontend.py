@@ -1,8 +1,9 @@
 """A graph to a TensorRT plan from the torch side, through Torch-TensorRT.
 
 Written to the documented interface of `convert_exported_program_to_serialized_trt_engine` (releases
-for TensorRT 10 and 11); our operators are converted to our plugins (`plugins/bind/torch_tensorrt.py`).
-The engine's tensors carry Torch-TensorRT's names; the runtime binds them by position.
+for TensorRT 10 and 11); our operators are converted to our plugins
+(`plugins/bind/torch_tensorrt.py`). The engine's tensors carry Torch-TensorRT's names; the runtime
+binds them by position.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 
-from forcing_kv.plugins.bind import torch_library
+from forcing_kv.plugins.bind import torch_library  # noqa: F401 (it defines the operators)
 from forcing_kv.plugins.bind.tensorrt import TargetDevice, register_plugin
 from forcing_kv.plugins.registry import OPS
 

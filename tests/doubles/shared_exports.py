@@ -2,8 +2,8 @@
 
 What is exported is told by its content: weights, configuration, labels, FP8 scales, the project's
 sources and the versions of the exporter's packages. The same content gives the same bundle, byte by
-byte (tests/export/bundle/test_bundle.py exports twice and compares), so a copy stands for an export of
-its own. Tests of the export itself call `forcing_kv.export.bundle.write.export_bundle`.
+byte (tests/export/bundle/test_bundle.py exports twice and compares), so a copy stands for an export
+of its own. Tests of the export itself call `forcing_kv.export.bundle.write.export_bundle`.
 """
 
 import hashlib

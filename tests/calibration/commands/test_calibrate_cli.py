@@ -10,7 +10,7 @@ from command_line import fkv
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture

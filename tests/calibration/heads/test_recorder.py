@@ -20,7 +20,7 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CHUNKS = {"real_ar1": 1, "real_ar2": 2, "real_ar6": 6}
 SHAPE = ModelShape(2, dim=24, ffn_dim=16, num_heads=3, in_channels=2, text_len=3, text_dim=5)
 CHUNK = ChunkShape(3, 4, 4)

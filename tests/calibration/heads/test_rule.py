@@ -12,7 +12,7 @@ from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "head_profile"
+GOLDEN = Path(__file__).parents[2] / "golden" / "head_profile"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
 RULE = HeadRule(CONFIG["THRESHOLD"], CONFIG["SKIP_FIRST_K"], CONFIG["LAST_K"])
 

@@ -20,8 +20,10 @@ BUILDER_FILES = (
     "export/tensorrt/refit.py",
 )
 RUNTIME_FILES = (
-    "runtime_trt/tensorrt/engine.py", "runtime_trt/tensorrt/jit_cache.py", "runtime_trt/tensorrt/refit.py",
-)  # fmt: skip
+    "runtime_trt/tensorrt/engine.py",
+    "runtime_trt/tensorrt/jit_cache.py",
+    "runtime_trt/tensorrt/refit.py",
+)
 NAME = re.compile(r"(?:self\.(?:_plans\.)?)?trt\.([A-Z][\w.]*)")
 """A class of the module's, or a member of one, as the sources write it."""
 

@@ -12,7 +12,7 @@ from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.session import Session
 
 CASES = sorted(
-    path.parent for path in Path(__file__).parents[1].glob("golden/*/golden.npz")
+    path.parent for path in Path(__file__).parents[2].glob("golden/*/golden.npz")
     if path.parent.name != "head_profile"
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from forcing_kv.export.verify.golden import (
 )
 from forcing_kv.runtime_trt.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = (
     "dense_selfforcing",
     "fkv_interactive",
