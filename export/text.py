@@ -86,7 +86,6 @@ class TextEncoder:
 
     @property
     def text_dim(self) -> int:
-        """Width of an embedding row."""
         return int(self._model.config.d_model)
 
     @torch.inference_mode()

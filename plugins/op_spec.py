@@ -52,7 +52,6 @@ class TensorSpec:
     """Element type."""
 
     def shape(self, sizes: Sizes) -> tuple[Any, ...]:
-        """Shape under `sizes`."""
         return tuple(_axis_size(axis, sizes) for axis in self.axes)
 
 
@@ -113,7 +112,6 @@ class OpSpec:
     def output_shapes(
         self, input_shapes: Sequence[Sequence[Any]], attributes: Attributes
     ) -> tuple[tuple[Any, ...], ...]:
-        """Shapes of the outputs."""
         sizes = self.read_sizes(input_shapes, attributes)
         return tuple(tensor.shape(sizes) for tensor in self.outputs)
 

@@ -114,11 +114,9 @@ class VideoDecoder:
 
     @property
     def backend_name(self) -> str:
-        """Name of the backend in use."""
         return self._runner.name
 
     def reset(self) -> None:
-        """Begin another video."""
         self._require_open()
         self._first = True
         self._num_to_trim = self._info.num_trimmed_frames

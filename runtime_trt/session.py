@@ -105,7 +105,6 @@ class Session:
 
     @property
     def backend_name(self) -> str:
-        """Name of the backend in use."""
         return self._backend.name
 
     @property
@@ -220,7 +219,6 @@ class Session:
         return _Begun(plan, request, pending)
 
     def _finish(self, begun: _Begun) -> Chunk:
-        """Wait for a chunk."""
         self._require_open()
         with self._cache.changing():
             result = begun.pending.result()

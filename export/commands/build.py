@@ -32,7 +32,6 @@ class TensorRtBuild(TensorRtOptions):
     """Write the layers of the graphs that were built, JSON."""
 
     def engine(self, backend: TensorRtBackend) -> EngineOptions:
-        """The options of the engines."""
         own = {field.name: getattr(self, field.name) for field in fields(TensorRtOptions)}
         return EngineOptions(backend, **own | {"refit": self.refit or self.refit_from is not None})
 

@@ -62,7 +62,6 @@ class InductorOptions:
     the measured one, or the device's default."""
 
     def bodies(self) -> Bodies:
-        """What replaces the operators."""
         own = aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
         return own | fp8_body(self.device)
 
@@ -73,7 +72,6 @@ class InductorOptions:
         return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
         return asdict(self)
 
 

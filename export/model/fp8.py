@@ -148,7 +148,6 @@ class Fp8Linear(nn.Module):
         return cls(rounded.to(FP8), linear.bias.detach(), scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on x [..., N, K]."""
         return self._run(x, self.weight, self.bias)
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:

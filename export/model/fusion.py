@@ -56,7 +56,6 @@ class FusionOptions:
             )
 
     def ports(self, config: RolloutConfig) -> dict[str, GraphPorts]:
-        """Inputs and outputs of the graphs."""
         return ports(
             config,
             time_tables=self.time_tables,
@@ -65,7 +64,6 @@ class FusionOptions:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
         return asdict(self)
 
 
@@ -106,7 +104,6 @@ class GeluLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on x [..., N, in_features]."""
         if x.is_cuda and x.dim() == 2:
             return torch.ops.aten._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
         return F.gelu(super().forward(x), approximate="tanh")

@@ -43,7 +43,6 @@ class ResolvedExport:
 
     @property
     def name(self) -> str:
-        """What is exported, for people."""
         return self.preset.name
 
     @cached_property

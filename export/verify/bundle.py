@@ -80,7 +80,6 @@ class TensorCheck:
         return bool(self.ratio <= 1)
 
     def line(self) -> str:
-        """For people."""
         layer = "" if self.layer is None else f", layer {self.layer}"
         step = "" if self.step is None else f", step {self.step}"
         return (
@@ -108,7 +107,6 @@ class BundleReport:
 
     @property
     def precision(self) -> str:
-        """Compute dtype, for people."""
         return self.dtype + (" with FP8" if self.fp8 else "")
 
     @property
@@ -128,7 +126,6 @@ class BundleReport:
         return self.tensors[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         return {"passed": self.passed, **asdict(self)}
 
 

@@ -58,14 +58,12 @@ class EagerDecodeRunner(DecodeRunner):
         self._state: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """See base class."""
         for info in state_inputs(self._info.graphs[DECODE]):
             dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
             self._state[info.name] = torch.zeros(info.shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
     def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class."""
         info = self._info.graphs[graph]
         state = [self._state[port.name] for port in state_inputs(info)]
         frames, made = self._modules[graph](torch.from_numpy(latents).to(self._device), state)
@@ -75,12 +73,10 @@ class EagerDecodeRunner(DecodeRunner):
         return result
 
     def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
         copied: NDArray[Any] = self._state[name].cpu().numpy().copy()
         return copied
 
     def close(self) -> None:
-        """See base class."""
         self._modules.clear()
         self._state.clear()
 
@@ -98,11 +94,9 @@ class DecoderReport:
 
     @property
     def passed(self) -> bool:
-        """Everything within what is allowed."""
         return all(check.passed for check in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         return {"passed": self.passed, **asdict(self)}
 
 

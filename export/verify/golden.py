@@ -55,11 +55,9 @@ class ChunkCheck:
 
     @property
     def passed(self) -> bool:
-        """Within tolerance, and the same segments."""
         return self.worst <= LATENT_ATOL and self.kept_equal is not False
 
     def line(self) -> str:
-        """The check in one line, for people."""
         parts = [f"latents {self.latent_error:.2e}"]
         if self.x0_error is not None:
             parts.append(f"x0 {self.x0_error:.2e}")

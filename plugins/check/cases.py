@@ -55,11 +55,9 @@ class OpCase:
 
     @property
     def arguments(self) -> tuple[int | float, ...]:
-        """Attributes by position."""
         return tuple(self.attributes.values())
 
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the outputs."""
         shapes = [tensor.shape(self.sizes) for tensor in self.spec.inputs]
         return self.spec.output_shapes(shapes, self.attributes)
 

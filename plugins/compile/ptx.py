@@ -58,7 +58,6 @@ class CompiledKernel:
 
     @property
     def block_threads(self) -> int:
-        """Threads of a thread block."""
         return self.launch.num_warps * 32
 
 

@@ -44,7 +44,6 @@ class TunedTactic:
 
     @property
     def times_ms(self) -> Mapping[str, float]:
-        """Time of every tactic."""
         return {self.tactic: self.median_ms, **self.others_ms}
 
     @property

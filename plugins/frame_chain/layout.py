@@ -52,7 +52,6 @@ class CandidateLayout:
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens of one segment."""
         return self.tokens_per_frame // self.num_segments
 
     def attributes(self) -> dict[str, int]:
@@ -60,7 +59,6 @@ class CandidateLayout:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def arguments(self) -> tuple[int, ...]:
-        """Attributes by position."""
         return astuple(self)
 
 

@@ -52,14 +52,13 @@ class OnnxRuntimeBackend(Backend):
         }
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         self.buffers["prompt_embeds"][...] = prompt_embeds
         self._graphs["prompt"].run()
 
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
-        """See base class; returns the output buffers themselves."""
+        """Returns the output buffers themselves."""
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
             if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
@@ -67,20 +66,16 @@ class OnnxRuntimeBackend(Backend):
         return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class."""
         self._graphs["evict"].run()
         return self.buffers["scores"].copy(), self.buffers["kept"].copy()
 
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class."""
         copy_rows(plan, self.config, self.buffers)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class."""
         return self.buffers[name].copy()
 
     def close(self) -> None:
-        """Release sessions and buffers."""
         self._graphs.clear()
         self.buffers.clear()
 

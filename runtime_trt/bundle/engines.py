@@ -35,7 +35,6 @@ class EngineDetail:
     """Whether it is another bundle's engine with this one's weights."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         data = asdict(self)
         if not self.refitted:
             del data["refitted"]
@@ -72,7 +71,6 @@ class EnginePart:
         return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         data = {key: getattr(self, key) for key in ("folder", "build_seconds", "files")}
         data["graphs"] = {name: asdict(graph) for name, graph in self.graphs.items()}
         if self.details:
@@ -88,7 +86,6 @@ class DecoderEngines(EnginePart):
     """Hash of the decoder that they were made of."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         first = {"folder": self.folder, "decoder_sha256": self.decoder_sha256}
         return {**first, **super().to_json()}
 
@@ -122,7 +119,6 @@ class EngineRecord(EnginePart):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
         target = {} if self.target is None else {"target": self.target}
         first = {
             "backend": self.backend, **target, "folder": self.folder,

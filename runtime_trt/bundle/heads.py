@@ -48,7 +48,6 @@ class _Layer:
 
     @property
     def heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Static and dynamic ones, as listed."""
         return self.static_head or (), self.dynamic_head or ()
 
 

@@ -74,7 +74,6 @@ class Manifest:
     """One record per built engine."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, schema version first."""
         engines = [engine.to_json() for engine in self.engines]
         data = {**asdict(self), "config": self.config.to_json(), "engines": engines}
         return {"schema_version": SCHEMA_VERSION, **data}

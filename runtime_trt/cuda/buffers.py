@@ -29,7 +29,6 @@ class BufferSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
         return prod(self.shape) * DTYPES[self.dtype].nbytes
 
     @property

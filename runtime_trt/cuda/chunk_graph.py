@@ -171,21 +171,17 @@ class ChunkGraphBackend(Backend):
         self.memory.write(self._cuda, name, array, self._stream)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class."""
         self._enter()
         return self.memory.read(self._cuda, name, self._stream)
 
     def outputs_of(self, graph: str) -> Collection[str]:
-        """See base class."""
         return outputs_of(self._graph_infos, graph)
 
     @property
     def num_text_rows(self) -> int:
-        """See base class."""
         return self.memory.plan.specs["prompt_embeds"].shape[0]
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         self._enter()
         specs = self.memory.plan.specs
         if "text_bias" in specs:
@@ -227,7 +223,7 @@ class ChunkGraphBackend(Backend):
             self._program.chunk(self._stream, variant, mark)
 
     def submit(self, request: ChunkRequest) -> PendingChunk:
-        """See base class; at most two chunks are on their way."""
+        """At most two chunks are on their way."""
         self._enter()
         cuda, stream, slot = self._cuda, self._stream, self._next_slot()
         parts = ["start"]
@@ -271,7 +267,7 @@ class ChunkGraphBackend(Backend):
         return {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts)}
 
     def reset(self) -> None:
-        """See base class: zero the pools, and drop the chunks that nobody has fetched.
+        """Zero the pools, and drop the chunks that nobody has fetched.
 
         A graph may multiply rows beyond the valid prefix by zero, which keeps what is not finite.
         """
@@ -284,11 +280,9 @@ class ChunkGraphBackend(Backend):
             self._cuda.fill(self.memory.address(port.name), 0, nbytes, self._stream)
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
-        """See base class."""
         return self.submit(request).result()
 
     def recache(self, request: ChunkRequest) -> None:
-        """See base class."""
         self._enter()
         self._upload(self._next_slot(), request)
         variant = ChunkVariant.of(request.plan, self.config, recache=True)
@@ -298,7 +292,7 @@ class ChunkGraphBackend(Backend):
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
-        """See base class: one forward, enqueued on its own (for checks)."""
+        """One forward, enqueued on its own (for checks)."""
         self._enter()
         self._write("noise", x)
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
@@ -311,19 +305,18 @@ class ChunkGraphBackend(Backend):
         return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class: enqueued on its own (for checks)."""
+        """Enqueued on its own (for checks)."""
         self._enter()
         self._program.evict(self._stream)
         return self.read_tensor("scores"), self.read_tensor("kept")
 
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class: enqueued on its own (for checks)."""
+        """Enqueued on its own (for checks)."""
         self._enter()
         self._program.commit(self._stream, ChunkVariant.of(plan, self.config, recache=False))
         self._cuda.synchronize(self._stream)
 
     def sibling(self) -> ChunkGraphBackend:
-        """See base class."""
         self._enter()
         return ChunkGraphBackend(
             self._cuda,
@@ -334,7 +327,6 @@ class ChunkGraphBackend(Backend):
         )
 
     def close(self) -> None:
-        """See base class."""
         self._waiting.clear()
         self._release()
 
@@ -350,7 +342,6 @@ class _Pending(PendingChunk):
         self._result: ChunkResult | None = None
 
     def result(self) -> ChunkResult:
-        """See base class."""
         if self._result is None:
             self._result = self._backend.collect(self)
         return self._result

@@ -53,7 +53,6 @@ class ChunkVariant:
 
     @classmethod
     def of(cls, plan: ChunkPlan, config: RolloutConfig, *, recache: bool) -> ChunkVariant:
-        """The variant of a plan."""
         kinds = {group.kind for layout in config.layouts for group in layout.groups}
         groups = tuple(
             (kind, replace(group, history=()))

@@ -100,15 +100,12 @@ class Cuda:
         return int(self._call("cudaMalloc", nbytes))
 
     def free(self, address: int) -> None:
-        """Free device memory."""
         self._call("cudaFree", address)
 
     def malloc_host(self, nbytes: int) -> int:
-        """Allocate pinned host memory."""
         return int(self._call("cudaMallocHost", nbytes))
 
     def free_host(self, address: int) -> None:
-        """Free pinned host memory."""
         self._call("cudaFreeHost", address)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
@@ -143,7 +140,6 @@ class Cuda:
         return int(self._call("cudaStreamCreateWithFlags", flag))
 
     def destroy_stream(self, stream: int) -> None:
-        """Release a stream."""
         self._call("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
@@ -155,7 +151,6 @@ class Cuda:
         return int(self._call("cudaEventCreateWithFlags", self._rt.cudaEventDefault))
 
     def destroy_event(self, event: int) -> None:
-        """Release an event."""
         self._call("cudaEventDestroy", event)
 
     def record(self, event: int, stream: int) -> None:
@@ -180,7 +175,6 @@ class Cuda:
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        """End the capture and return its graph."""
         return int(self._call("cudaStreamEndCapture", stream))
 
     def graph_nodes(self, graph: int) -> Counter[str]:
@@ -193,19 +187,15 @@ class Cuda:
         return Counter(kind.removeprefix(prefix).lower() for kind in kinds)
 
     def instantiate(self, graph: int) -> int:
-        """Make a graph executable."""
         return int(self._call("cudaGraphInstantiate", graph, 0))
 
     def destroy_graph(self, graph: int) -> None:
-        """Release a captured graph."""
         self._call("cudaGraphDestroy", graph)
 
     def launch(self, executable: int, stream: int) -> None:
-        """Run an instantiated graph."""
         self._call("cudaGraphLaunch", executable, stream)
 
     def destroy_executable(self, executable: int) -> None:
-        """Release an instantiated graph."""
         self._call("cudaGraphExecDestroy", executable)
 
 

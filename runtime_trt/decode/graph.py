@@ -165,7 +165,6 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda.bind_thread()
 
     def reset(self) -> None:
-        """See base class."""
         self._enter()
         self._current = 0
         names = [_state_name(info.name, 0) for info in state_inputs(self._graphs[DECODE])]
@@ -173,7 +172,7 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda.fill(self.memory.base + begin, 0, nbytes, self._stream)
 
     def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class; waits for the frames."""
+        """Waits for the frames."""
         self._enter()
         cuda, stream, frames = self._cuda, self._stream, _frames_name(graph)
         self._upload.arrays[LATENTS][...] = latents
@@ -192,12 +191,10 @@ class GraphDecodeRunner(DecodeRunner):
         return copied
 
     def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
         self._enter()
         return self.memory.read(self._cuda, _state_name(name, self._current), self._stream)
 
     def close(self) -> None:
-        """See base class."""
         self._release()
 
 

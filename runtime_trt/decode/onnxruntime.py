@@ -49,7 +49,6 @@ class OnnxRuntimeDecodeRunner(DecodeRunner):
         self._state: dict[str, Any] = {}
 
     def reset(self) -> None:
-        """See base class."""
         values = require("onnxruntime").OrtValue
         self._state = {
             info.name: values.ortvalue_from_numpy(
@@ -59,7 +58,6 @@ class OnnxRuntimeDecodeRunner(DecodeRunner):
         }
 
     def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class."""
         outputs, session = self._graphs[graph].outputs, self._sessions[graph]
         binding = session.io_binding()
         binding.bind_cpu_input(LATENTS, latents)
@@ -74,12 +72,10 @@ class OnnxRuntimeDecodeRunner(DecodeRunner):
         return frames
 
     def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
         copied: NDArray[Any] = self._state[name].numpy().copy()
         return copied
 
     def close(self) -> None:
-        """See base class."""
         self._sessions.clear()
         self._state.clear()
 

@@ -40,7 +40,6 @@ class InductorDecodeRunner(DecodeRunner):
         self._state: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """See base class."""
         torch = self._torch
         self._state = {
             info.name: torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
@@ -48,7 +47,6 @@ class InductorDecodeRunner(DecodeRunner):
         }
 
     def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class."""
         with self._torch.inference_mode():
             inputs = {LATENTS: self._torch.from_numpy(latents), **self._state}
             made = self._package.run(graph, inputs)
@@ -57,11 +55,9 @@ class InductorDecodeRunner(DecodeRunner):
         return frames
 
     def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
         copied: NDArray[Any] = self._state[name].numpy().copy()
         return copied
 
     def close(self) -> None:
-        """See base class."""
         self._package.close()
         self._state.clear()

@@ -96,12 +96,10 @@ class GraphPorts:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """All inputs in order."""
         return _flat(self.arguments)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        """All outputs in order."""
         return _flat(self.results)
 
     def bind(self, tensors: Mapping[str, _T]) -> tuple[_T | list[_T], ...]:

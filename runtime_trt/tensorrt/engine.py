@@ -208,13 +208,11 @@ class TensorRtEngine:
 
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:
-        """See `GraphEngine`."""
         return {
             name: int(engine.device_memory_size_v2) for name, engine in self._plans.engines.items()
         }
 
     def enqueue(self, graph: str, bindings: Mapping[str, int], stream: int) -> None:
-        """See `GraphEngine`."""
         context, bound = self._contexts[graph], self._bound[graph]
         for name, tensor in self._plans.names[graph].items():
             address = bindings[name]
@@ -249,11 +247,9 @@ class TensorRtEngine:
         yield
 
     def sibling(self) -> TensorRtEngine:
-        """See `GraphEngine`."""
         return TensorRtEngine(self._plans)
 
     def close(self) -> None:
-        """See `GraphEngine`."""
         if self._plans.num_users and self._contexts is not _CLOSED:
             try:
                 self._jit_cache.save()
