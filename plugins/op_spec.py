@@ -101,7 +101,6 @@ class OpSpec:
         """Dtypes of the outputs.
 
         Args:
-            input_dtypes: dtypes of the inputs.
             dtype_of: the dtype of a name such as float32.
         """
         compute = self.compute_dtype(input_dtypes)
@@ -134,7 +133,6 @@ class OpSpec:
 
         Args:
             tensor: type of every input; the attributes follow.
-            returns: type of the result.
             more: types of further parameters by name.
         """
         kinds: dict[str, Any] = {each.name: tensor for each in self.inputs}

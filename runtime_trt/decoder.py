@@ -45,7 +45,6 @@ class VideoDecoder:
 
     Args:
         runner: what runs its graphs; closed with this decoder.
-        info: the decoder's entry in the manifest.
 
     Use `VideoDecoder.open` for a bundle on disk.
     """
@@ -80,8 +79,6 @@ class VideoDecoder:
         """Open one of the decoders that a bundle holds; the denoiser is not loaded.
 
         Args:
-            bundle: directory of the bundle.
-            manifest: its manifest.
             kind: vae or tae.
             backend: one of `DECODE_BACKENDS`; `follow_session` chooses.
             num_threads: CPU threads of ONNX Runtime; 0 leaves the choice to it.
@@ -209,10 +206,7 @@ def follow_session(
     decoder is an error all the same.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         kind: vae or tae.
-        session_backend: name of the backend that makes the latents.
         options: those of `VideoDecoder.open`.
 
     Raises:

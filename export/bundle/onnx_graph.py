@@ -41,7 +41,6 @@ class WeightStore:
     """Writes every distinct tensor once, keyed by its content.
 
     Args:
-        file: the open weight file.
         name: its name, relative to the ONNX files.
         folder: where it lies.
     """

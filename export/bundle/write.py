@@ -88,9 +88,6 @@ def export_bundle(
 
     Args:
         model: weights under the official names, heads in checkpoint order.
-        config: rollout configuration.
-        target: directory to write.
-        labels: what the bundle says about itself.
         fp8: layers to round to FP8 (`export.model.fp8.scales_for`); None for none.
         force: replace a bundle that is there.
         consume: rewrite `model` in place instead of copying it (saves its size in memory).

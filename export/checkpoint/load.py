@@ -65,7 +65,6 @@ def load_model(
 
     Args:
         source: checkpoint, with an adapter or not.
-        shape: the model's architecture.
         dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
 
     Returns:

@@ -75,8 +75,6 @@ def add_decoder(
     """Export a decoder into a bundle that is there.
 
     Args:
-        bundle: directory of the bundle.
-        source: the decoder.
         force: replace a decoder of the same kind.
         report: told the name of each part when it begins.
 

@@ -117,7 +117,6 @@ def tiny_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32
     Args:
         path: `taew2_1.pth` or its `.safetensors` form.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and state.
 
     Raises:
         InputError: unreadable, or another architecture.
@@ -149,7 +148,6 @@ def random_tiny_decoder(
         latent_channels: C.
         widths: channels of the four levels.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and state.
     """
     return _source(TinyDecoder(latent_channels, widths), latent_size, dtype, "random weights")
 

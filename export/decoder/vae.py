@@ -80,7 +80,6 @@ def wan_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32"
     Args:
         path: a diffusers folder (with `vae`, or of the VAE itself), or `Wan2.1_VAE.pth`.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and cache.
 
     Raises:
         InputError: unreadable, or another auto-encoder.
@@ -97,7 +96,6 @@ def random_wan_decoder(latent_size: tuple[int, int], dtype: str, **config: Any) 
 
     Args:
         latent_size: latent rows and columns.
-        dtype: dtype of weights and cache.
         config: entries of diffusers' configuration, where they differ from Wan2.1's.
     """
     vae = require("diffusers").AutoencoderKLWan(**config)

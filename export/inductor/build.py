@@ -40,7 +40,6 @@ def build_inductor(
 
     Args:
         bundle: directory written by `fkv export`.
-        options: target and fusions.
         report: told the name of each part when it begins.
 
     Returns:

@@ -98,9 +98,7 @@ def compile_package(
     Args:
         model: heads in exported order, weights in the compute dtype on the target device; fused in
             place as the options say.
-        config: rollout configuration.
         folder: existing directory that receives the package.
-        options: target and fusions.
         report: told the name of each part when it begins.
 
     Returns:
@@ -120,7 +118,6 @@ def compile_sources(
     Args:
         sources: the graphs, weights on the target device; constants of one name are one tensor.
         folder: existing directory that receives the package.
-        options: the target.
         report: told the name of each graph when it begins.
 
     Returns:

@@ -34,9 +34,7 @@ def compile_model(
 
     Args:
         model: weights under the official names, heads in checkpoint order; not changed.
-        config: rollout configuration.
         folder: existing directory that receives the package.
-        options: target and fusions.
         report: told the name of each part when it begins.
     """
     prepared = sort_heads_(copy.deepcopy(model), config.partition)

@@ -42,7 +42,6 @@ def graph_sources(
     Args:
         model: heads already in exported order, weights in the compute dtype; fused in
             place as `fusion` says.
-        config: rollout configuration.
         fusion: which fusions to capture with; ONNX bundles hold the plain graphs.
 
     Raises:

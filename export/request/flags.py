@@ -132,7 +132,6 @@ def changes_of(cls: type, flag: Callable[[str], str]) -> Any:
     """The fields of a dataclass as flags without a default, which give the changes alone.
 
     Args:
-        cls: a dataclass whose fields are documented.
         flag: name of a field -> what its flag is made of.
 
     Returns:

@@ -104,7 +104,6 @@ def build_plan(
 
     Args:
         path: ONNX file; every custom node has a registered plugin, or is inlined.
-        options: how.
         timing_cache: file that keeps measured tactics, read and added to.
         progress: told of the builder's phases.
 

@@ -85,9 +85,7 @@ def attention_function(
     """Fused form of the operator for one layer, its pool layout baked in.
 
     Args:
-        layout: pool layout of the layer.
         layer: its index, which makes the name unique.
-        config: rollout configuration.
     """
     inputs = ", ".join(tensor.name for tensor in HEAD_INDEXED_ATTENTION.inputs)
     body = _nodes(layout, config)

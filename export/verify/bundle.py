@@ -141,7 +141,6 @@ def verify_bundle(
     """Compare a backend with eager PyTorch.
 
     Args:
-        bundle: directory of the bundle.
         backend: opened on it; not closed.
         num_chunks: chunks of either run; None runs two past the first eviction.
         seed: key of prompt and noise.
@@ -185,7 +184,6 @@ class _Lockstep:
 
     Args:
         backends: the reference, eager of the same dtype (maybe the same), and the one to check.
-        report: gets notes.
     """
 
     def __init__(self, backends: tuple[Backend, Backend, Backend], report: BundleReport) -> None:
@@ -261,8 +259,6 @@ class _Lockstep:
         """Compare every output that a graph leaves in its buffers.
 
         Args:
-            graph: its name in the bundle.
-            chunk: index of the chunk.
             step: denoise step, n for the clean pass.
             ran: which of an engine's graphs ran in its place; one may return less.
         """

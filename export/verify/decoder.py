@@ -39,8 +39,6 @@ class EagerDecodeRunner(DecodeRunner):
     """The graphs of a bundle's decoder as plain PyTorch.
 
     Args:
-        bundle: directory of the bundle.
-        info: the decoder's entry in the manifest.
         in_float32: compute in float32, whatever the decoder's dtype.
     """
 
@@ -106,8 +104,6 @@ def verify_decoder(
     """Compare a decoder's backend with eager PyTorch.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         kind: vae or tae.
         decoder: opened on it; reset, and not closed.
         seed: key of the latents.

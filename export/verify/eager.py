@@ -58,7 +58,6 @@ class EagerBackend(Backend):
         model: weights under the official names, heads in checkpoint order; not changed, and
             shared where neither order nor dtype nor device differ.
         config: rollout configuration; its dtype is the compute dtype.
-        device: where to run.
         observer: called in every self-attention, once for each group of heads.
         select: replaces the published selection (for ablations).
     """

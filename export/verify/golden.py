@@ -187,7 +187,6 @@ def golden_session(
     """A session on `case`'s model and settings; engines are exported to a temporary bundle.
 
     Args:
-        case: the golden case.
         backend: `eager`, `inductor` (compiled here, without a bundle), or one of the runtime.
         checkpoint: weights to use instead of the case's own.
     """

@@ -43,7 +43,6 @@ def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor
     """Inputs as the operator's kernel can read them: dense, or with rows apart where it takes that.
 
     Args:
-        spec: the operator.
         inputs: tensors of the specification's inputs; copied where the kernel cannot read them.
 
     Returns:
@@ -131,11 +130,8 @@ def run_kernel(
     """Launch an operator's kernel on the current stream.
 
     Args:
-        spec: the operator.
         inputs: tensors of the specification's inputs; copied if the kernel cannot read them.
-        attributes: attributes by name.
         outputs: contiguous tensors of the specification's outputs; written.
-        tactic: one of the kernel's tactics.
         num_sms: multiprocessors to schedule for.
     """
     plan, tensors = plan_call(spec, inputs, attributes, outputs, tactic, num_sms)

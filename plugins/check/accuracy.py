@@ -63,12 +63,6 @@ def output_errors(
 
     A float output may be twice as far from the truth as the same-dtype reference is, and four
     rounding steps more, for the reference may happen to be exact; an exact one may not differ.
-
-    Args:
-        spec: the operator.
-        inputs: its inputs.
-        attributes: its attributes.
-        outputs: what is judged.
     """
     references = reference_outputs(spec, inputs, attributes)
     if spec.tolerance == "exact":

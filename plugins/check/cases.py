@@ -111,9 +111,6 @@ def attention_case(
     """A case of FkHeadIndexedAttention.
 
     Args:
-        name: what the case is about.
-        num_tokens: new tokens, N.
-        head_dim: head dim, D.
         history: (capacity, valid rows) of each head's history.
         new_len: valid new rows; None means all.
     """

@@ -81,10 +81,7 @@ def compile_kernel(
     """Compile one tactic for one device; needs no GPU.
 
     Args:
-        spec: the operator.
-        problem: sizes, attributes, compute dtype.
         dtypes: dtypes of the inputs and then the outputs, see `tensor_dtypes`.
-        tactic: one of the kernel's tactics.
         device_sm: compute capability of the device, 90 for 9.0.
         ptx_version: PTX version to write, 87 for 8.7; the driver must know it.
 
@@ -179,9 +176,7 @@ def strip_hidden_parameters(ptx: str, name: str, num_visible: int, where: str) -
 
     Args:
         ptx: PTX as Triton wrote it.
-        name: entry point.
         num_visible: parameters that the operator has.
-        where: what is compiled, for messages.
 
     Returns:
         PTX whose entry point has `num_visible` parameters.

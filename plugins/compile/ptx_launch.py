@@ -21,9 +21,6 @@ class LoadedKernel:
 
     Leaving the context unloads the kernel: wait for its launches before.
 
-    Args:
-        kernel: the kernel.
-
     Raises:
         MissingDependencyError: cuda-bindings is not installed.
         BackendUnavailableError: the driver refuses the PTX, or a CUDA call fails.

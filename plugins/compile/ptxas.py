@@ -29,7 +29,6 @@ def assemble(kernel: CompiledKernel, arch: str | None = None) -> PtxasReport:
     """Assemble a kernel and throw the result away.
 
     Args:
-        kernel: a compiled kernel.
         arch: target such as `sm_90`; by default the one that the PTX names. A portable kernel may
             be assembled for any later one, as a driver does.
 

@@ -104,10 +104,7 @@ def best_tactic(
     what is fastest changes with the shapes slowly.
 
     Args:
-        spec: the operator.
         tactics: those of its kernel's tactics that may be taken.
-        problem: the call.
-        gpu: name of the GPU.
         device_sm: its compute capability, 90 for 9.0.
     """
     named = {tactic.name: tactic for tactic in tactics}

@@ -48,7 +48,6 @@ def tile_counts(
         num_heads: heads, H.
         tile: rows of a full tile.
         tail: rows of a tail tile.
-        num_sms: multiprocessors of the device.
 
     Returns:
         Full tiles and tail tiles; together they cover every query.
@@ -75,7 +74,6 @@ def predicted_share(
     """Share of the device's time in which its multiprocessors work on queries and keys that exist.
 
     Args:
-        schedule: how tiles are dealt.
         num_tokens: queries of a head, N.
         num_keys: keys of each head, history and new rows.
         num_sms: multiprocessors of the device; each runs one program at a time.

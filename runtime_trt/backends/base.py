@@ -276,8 +276,6 @@ def copy_rows(plan: ChunkPlan, config: RolloutConfig, tensors: Mapping[str, Any]
     """Commit with array slices (dense numpy arrays and torch tensors alike).
 
     Args:
-        plan: the chunk's plan.
-        config: rollout configuration.
         tensors: by port name the pools, modified, the chunk's rows and, if the plan evicts, the
             selected segments.
     """

@@ -28,7 +28,6 @@ class OnnxRuntimeBackend(Backend):
 
     Args:
         bundle: directory of the bundle; hashes are checked by the caller.
-        manifest: its manifest.
         num_threads: threads per graph; 0 leaves the choice to ONNX Runtime.
 
     Raises:

@@ -178,7 +178,6 @@ class EngineRecord(EnginePart):
         """The record of one decoder's engines, as if they had been built alone.
 
         Args:
-            bundle: directory of the bundle.
             kind: vae or tae.
             sha256: hash of the decoder that the bundle holds now.
 
@@ -217,7 +216,6 @@ def build_command(
     """The `fkv build` that makes the engine that is missing.
 
     Args:
-        bundle: directory of the bundle.
         backend: tensorrt, tensorrt-rtx or inductor.
         sm: compute capability of the GPU.
         options: those of the build that differ from the defaults.

@@ -38,7 +38,6 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     """Parse a JSON file.
 
     Args:
-        path: the file.
         what: what it should be, for messages.
         remedy: what to do without it.
 
@@ -103,7 +102,6 @@ def load_as(
     Args:
         kind: a dataclass, or lists and mappings of them. Nothing is converted but lists to tuples
             and integers to floats.
-        data: the content.
         where: its name, which begins every message.
         unknown: what to do with keys that are no fields.
 

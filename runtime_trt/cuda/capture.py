@@ -38,7 +38,6 @@ def capture(
     """Capture what `record` enqueues on `stream`.
 
     Args:
-        cuda: the device.
         stream: a non-default, idle stream.
         record: enqueues the work; must have run once before, so that lazy set-up is over.
         guard: entered around the capture (an engine's private memory pool).

@@ -56,10 +56,7 @@ class ChunkGraphBackend(Backend):
     memory, so that the host prepares a chunk while the one before it runs.
 
     Args:
-        cuda: the device.
         engine: compiled graphs; closed with this backend, or at once if it cannot be opened.
-        config: rollout configuration.
-        graphs: inputs and outputs of the graphs.
         use_graphs: replay captured graphs; off, every launch is enqueued on its own.
 
     Raises:

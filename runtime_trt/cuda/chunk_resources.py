@@ -35,9 +35,6 @@ class ChunkResources:
     """Everything on the device that a session owns beside the engine.
 
     Args:
-        cuda: the device.
-        config: rollout configuration.
-        graphs: inputs and outputs of the graphs.
         scratch_nbytes: largest scratch of any graph.
         on_close: runs after everything else is released.
 

@@ -36,7 +36,6 @@ def plan_decoder_memory(graphs: Mapping[str, GraphInfo], scratch_nbytes: int) ->
     """Lay out every buffer of a decoder.
 
     Args:
-        graphs: inputs and outputs of its graphs.
         scratch_nbytes: largest scratch of any graph.
     """
 
@@ -67,9 +66,7 @@ class GraphDecodeRunner(DecodeRunner):
     """See `DecodeRunner`.
 
     Args:
-        cuda: the device.
         engine: compiled graphs; closed with this runner, or at once if it cannot be opened.
-        graphs: inputs and outputs of the graphs.
         use_graphs: replay captured graphs; off, every launch is enqueued on its own.
 
     Raises:

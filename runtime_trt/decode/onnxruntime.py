@@ -28,7 +28,6 @@ class OnnxRuntimeDecodeRunner(DecodeRunner):
 
     Args:
         bundle: directory of the bundle; hashes are checked by the caller.
-        graphs: the decoder's graphs.
         num_threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         device: `cpu`, or `cuda` where ONNX Runtime has its CUDA provider.
 

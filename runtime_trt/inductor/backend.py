@@ -35,7 +35,6 @@ class InductorBackend(Backend):
     """Runs a package over pools that it owns.
 
     Args:
-        config: rollout configuration.
         package: compiled graphs; closed with this backend.
     """
 

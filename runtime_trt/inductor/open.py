@@ -40,9 +40,6 @@ def open_inductor(
     """Open an engine that `fkv build --backend inductor` made.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
-        record: the engine's record in the manifest.
         use_graphs: on CUDA, replay a captured graph a chunk.
 
     Raises:
@@ -60,7 +57,6 @@ def open_inductor_decoder(
 
     Args:
         bundle: directory of the bundle; the decoder's own files are checked by the caller.
-        manifest: its manifest.
         kind: vae or tae.
         use_graphs: on CUDA, replay captured graphs.
 

@@ -157,7 +157,6 @@ def ports(
     `export.model.fusion.FusionOptions`.
 
     Args:
-        config: rollout configuration.
         time_tables: a step is told by its index instead of its sinusoid.
         clean_graph: the clean pass has a graph of its own, and `step` returns latents alone.
         text_rows: rows of folded text, which come with a bias; None for every row of the prompt.

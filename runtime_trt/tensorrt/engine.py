@@ -54,8 +54,6 @@ class LoadedPlans:
 
     Args:
         flavour: which package runs them.
-        trt: its module.
-        bundle: directory of the bundle.
         record: the engine; files, version and GPU are checked by the caller.
 
     Raises:

@@ -29,8 +29,6 @@ def fitting_record(
     """The engine of this flavour for this GPU; its plans are not looked at.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
         cuda: the device; the first GPU if None.
 
@@ -79,10 +77,7 @@ def open_tensorrt(
     """Open the engine that fits this GPU.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
-        use_graphs: replay captured chunks.
         cuda: the device; the first GPU if None.
 
     Raises:
@@ -113,10 +108,8 @@ def open_tensorrt_decoder(
 
     Args:
         bundle: directory of the bundle; the decoder's own files are checked by the caller.
-        manifest: its manifest.
         kind: vae or tae.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
-        use_graphs: replay captured graphs.
         cuda: the device; the first GPU if None.
 
     Raises:
