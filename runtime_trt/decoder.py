@@ -6,7 +6,6 @@ What runs the graphs is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv b
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -171,12 +170,7 @@ class VideoDecoder:
     def __enter__(self) -> VideoDecoder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

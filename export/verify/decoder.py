@@ -18,13 +18,13 @@ from torch import Tensor
 
 from forcing_kv.export.decoder.onnx_module import OnnxModule
 from forcing_kv.export.verify.bundle import TensorCheck, allowed_error, error_of
+from forcing_kv.runtime_trt.bundle.graph_info import TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
 from forcing_kv.runtime_trt.decode.runner import (
     DECODE,
     FRAMES,
-    DecodeRunner,
     Float32,
-    next_state,
+    StateDecodeRunner,
     state_inputs,
 )
 from forcing_kv.runtime_trt.decoder import VideoDecoder
@@ -35,7 +35,7 @@ NUM_FRAMES = 5
 """Latent frames decoded: the first one, and both sets of state twice."""
 
 
-class EagerDecodeRunner(DecodeRunner):
+class EagerDecodeRunner(StateDecodeRunner):
     """The graphs of a bundle's decoder as plain PyTorch.
 
     Args:
@@ -45,7 +45,8 @@ class EagerDecodeRunner(DecodeRunner):
     name = "eager"
 
     def __init__(self, bundle: Path, info: DecoderInfo, *, in_float32: bool) -> None:
-        self._info, self._in_float32 = info, in_float32
+        super().__init__(info.graphs)
+        self._in_float32 = in_float32
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._modules = {
             name: OnnxModule(bundle / graph.file, info.weights_file)
@@ -53,30 +54,26 @@ class EagerDecodeRunner(DecodeRunner):
         }
         for module in self._modules.values():
             (module.in_float32() if in_float32 else module).to(self._device)
-        self._state: dict[str, Tensor] = {}
 
-    def reset(self) -> None:
-        for info in state_inputs(self._info.graphs[DECODE]):
-            dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
-            self._state[info.name] = torch.zeros(info.shape, dtype=dtype, device=self._device)
+    def _zeros(self, info: TensorInfo) -> Tensor:
+        dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
+        return torch.zeros(info.shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
-    def run(self, graph: str, latents: Float32) -> Float32:
-        info = self._info.graphs[graph]
+    def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
+        info = self._graphs[graph]
         state = [self._state[port.name] for port in state_inputs(info)]
         frames, made = self._modules[graph](torch.from_numpy(latents).to(self._device), state)
-        names = [next_state(port.name) for port in info.outputs if port.name != FRAMES]
-        self._state |= dict(zip(names, made, strict=True))
-        result: Float32 = frames.cpu().numpy()
-        return result
+        names = [port.name for port in info.outputs if port.name != FRAMES]
+        return {FRAMES: frames, **dict(zip(names, made, strict=True))}
 
-    def read_state(self, name: str) -> NDArray[Any]:
-        copied: NDArray[Any] = self._state[name].cpu().numpy().copy()
-        return copied
+    def _to_host(self, array: Tensor) -> NDArray[Any]:
+        host: NDArray[Any] = array.cpu().numpy()
+        return host
 
     def close(self) -> None:
         self._modules.clear()
-        self._state.clear()
+        super().close()
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from forcing_kv.plugins.compile.launch import SAFE_SHARED_BYTES
@@ -41,12 +40,7 @@ class LoadedKernel:
     def __enter__(self) -> LoadedKernel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._call("cuModuleUnload", self._module)
 
     def launch(self, addresses: Sequence[int], stream: int) -> None:

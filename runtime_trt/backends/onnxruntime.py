@@ -79,6 +79,29 @@ class OnnxRuntimeBackend(Backend):
         self.buffers.clear()
 
 
+def onnx_session(
+    path: Path,
+    num_threads: int,
+    provider: str = "CPUExecutionProvider",
+    remedy: str = "export the bundle again",
+) -> Any:
+    """A quiet ONNX Runtime session of one graph.
+
+    Raises:
+        BundleError: the graph does not load; says `remedy`.
+    """
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    # Sessions alternate, and a spinning one would hold the cores that the next one needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); {remedy}") from error
+
+
 class _BoundGraph:
     """One ONNX Runtime session with all inputs and outputs bound to shared buffers."""
 
@@ -90,31 +113,18 @@ class _BoundGraph:
         buffers: dict[str, NDArray[Any]],
         num_threads: int,
     ) -> None:
-        ort = require("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3
-        # Sessions alternate, and a spinning one would hold the cores that the next one needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(
-                str(bundle / graph.file), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise BundleError(
-                f"{bundle / graph.file}: ONNX Runtime cannot load it ({error}); export the bundle "
-                "again"
-            ) from error
+        self._session = onnx_session(bundle / graph.file, num_threads)
         self._check(name, graph)
+        values = require("onnxruntime").OrtValue
         self._binding = self._session.io_binding()
         for info in (*graph.inputs, *graph.outputs):
             if info.name not in buffers:
                 buffers[info.name] = np.zeros(info.shape, DTYPES[info.dtype].numpy)
         for info in graph.inputs:
-            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            value = values.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_input(info.name, value)
         for info in graph.outputs:
-            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            value = values.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_output(info.name, value)
 
     def _check(self, name: str, graph: GraphInfo) -> None:

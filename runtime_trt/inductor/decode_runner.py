@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
+from forcing_kv.runtime_trt.bundle.graph_info import TensorInfo
 from forcing_kv.runtime_trt.decode.runner import (
-    DECODE,
-    FRAMES,
     LATENTS,
-    DecodeRunner,
     Float32,
-    next_state,
-    state_inputs,
+    StateDecodeRunner,
 )
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.inductor.package import InductorPackage
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class InductorDecodeRunner(DecodeRunner):
+class InductorDecodeRunner(StateDecodeRunner):
     """See `DecodeRunner`.
 
     Args:
@@ -35,29 +30,19 @@ class InductorDecodeRunner(DecodeRunner):
     name = "inductor"
 
     def __init__(self, package: InductorPackage) -> None:
+        super().__init__(package.graphs)
         self._torch = require("torch", extra="inductor")
         self._package = package
-        self._state: dict[str, Tensor] = {}
 
-    def reset(self) -> None:
-        torch = self._torch
-        self._state = {
-            info.name: torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
-            for info in state_inputs(self._package.graphs[DECODE])
-        }
+    def _zeros(self, info: TensorInfo) -> Tensor:
+        zeros: Tensor = self._torch.zeros(info.shape, dtype=getattr(self._torch, info.dtype))
+        return zeros
 
-    def run(self, graph: str, latents: Float32) -> Float32:
+    def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
         with self._torch.inference_mode():
             inputs = {LATENTS: self._torch.from_numpy(latents), **self._state}
-            made = self._package.run(graph, inputs)
-            frames: Float32 = made.pop(FRAMES).numpy()
-        self._state |= {next_state(name): value for name, value in made.items()}
-        return frames
-
-    def read_state(self, name: str) -> NDArray[Any]:
-        copied: NDArray[Any] = self._state[name].numpy().copy()
-        return copied
+            return self._package.run(graph, inputs)
 
     def close(self) -> None:
         self._package.close()
-        self._state.clear()
+        super().close()
