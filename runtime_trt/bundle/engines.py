@@ -34,12 +34,6 @@ class EngineDetail:
     refitted: bool = False
     """Whether it is another bundle's engine with this one's weights."""
 
-    def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        if not self.refitted:
-            del data["refitted"]
-        return data
-
 
 @dataclass(frozen=True)
 class EnginePart:
@@ -71,11 +65,7 @@ class EnginePart:
         return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
 
     def to_json(self) -> dict[str, Any]:
-        data = {key: getattr(self, key) for key in ("folder", "build_seconds", "files")}
-        data["graphs"] = {name: asdict(graph) for name, graph in self.graphs.items()}
-        if self.details:
-            data["details"] = {name: each.to_json() for name, each in self.details.items()}
-        return data
+        return asdict(self, dict_factory=_written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +74,6 @@ class DecoderEngines(EnginePart):
 
     decoder_sha256: str
     """Hash of the decoder that they were made of."""
-
-    def to_json(self) -> dict[str, Any]:
-        first = {"folder": self.folder, "decoder_sha256": self.decoder_sha256}
-        return {**first, **super().to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +103,6 @@ class EngineRecord(EnginePart):
                 f"environment.{needed} is {found!r}; it must say what the engine is for, such as "
                 "cuda (device) or 89 (sm)"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        target = {} if self.target is None else {"target": self.target}
-        first = {
-            "backend": self.backend, **target, "folder": self.folder,
-            "environment": self.environment, "options": self.options,
-        }  # fmt: skip
-        decoders = {kind: part.to_json() for kind, part in self.decoders.items()}
-        return {**first, **super().to_json(), "decoders": decoders}
 
     @property
     def parts(self) -> tuple[EnginePart, ...]:
@@ -204,6 +181,16 @@ class EngineRecord(EnginePart):
             details=part.details,
             decoders={},
         )
+
+
+_FIRST = ("backend", "target", "folder", "decoder_sha256", "environment", "options")
+_LEFT_OUT_IF_EMPTY = ("target", "details", "refitted")
+
+
+def _written(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of an entry's fields, those of `_FIRST` first."""
+    data = {key: value for key, value in entries if value or key not in _LEFT_OUT_IF_EMPTY}
+    return {key: data[key] for key in (*_FIRST, *data) if key in data}
 
 
 _NAMED_APART = ("backend", "target")

@@ -19,6 +19,9 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from forcing_kv.runtime_trt.cuda.runtime import Cuda
+    from forcing_kv.runtime_trt.inductor.engine import InductorEngine
+
 
 def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
@@ -68,12 +71,9 @@ def open_inductor_decoder(
     package = open_package(bundle, record.decoder(bundle, kind, manifest.decoders[kind].sha256))
     if package.device.type == "cpu":
         return InductorDecodeRunner(package)
-    from forcing_kv.runtime_trt.cuda.runtime import Cuda
     from forcing_kv.runtime_trt.decode.graph import GraphDecodeRunner
-    from forcing_kv.runtime_trt.inductor.engine import InductorEngine
 
-    cuda = Cuda(package.device.index or 0, extra="inductor")
-    engine = InductorEngine(package)
+    cuda, engine = _on_cuda(package)
     return GraphDecodeRunner(cuda, engine, package.graphs, use_graphs=use_graphs)
 
 
@@ -99,12 +99,17 @@ def package_backend(
     if package.device.type == "cpu":
         return InductorBackend(config, package)
     from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
+
+    cuda, engine = _on_cuda(package)
+    return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
+
+
+def _on_cuda(package: InductorPackage) -> tuple[Cuda, InductorEngine]:
     from forcing_kv.runtime_trt.cuda.runtime import Cuda
     from forcing_kv.runtime_trt.inductor.engine import InductorEngine
 
     cuda = Cuda(package.device.index or 0, extra="inductor")
-    engine = InductorEngine(package)
-    return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
+    return cuda, InductorEngine(package)
 
 
 def load_constants(bundle: Path, table: Path, device: str) -> dict[str, Tensor]:
