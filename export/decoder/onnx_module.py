@@ -162,11 +162,10 @@ def _conv(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
         x = F.pad(x, _both_sides(begin, end))
         begin = [0] * num_axes
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[num_axes - 1]
-    made: Tensor = function(
+    return function(
         x, weight, *bias, stride=list(attributes["strides"]), padding=begin,
         dilation=list(attributes["dilations"]), groups=attributes["group"],
     )  # fmt: skip
-    return made
 
 
 def _clip(inputs: list[Any], _: dict[str, Any]) -> Tensor:
@@ -182,16 +181,12 @@ def _expand(inputs: list[Any], _: dict[str, Any]) -> Tensor:
 def _gather(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, index = inputs
     (place,) = _numbers(index)
-    made: Tensor = x.select(attributes["axis"], place)
-    return made
+    return x.select(attributes["axis"], place)
 
 
 def _norm(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, axes = inputs
-    made: Tensor = torch.linalg.vector_norm(
-        x, dim=_numbers(axes), keepdim=bool(attributes["keepdims"])
-    )
-    return made
+    return torch.linalg.vector_norm(x, dim=_numbers(axes), keepdim=bool(attributes["keepdims"]))
 
 
 def _pad(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
@@ -211,8 +206,7 @@ def _reshape(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, shape = inputs[0], _numbers(inputs[1])
     if not attributes.get("allowzero", 0):
         shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
-    made: Tensor = x.reshape(shape)
-    return made
+    return x.reshape(shape)
 
 
 def _resize(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
@@ -232,17 +226,13 @@ def _slice(inputs: list[Any], _: dict[str, Any]) -> Tensor:
         _numbers(starts), _numbers(ends), _numbers(axes), strides, strict=True
     ):
         index[axis] = slice(start, end, step)
-    made: Tensor = x[tuple(index)]
-    return made
+    return x[tuple(index)]
 
 
 def _split(inputs: list[Any], attributes: dict[str, Any]) -> Sequence[Tensor]:
     x, *sizes = inputs
     axis, count = attributes["axis"], attributes["num_outputs"]
-    made: Sequence[Tensor] = (
-        x.split(_numbers(sizes[0]), axis) if sizes else x.split(-(-x.shape[axis] // count), axis)
-    )
-    return made
+    return x.split(_numbers(sizes[0]), axis) if sizes else x.split(-(-x.shape[axis] // count), axis)
 
 
 def _squeeze(inputs: list[Any], _: dict[str, Any]) -> Tensor:

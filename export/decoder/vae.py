@@ -39,8 +39,7 @@ class _WanGraph(nn.Module):
         """Decode [1, C, h, w] to pixels [1, 3, k, H, W] in -1..1; `cache` is replaced in place."""
         z = (latents * self.std + self.mean).unsqueeze(2)
         x = self.vae.post_quant_conv(z.to(next(self.vae.parameters()).dtype))
-        pixels: Tensor = self.vae.decoder(x, feat_cache=cache, feat_idx=[0])
-        return pixels
+        return self.vae.decoder(x, feat_cache=cache, feat_idx=[0])
 
 
 class WanDecode(_WanGraph):

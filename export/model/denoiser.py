@@ -261,8 +261,7 @@ class CausalWanModel(nn.Module):
 
     def embed_text(self, prompt_embeds: Tensor) -> Tensor:
         """Prompt embeddings [..., text_len, text_dim] -> [..., text_len, dim]."""
-        embedded: Tensor = self.text_embedding(prompt_embeds.to(self.dtype))
-        return embedded
+        return self.text_embedding(prompt_embeds.to(self.dtype))
 
     def embed_time(self, sinusoid: Tensor) -> tuple[Tensor, Tensor]:
         """Sinusoid [..., freq_dim] float32 -> (embedding [..., dim], projection [..., 6, dim])."""

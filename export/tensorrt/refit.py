@@ -84,8 +84,7 @@ def graph_without_weights(path: Path) -> bytes:
     for tensor in model.graph.initializer:
         known = {"name": tensor.name, "dims": tensor.dims, "data_type": tensor.data_type}
         tensor.CopyFrom(onnx.TensorProto(**known))
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return model.SerializeToString(deterministic=True)
 
 
 def graph_weights(path: Path) -> dict[str, NamedWeight]:

@@ -68,8 +68,7 @@ class EagerDecodeRunner(StateDecodeRunner):
         return {FRAMES: frames, **dict(zip(names, made, strict=True))}
 
     def _to_host(self, array: Tensor) -> NDArray[Any]:
-        host: NDArray[Any] = array.cpu().numpy()
-        return host
+        return array.cpu().numpy()
 
     def close(self) -> None:
         self._modules.clear()

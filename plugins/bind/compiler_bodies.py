@@ -63,8 +63,7 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
     """The reference, unless it reads the host and the operator has another body for compilers."""
     folder = f"forcing_kv.plugins.{spec.torch_name}"
     name = "aten_body" if importlib.util.find_spec(f"{folder}.aten_body") else "reference"
-    body: Callable[..., Any] = getattr(spec.module(name), spec.torch_name)
-    return body
+    return getattr(spec.module(name), spec.torch_name)
 
 
 @cache

@@ -43,8 +43,7 @@ def float64_outputs(
 ) -> tuple[Tensor, ...]:
     """Outputs in float64 arithmetic of the given (already rounded) inputs."""
     function = _FLOAT64[spec.torch_name]
-    outputs: tuple[Tensor, ...] = function(*inputs, *attributes.values())
-    return outputs
+    return function(*inputs, *attributes.values())
 
 
 def reference_outputs(

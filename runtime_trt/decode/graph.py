@@ -184,8 +184,7 @@ class GraphDecodeRunner(DecodeRunner):
         cuda.synchronize(stream)
         if graph == DECODE:
             self._current = 1 - self._current
-        copied: Float32 = result.copy()
-        return copied
+        return result.copy()
 
     def read_state(self, name: str) -> NDArray[Any]:
         self._enter()

@@ -72,8 +72,7 @@ class StateDecodeRunner(DecodeRunner):
         """Run a graph over `_state`; its outputs by name."""
 
     def _to_host(self, array: Any) -> NDArray[Any]:
-        host: NDArray[Any] = array.numpy()
-        return host
+        return array.numpy()
 
     def reset(self) -> None:
         states = state_inputs(self._graphs[DECODE])

@@ -102,8 +102,7 @@ class InductorBackend(Backend):
         """16-bit floats as float32."""
         tensor = self.tensors[name]
         wide = tensor.float() if tensor.is_floating_point() else tensor
-        array: NDArray[Any] = wide.cpu().numpy().copy()
-        return array
+        return wide.cpu().numpy().copy()
 
     def close(self) -> None:
         self.package.close()

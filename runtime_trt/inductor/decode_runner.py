@@ -35,8 +35,7 @@ class InductorDecodeRunner(StateDecodeRunner):
         self._package = package
 
     def _zeros(self, info: TensorInfo) -> Tensor:
-        zeros: Tensor = self._torch.zeros(info.shape, dtype=getattr(self._torch, info.dtype))
-        return zeros
+        return self._torch.zeros(info.shape, dtype=getattr(self._torch, info.dtype))
 
     def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
         with self._torch.inference_mode():
