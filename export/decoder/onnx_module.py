@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece
-from forcing_kv.runtime_trt.dtypes import BY_ONNX, dtype_name
+from forcing_kv.export.bundle.read import weight_entry
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
 
 
@@ -50,7 +51,10 @@ class OnnxModule(nn.Module):
             assert value.const_value is not None, f"initializer {name} has no value"
             tensor = torch.from_numpy(value.const_value.numpy().copy())
             if isinstance(value.const_value, ir.ExternalTensor):
-                self._hold_weight(name, tensor, value.const_value, weights_file)
+                buffer = _buffer_name(name)
+                self._hold(name, buffer, tensor)
+                shape = tuple(tensor.shape)
+                self.entries[buffer] = weight_entry(value.const_value, weights_file, shape)
             else:
                 known[name] = tensor
         for node in graph:
@@ -86,15 +90,6 @@ class OnnxModule(nn.Module):
     def _hold(self, name: str, buffer: str, tensor: Tensor) -> None:
         self._buffer_of[name] = buffer
         self.register_buffer(buffer, tensor)
-
-    def _hold_weight(
-        self, name: str, tensor: Tensor, external: ir.ExternalTensor, weights_file: str
-    ) -> None:
-        """Keep a weight, and where the bundle has it."""
-        piece = Piece(weights_file, external.offset or 0, external.length or external.nbytes)
-        entry = ConstantEntry(tuple(tensor.shape), dtype_name(tensor.dtype), (piece,))
-        self._hold(name, _buffer_name(name), tensor)
-        self.entries[_buffer_name(name)] = entry
 
     def forward(self, latents: Tensor, state: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Run the graph.

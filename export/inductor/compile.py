@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from forcing_kv.export.inductor.toolchain import cuda_toolchain
-from forcing_kv.export.model.capture import GraphSource, graph_sources
-from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.fp8 import compiler_body as fp8_body
 from forcing_kv.export.model.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.dtypes import dtype_name
-from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 PACKAGE_FILE = "package.pt2"
 
@@ -84,27 +82,6 @@ class CompiledPackage:
     """Inputs and outputs of each graph; their file is the package."""
     constants: dict[str, Tensor]
     """Everything that the graphs must be given when loaded, by name."""
-
-
-def compile_package(
-    model: CausalWanModel,
-    config: RolloutConfig,
-    folder: Path,
-    options: InductorOptions,
-    report: Callable[[str], None] = lambda _: None,
-) -> CompiledPackage:
-    """Compile every graph and write the package.
-
-    Args:
-        model: heads in exported order, weights in the compute dtype on the target device; fused in
-            place as the options say.
-        folder: existing directory that receives the package.
-        report: told the name of each part when it begins.
-
-    Returns:
-        The package. Its constants share memory with `model` where they are weights.
-    """
-    return compile_sources(graph_sources(model, config, options.fusion), folder, options, report)
 
 
 def compile_sources(

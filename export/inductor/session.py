@@ -13,8 +13,9 @@ import torch
 from forcing_kv.export.inductor.compile import (
     CompiledPackage,
     InductorOptions,
-    compile_package,
+    compile_sources,
 )
+from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.inductor.open import package_backend
@@ -39,7 +40,8 @@ def compile_model(
     """
     prepared = sort_heads_(copy.deepcopy(model), config.partition)
     prepared = prepared.cast_(getattr(torch, config.dtype)).to(options.device).eval()
-    return compile_package(prepared, config, folder, options, report)
+    sources = graph_sources(prepared, config, options.fusion)
+    return compile_sources(sources, folder, options, report)
 
 
 def open_compiled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +172,8 @@ class EngineRecord(EnginePart):
                 f"{where}: its {kind} decoder was compiled from another one than the bundle holds "
                 f"now; {self.rebuild_command(bundle)}"
             )
-        return replace(
-            self,
-            folder=part.folder,
-            build_seconds=part.build_seconds,
-            files=part.files,
-            graphs=part.graphs,
-            details=part.details,
-            decoders={},
-        )
+        own: dict[str, Any] = {each.name: getattr(part, each.name) for each in fields(EnginePart)}
+        return replace(self, **own, decoders={})
 
 
 _FIRST = ("backend", "target", "folder", "decoder_sha256", "environment", "options")

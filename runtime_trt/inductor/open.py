@@ -37,22 +37,6 @@ def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     return max(records, key=lambda record: record.environment["device"] == "cuda")
 
 
-def open_inductor(
-    bundle: Path, manifest: Manifest, record: EngineRecord, *, use_graphs: bool = True
-) -> Backend:
-    """Open an engine that `fkv build --backend inductor` made.
-
-    Args:
-        use_graphs: on CUDA, replay a captured graph a chunk.
-
-    Raises:
-        BackendUnavailableError: it was compiled for another environment.
-        BundleError: a file is missing or altered.
-    """
-    package = open_package(bundle, record)
-    return package_backend(manifest.config, package, use_graphs=use_graphs)
-
-
 def open_inductor_decoder(
     bundle: Path, manifest: Manifest, kind: str, *, use_graphs: bool = True
 ) -> DecodeRunner:
