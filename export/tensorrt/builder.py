@@ -16,6 +16,7 @@ from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.export.tensorrt.stripped import mark_stripped
 from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
+from forcing_kv.runtime_trt.tensorrt.engine import listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ class BuildLog:
     interrupted: bool = False
     """Ctrl-C was pressed; the builder stops after its next step."""
 
-    def read(self, message: str, *, problem: bool) -> None:
+    def read(self, message: str, problem: bool) -> None:
         """Take note of one message."""
         if problem:
             self.problems.append(message)
@@ -125,7 +126,7 @@ def _build(
     log: BuildLog,
 ) -> BuiltPlan:
     trt = require(options.module)
-    logger = _logger(trt, log)
+    logger = listener(trt, log.read)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -200,21 +201,6 @@ def _set_flags(trt: Any, config: Any, options: EngineOptions) -> Any:
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config
-
-
-def _logger(trt: Any, log: BuildLog) -> Any:
-    """A logger of the builder's that keeps what is worth keeping."""
-    severity = trt.ILogger.Severity
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
-            log.read(message, problem=level in bad)
-
-    return Logger()
 
 
 @contextmanager

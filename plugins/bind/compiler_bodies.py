@@ -108,8 +108,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
             *outputs,
             *scratch_memory(plan, readable[0].device),
             **plan.constants,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
+            **plan.options,
         )
         return result_of(outputs)
 

@@ -137,8 +137,7 @@ def run_kernel(
     plan, tensors = plan_call(spec, inputs, attributes, outputs, tactic, num_sms)
     if tactic.tma:
         lend_memory(inputs[0].device)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    plan.kernel[plan.grid](*tensors, **plan.constants, **options)
+    plan.kernel[plan.grid](*tensors, **plan.constants, **plan.options)
 
 
 def compile_together(calls: Iterable[tuple[Any, ...]]) -> None:
@@ -158,8 +157,7 @@ def compile_together(calls: Iterable[tuple[Any, ...]]) -> None:
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
         for plan, tensors in plans:
-            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-            plan.kernel.warmup(*tensors, grid=plan.grid, **plan.constants, **options)
+            plan.kernel.warmup(*tensors, grid=plan.grid, **plan.constants, **plan.options)
     for plan, _ in plans:
         # Kernels in memory may be ones that failed; those on the disk are whole.
         plan.kernel.device_caches.clear()

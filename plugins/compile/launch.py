@@ -139,6 +139,11 @@ class Launch:
     scratch: tuple[Scratch, ...] = ()
     """Memory for a launch, in the order of the kernel's parameters."""
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside arguments and grid."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is at least `value`."""

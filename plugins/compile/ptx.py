@@ -143,18 +143,13 @@ def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_vers
     signature = {**pointers, **dict.fromkeys(plan.constants, "constexpr")}
     # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
     aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(pointers))}
-    options = {
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-        "ptx_version": ptx_version,
-    }
     with triton.knobs.compilation.scope():
         # Line information would carry this machine's paths into the engine.
         triton.knobs.compilation.disable_line_info = True
         return triton.compile(
             compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
             target=gpu_target("cuda", target_sm, 32),
-            options=options,
+            options={**plan.options, "ptx_version": ptx_version},
         )
 
 
