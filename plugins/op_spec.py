@@ -45,11 +45,9 @@ class TensorSpec:
     """One input or output of an operator."""
 
     name: str
-    """Argument name."""
     axes: tuple[str, ...]
     """Axis names, outermost first; `A*B` and `A/B` combine the sizes of named axes."""
     dtype: DType
-    """Element type."""
 
     def shape(self, sizes: Sizes) -> tuple[Any, ...]:
         return tuple(_axis_size(axis, sizes) for axis in self.axes)
@@ -60,9 +58,7 @@ class AttributeSpec:
     """One attribute of an operator; its reference says what it means."""
 
     name: str
-    """Argument name."""
     kind: Literal["int", "float"]
-    """Type of the value."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +72,7 @@ class OpSpec:
     summary: str
     """What it computes, in one line."""
     inputs: tuple[TensorSpec, ...]
-    """Tensor inputs, in order."""
     outputs: tuple[TensorSpec, ...]
-    """Outputs, in order."""
     attributes: tuple[AttributeSpec, ...]
     """Attributes, in the order in which every binding passes them, after the inputs."""
     tolerance: Tolerance

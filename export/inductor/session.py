@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,19 +29,17 @@ def compile_model(
     config: RolloutConfig,
     folder: Path,
     options: InductorOptions,
-    report: Callable[[str], None] = lambda _: None,
 ) -> CompiledPackage:
     """Compile a model as `fkv build --backend inductor` would, straight from its weights.
 
     Args:
         model: weights under the official names, heads in checkpoint order; not changed.
         folder: existing directory that receives the package.
-        report: told the name of each part when it begins.
     """
     prepared = sort_heads_(copy.deepcopy(model), config.partition)
     prepared = prepared.cast_(getattr(torch, config.dtype)).to(options.device).eval()
     sources = graph_sources(prepared, config, options.fusion)
-    return compile_sources(sources, folder, options, report)
+    return compile_sources(sources, folder, options)
 
 
 def open_compiled(

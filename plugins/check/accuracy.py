@@ -26,11 +26,9 @@ class OutputError:
     """How far one output is from the truth."""
 
     name: str
-    """The output."""
     error: float
     """Largest absolute difference from the float64 truth; for moves, differing elements."""
     allowed: float
-    """Largest allowed one."""
 
     @property
     def passed(self) -> bool:
@@ -78,16 +76,8 @@ def output_errors(
     return tuple(errors)
 
 
-def _qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
+def _qk_norm_rope(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k, q_weight, k_weight, cos, sin, num_heads, eps = arguments
     outputs = []
     for x, weight in ((q.double(), q_weight.double()), (k.double(), k_weight.double())):
         row = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
@@ -98,17 +88,8 @@ def _qk_norm_rope(
     return tuple(outputs)
 
 
-def _head_indexed_attention(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    hist_k: Tensor,
-    hist_v: Tensor,
-    head_offset: Tensor,
-    hist_len: Tensor,
-    new_len: Tensor,
-    max_history: int,
-) -> tuple[Tensor, ...]:
+def _head_indexed_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k_new, v_new, hist_k, hist_v, head_offset, hist_len, new_len, max_history = arguments
     heads = []
     for head, (offset, length) in enumerate(
         zip(head_offset.tolist(), hist_len.tolist(), strict=True)

@@ -31,15 +31,11 @@ class OpCase:
     """One size of one operator."""
 
     spec: OpSpec
-    """The operator."""
     name: str
-    """What the case is about."""
     sizes: dict[str, int]
     """Size of every named axis of the inputs."""
     attributes: dict[str, int | float]
-    """Attributes in the specification's order."""
     integers: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Values of the int32 inputs."""
     valid_pool_rows: tuple[Rows, ...] = ()
     """Rows of the history pools that hold data; the others are NaN."""
     valid_new_rows: int | None = None

@@ -23,7 +23,7 @@ from forcing_kv.plugins.compile.launch import (
     SharedMemoryError,
     Tactic,
 )
-from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
+from forcing_kv.plugins.op_spec import OpSpec
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
@@ -41,11 +41,9 @@ class CompiledKernel:
     """
 
     name: str
-    """Entry point."""
     ptx: str
     """PTX text, hidden parameters removed unless they are for TMA."""
     launch: Launch
-    """Geometry."""
     shared_bytes: int
     """Dynamic shared memory of a thread block."""
     sm: int
@@ -61,13 +59,10 @@ class CompiledKernel:
         return self.launch.num_warps * 32
 
 
-def tensor_dtypes(spec: OpSpec, dtype: str, weight_dtype: str = "float32") -> tuple[str, ...]:
-    """Dtypes of the inputs and then the outputs in a compute dtype."""
-
-    def resolve(tensor: TensorSpec) -> str:
-        return {"T": dtype, "W": weight_dtype}.get(tensor.dtype, tensor.dtype)
-
-    return tuple(resolve(tensor) for tensor in (*spec.inputs, *spec.outputs))
+def tensor_dtypes(spec: OpSpec, dtype: str) -> tuple[str, ...]:
+    """Dtypes of the inputs and then the outputs in a compute dtype, weights in float32."""
+    known = {"T": dtype, "W": "float32"}
+    return tuple(known.get(each.dtype, each.dtype) for each in (*spec.inputs, *spec.outputs))
 
 
 def compile_kernel(
@@ -76,14 +71,12 @@ def compile_kernel(
     dtypes: Sequence[str],
     tactic: Tactic,
     device_sm: int,
-    ptx_version: int = PTX_VERSION,
 ) -> CompiledKernel:
     """Compile one tactic for one device; needs no GPU.
 
     Args:
         dtypes: dtypes of the inputs and then the outputs, see `tensor_dtypes`.
         device_sm: compute capability of the device, 90 for 9.0.
-        ptx_version: PTX version to write, 87 for 8.7; the driver must know it.
 
     Returns:
         The kernel for `tactic.target_sm(device_sm)`.
@@ -106,7 +99,7 @@ def compile_kernel(
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
     if not tactic.runs_on(device_sm):
         raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
-    compiled = _compile(plan, pointers, target_sm, ptx_version)
+    compiled = _compile(plan, pointers, target_sm)
     metadata = compiled.metadata
     if metadata.profile_scratch_size or (metadata.global_scratch_size and not tactic.tma):
         raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
@@ -135,7 +128,7 @@ def _pointers(spec: OpSpec, plan: Launch, dtypes: Sequence[str], tactic: Tactic)
     return dict(zip(names, (f"*{DTYPES[dtype].triton}" for dtype in dtypes), strict=True))
 
 
-def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_version: int) -> Any:
+def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int) -> Any:
     """Triton's compiled kernel."""
     triton = require("triton")
     compiler = require("triton.compiler")
@@ -149,7 +142,7 @@ def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_vers
         return triton.compile(
             compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
             target=gpu_target("cuda", target_sm, 32),
-            options={**plan.options, "ptx_version": ptx_version},
+            options={**plan.options, "ptx_version": PTX_VERSION},
         )
 
 

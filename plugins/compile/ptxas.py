@@ -20,7 +20,6 @@ class PtxasReport:
     """What the assembler says about a kernel."""
 
     registers: int
-    """Registers of a thread."""
     spilled_bytes: int
     """Bytes of a thread that are spilled to memory; 0 is good."""
 

@@ -30,17 +30,14 @@ class TunedTactic:
     gpu: str
     """Name of the GPU, as its driver has it."""
     dtype: str
-    """Compute dtype."""
     sizes: Mapping[str, int]
     """Size of every named axis."""
     tactic: str
-    """Name of the fastest tactic."""
     median_ms: float
     """Its time, with a cold L2 cache."""
     others_ms: Mapping[str, float]
     """Times of the other tactics."""
     date: str
-    """Day of the measurement."""
 
     @property
     def times_ms(self) -> Mapping[str, float]:
