@@ -60,10 +60,10 @@ class WeightStore:
             self._entries[key] = (self.file.tell(), len(content))
             self.file.write(content)
         offset, length = self._entries[key]
+        shape = ir.Shape(tensor.shape.numpy())
         return ir.ExternalTensor(
-            self.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
-            name=name, base_dir=self.folder,
-        )  # fmt: skip
+            self.name, offset, length, tensor.dtype, shape=shape, name=name, base_dir=self.folder
+        )
 
 
 @contextlib.contextmanager
@@ -137,10 +137,9 @@ def _optimize(model: ir.Model, parameters: Collection[str]) -> None:
         rewrite(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_equal_constants(model.graph, parameters)
-    for last in (
-        passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(), passes.NameFixPass()
-    ):  # fmt: skip
-        last(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
 
 
 def _merge_equal_constants(graph: ir.Graph, kept: Collection[str]) -> None:

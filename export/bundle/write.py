@@ -150,10 +150,8 @@ def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
             for value in values
         )
 
-    return GraphInfo(
-        relative, sha256_of(folder / relative), infos(graph.graph.inputs),
-        infos(graph.graph.outputs),
-    )  # fmt: skip
+    inputs, outputs = infos(graph.graph.inputs), infos(graph.graph.outputs)
+    return GraphInfo(relative, sha256_of(folder / relative), inputs, outputs)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

@@ -45,10 +45,9 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
             bar.advance()
             bar.describe(f"exporting {part}")
 
-        manifest = export_bundle(
-            loaded, resolved.config, out, resolved.labels, fp8=resolved.fp8_scales(loaded),
-            force=output.force, consume=True, report=report,
-        )  # fmt: skip
+        parts = (loaded, resolved.config, out, resolved.labels)
+        fp8, force = resolved.fp8_scales(loaded), output.force
+        manifest = export_bundle(*parts, fp8=fp8, force=force, consume=True, report=report)
     talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
     if output.as_json:
         print_json(manifest.to_json())

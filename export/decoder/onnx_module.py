@@ -157,10 +157,8 @@ def _conv(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
         x = F.pad(x, _both_sides(begin, end))
         begin = [0] * num_axes
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[num_axes - 1]
-    return function(
-        x, weight, *bias, stride=list(attributes["strides"]), padding=begin,
-        dilation=list(attributes["dilations"]), groups=attributes["group"],
-    )  # fmt: skip
+    steps = {"stride": list(attributes["strides"]), "dilation": list(attributes["dilations"])}
+    return function(x, weight, *bias, padding=begin, groups=attributes["group"], **steps)
 
 
 def _clip(inputs: list[Any], _: dict[str, Any]) -> Tensor:
@@ -205,8 +203,8 @@ def _reshape(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
 
 
 def _resize(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
-    how = (attributes["mode"], attributes["coordinate_transformation_mode"],
-           attributes["nearest_mode"])  # fmt: skip
+    names = ("mode", "coordinate_transformation_mode", "nearest_mode")
+    how = tuple(attributes[name] for name in names)
     assert how == ("nearest", "asymmetric", "floor"), f"decoders do not resize by {how}"
     factors = inputs[2]
     assert factors[:2] == [1.0, 1.0], "batch and channels are not resized"

@@ -157,7 +157,7 @@ def _source(
 ) -> DecoderSource:
     model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     num_trimmed = TIME_GROWTH[0] * TIME_GROWTH[1] * TIME_GROWTH[2] - 1
+    states, compute = model.state_shapes(*latent_size), getattr(torch, dtype)
     return DecoderSource(
-        "tae", model, model.state_shapes(*latent_size), getattr(torch, dtype),
-        num_trimmed_frames=num_trimmed, source=source,
-    )  # fmt: skip
+        "tae", model, states, compute, num_trimmed_frames=num_trimmed, source=source
+    )

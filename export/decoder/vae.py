@@ -113,11 +113,10 @@ def _source(vae: Any, latent_size: tuple[int, int], dtype: str, source: str) -> 
     first, second = _cache_shapes(vae, num_slots, latent_size)
     begun = tuple(slot for slot in second if slot in first)
     places = list(second)
-    return DecoderSource(
-        "vae", WanDecode(vae, places, num_slots), tuple(second.values()), getattr(torch, dtype),
-        WanDecodeFirst(vae, begun, num_slots), tuple(places.index(slot) for slot in begun),
-        source=source,
-    )  # fmt: skip
+    decode, decode_first = WanDecode(vae, places, num_slots), WanDecodeFirst(vae, begun, num_slots)
+    states, compute = tuple(second.values()), getattr(torch, dtype)
+    kept = tuple(places.index(slot) for slot in begun)
+    return DecoderSource("vae", decode, states, compute, decode_first, kept, source=source)
 
 
 def _cache_shapes(

@@ -280,14 +280,12 @@ class EvictGraph(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """dyn_k, dyn_v and layer 1's kept segments, given the scores of `score`."""
         layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
-        candidates = [astuple(self._candidates[layer]) for layer in layers]
+        chosen_by = scores if len(scores) > 1 else [scores[0]] * len(layers)
+        tensors = zip(chosen_by, hist_k, hist_v, new_k, new_v, strict=True)
         outputs = [
-            OPERATORS[SIMILARITY_EVICTION](
-                scores[i if len(scores) > 1 else 0],
-                hist_k[i], hist_v[i], new_k[i], new_v[i], *candidates[i], num_kept,
-            )
-            for i in range(len(layers))
-        ]  # fmt: skip
+            OPERATORS[SIMILARITY_EVICTION](*own, *astuple(self._candidates[layer]), num_kept)
+            for layer, own in zip(layers, tensors, strict=True)
+        ]
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[layers.index(1)]
 

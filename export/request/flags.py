@@ -38,9 +38,12 @@ def _shown(default: Any) -> str | None:
 
 
 MANNERS = Parameter(
-    negative_bool=(), negative_iterable=(), negative_none=(), show_default=_shown,
+    negative_bool=(),
+    negative_iterable=(),
+    negative_none=(),
+    show_default=_shown,
     allow_repeating=True,
-)  # fmt: skip
+)
 """Of every flag: no `--no-` form unless its type is `YesNo`; the last of several wins."""
 
 OPTIONS = Group.create_default_parameters("Options")

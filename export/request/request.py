@@ -175,10 +175,10 @@ def _shipped(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | No
         raise InputError(f"--model {request.model} needs --checkpoint, its weights{hint}")
     shipped, name = shipped_model(request.model), request.model
     chunk = shipped.CHUNK
-    preset = Preset(
-        name, name, shipped.MODEL, shipped.SCHEDULE, shipped.POLICY, chunk_frames=chunk.num_frames,
-        latent_size=(chunk.latent_height, chunk.latent_width), text_encoder=name, decoder=name,
-    )  # fmt: skip
+    model = (shipped.MODEL, shipped.SCHEDULE, shipped.POLICY)
+    preset = Preset(name, name, *model, text_encoder=name, decoder=name)
+    size = (chunk.latent_height, chunk.latent_width)
+    preset = replace(preset, chunk_frames=chunk.num_frames, latent_size=size)
     return preset, CheckpointSource(shipped.CHECKPOINT), shipped.HEADS
 
 

@@ -159,9 +159,9 @@ def _create_config(
     polygraphy: Any, trt: Any, options: EngineOptions, timing_cache: Path | None, monitor: Any
 ) -> Any:
     """Polygraphy's configuration for our options."""
-    verbosity = {
-        "detailed": "DETAILED", "layer-names": "LAYER_NAMES_ONLY", "none": "NONE"
-    }[options.profiling_verbosity]  # fmt: skip
+    verbosity = {"detailed": "DETAILED", "layer-names": "LAYER_NAMES_ONLY", "none": "NONE"}[
+        options.profiling_verbosity
+    ]
     settings: dict[str, Any] = {
         "profiling_verbosity": getattr(trt.ProfilingVerbosity, verbosity),
         "progress_monitor": monitor,

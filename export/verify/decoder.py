@@ -118,10 +118,8 @@ def verify_decoder(
         made = [_outputs(each, latents) for each in decoders]
         for name in made[0]:
             wanted, yardstick, found = (outputs[name].astype(np.float64) for outputs in made)
-            check = TensorCheck(
-                kind, name, split_name(name)[1], frame, None,
-                error_of(found, wanted), allowed_error(wanted, yardstick, dtype),
-            )  # fmt: skip
+            error, allowed = error_of(found, wanted), allowed_error(wanted, yardstick, dtype)
+            check = TensorCheck(kind, name, split_name(name)[1], frame, None, error, allowed)
             if name not in worst or check.ratio > worst[name].ratio:
                 worst[name] = check
     tensors = sorted(worst.values(), key=lambda check: check.ratio, reverse=True)

@@ -252,8 +252,8 @@ def _check_chunk(case: GoldenCase, session: Session, made: Chunk) -> ChunkCheck:
             and made.kept is not None
             and np.array_equal(made.kept, wanted_kept)
         )
-    return ChunkCheck(made.index, latent_error, x0_error, _cache_error(case, session, made.index),
-                      kept_equal)  # fmt: skip
+    cache_error = _cache_error(case, session, made.index)
+    return ChunkCheck(made.index, latent_error, x0_error, cache_error, kept_equal)
 
 
 def _cache_error(case: GoldenCase, session: Session, chunk: int) -> float | None:

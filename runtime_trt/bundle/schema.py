@@ -67,9 +67,12 @@ def parse_json(content: bytes | str) -> Any:
     """
     try:
         return json.loads(
-            content, object_pairs_hook=_object, parse_constant=_number, parse_float=_number,
+            content,
+            object_pairs_hook=_object,
+            parse_constant=_number,
+            parse_float=_number,
             parse_int=_integer,
-        )  # fmt: skip
+        )
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 

@@ -125,10 +125,8 @@ class Cuda:
     ) -> None:
         """Copy `height` runs of `width` bytes between pitched places on the device."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call(
-            "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind,
-            stream,
-        )  # fmt: skip
+        place = (target, target_pitch, source, source_pitch, width, height)
+        self._call("cudaMemcpy2DAsync", *place, kind, stream)
 
     def fill(self, address: int, value: int, nbytes: int, stream: int) -> None:
         """Set every byte, in stream order."""

@@ -174,12 +174,11 @@ def ports(
 
     noise = single("x", "eps", time, "sigma", "next_sigma")
     latents = single("x0", "x_next")
+    results: tuple[Argument, ...] = latents if clean_graph else (*latents, *new)
     found = {
         "prompt": GraphPorts(single("prompt_embeds"), pair("cross", layers)),
-        "step": GraphPorts(
-            (*noise, *reads(layers)), latents if clean_graph else (*latents, *new)
-        ),
-    }  # fmt: skip
+        "step": GraphPorts((*noise, *reads(layers)), results),
+    }
     if clean_graph:
         # Cut after the last layer's keys and values, so that layer attends to nothing.
         found["clean"] = GraphPorts((*single("x", time), *reads(layers[:-1])), new)
