@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,8 +217,6 @@ def _summary(plan: BuildPlan, record: EngineRecord) -> None:
 
 
 def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
-    from dataclasses import asdict
-
     content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -83,7 +83,7 @@ def build_inductor(
         _placed(compiled.graphs, relative),
         backend="inductor",
         environment=environment(options.device),
-        options=options.to_json(),
+        options=asdict(options),
         decoders=decoders,
     )
     write_record(bundle, record)

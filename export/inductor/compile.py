@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -68,9 +68,6 @@ class InductorOptions:
         if self.device == "cpu":
             return dict(_SHARED_WEIGHTS)
         return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ here and records which one it used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,9 +62,6 @@ class FusionOptions:
             clean_graph=self.clean_graph,
             text_rows=self.text_rows,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 PLAIN = FusionOptions()

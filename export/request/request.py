@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,10 +68,9 @@ class ResolvedExport:
             return None
         return scales_for(model, read_fp8(self.fp8, self.config.model).amax)
 
-    @property
-    def load(self) -> Callable[[], CausalWanModel]:
+    def load(self) -> CausalWanModel:
         """Reads the weights; not called by a dry run."""
-        return lambda: load_model(self.source, self.config.model, self.config.dtype)
+        return load_model(self.source, self.config.model, self.config.dtype)
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:

@@ -108,7 +108,7 @@ class ChunkGraphBackend(Backend):
     @property
     def captured_graphs(self) -> Mapping[Any, CapturedGraph]:
         """Graphs captured so far, by `ChunkVariant`."""
-        return self._resources.graphs
+        return self._resources.captured
 
     def _timed(self, part: str, work: Callable[[], None]) -> None:
         start = perf_counter()
@@ -140,20 +140,20 @@ class ChunkGraphBackend(Backend):
     def _capture_expected(self) -> None:
         # Each graph alone first: one that escapes a capture would be hidden by the others.
         for name, run in self._chunk_graphs().items():
-            captured = self._captured(run, f"graph {name}")
+            captured = self._capture(run, f"graph {name}")
             self._cuda.destroy_executable(captured.executable)
         for variant in expected_variants(self.config)[:MAX_PREPARED]:
-            self._graph_of(variant)
+            self._captured_chunk(variant)
 
-    def _graph_of(self, variant: ChunkVariant) -> CapturedGraph:
+    def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
         """The captured graph of a variant, captured now if it is new."""
-        graphs = self._resources.graphs
-        if variant not in graphs:
+        captured = self._resources.captured
+        if variant not in captured:
             chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
-            graphs[variant] = self._captured(chunk, f"a chunk ({variant.name})")
-        return graphs[variant]
+            captured[variant] = self._capture(chunk, f"a chunk ({variant.name})")
+        return captured[variant]
 
-    def _captured(self, work: Callable[[], object], what: str) -> CapturedGraph:
+    def _capture(self, work: Callable[[], object], what: str) -> CapturedGraph:
         self._cuda.synchronize(self._stream)
         guard = self.engine.capturing(self._stream)
         return capture(self._cuda, self._stream, work, guard, self.memory.base, what)
@@ -214,7 +214,7 @@ class ChunkGraphBackend(Backend):
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
         if self.use_graphs:
-            self._graph_of(variant).launch(self._cuda, self._stream, self.memory.base)
+            self._captured_chunk(variant).launch(self._cuda, self._stream, self.memory.base)
             mark("chunk")
         else:
             self._program.chunk(self._stream, variant, mark)

@@ -1,6 +1,6 @@
 """Graphs compiled by AOTInductor, run one after another on torch tensors; CPU or CUDA.
 
-On CUDA the production path is the chunk graph (`backends/chunk_graph.py` over `InductorEngine`);
+On CUDA the production path is the chunk graph (`cuda/chunk_graph.py` over `InductorEngine`);
 this one enqueues every graph on its own there.
 """
 

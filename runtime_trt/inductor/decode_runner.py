@@ -1,6 +1,6 @@
 """A video decoder compiled by Inductor for the CPU, call by call.
 
-On CUDA the package is an engine of `decode_graph`.
+On CUDA the package is an engine of `decode/graph.py`.
 """
 
 from __future__ import annotations
