@@ -109,6 +109,7 @@ def export_bundle(
         graphs = _write_graphs(graph_sources(model, config), folder, report)
         report("manifest")
         weights_path = folder / WEIGHT_FILE
+        tools = {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}
         manifest = Manifest(
             name=labels.name,
             config=config,
@@ -116,7 +117,7 @@ def export_bundle(
             weights_sha256=sha256_of(weights_path),
             weights_nbytes=weights_path.stat().st_size,
             fp8=fp8,
-            provenance={**labels.provenance, "tools": tool_versions()},
+            provenance={**labels.provenance, "tools": tools},
             text_encoder=labels.text_encoder,
             decoder=labels.decoder,
         )
@@ -158,8 +159,3 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` atomically."""
     text = json.dumps(manifest.to_json(), indent=1) + "\n"
     write_file(folder / MANIFEST_FILE, text.encode())
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what wrote the bundle."""
-    return {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}

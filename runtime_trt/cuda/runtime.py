@@ -80,12 +80,9 @@ class Cuda:
         """
         status, *results = getattr(self._rt, function)(*arguments)
         if status != self._rt.cudaError_t.cudaSuccess:
-            raise CudaError(function, str(status.name), self._text(status))
+            _, text = self._rt.cudaGetErrorString(status)
+            raise CudaError(function, str(status.name), str(text.decode()))
         return results[0] if len(results) == 1 else tuple(results)
-
-    def _text(self, status: Any) -> str:
-        _, text = self._rt.cudaGetErrorString(status)
-        return str(text.decode())
 
     def bind_thread(self) -> None:
         """Make the device current in the calling thread."""

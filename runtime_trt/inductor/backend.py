@@ -61,7 +61,8 @@ class InductorBackend(Backend):
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
         rows = self.num_text_rows
-        if rows != len(prompt_embeds) or self._folds_text:
+        step_inputs = [port.name for port in self.package.graphs["step"].inputs]
+        if rows != len(prompt_embeds) or "text_bias" in step_inputs:
             prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
             self._put(text_bias=bias)
         self._put(prompt_embeds=prompt_embeds)
@@ -74,10 +75,6 @@ class InductorBackend(Backend):
 
     def outputs_of(self, graph: str) -> Collection[str]:
         return outputs_of(self.package.graphs, graph)
-
-    @property
-    def _folds_text(self) -> bool:
-        return any(port.name == "text_bias" for port in self.package.graphs["step"].inputs)
 
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
