@@ -50,7 +50,6 @@ class TextEncoder:
             `google/umt5-xxl`), or one in diffusers' layout (`text_encoder` and `tokenizer`).
         text_len: rows of an embedding.
         dtype: compute dtype; Wan2.1 runs the encoder in bfloat16.
-        device: where to run.
 
     Raises:
         InputError: the folder has neither layout, or its files do not load.
@@ -86,7 +85,6 @@ class TextEncoder:
 
     @property
     def text_dim(self) -> int:
-        """Width of an embedding row."""
         return int(self._model.config.d_model)
 
     @torch.inference_mode()
@@ -97,7 +95,6 @@ class TextEncoder:
         afterwards, so leaving it out changes nothing but the time.
 
         Args:
-            prompt: any text.
             truncate: cut a prompt that is too long, as Wan2.1 does, instead of refusing it.
 
         Returns:
@@ -147,8 +144,6 @@ def umt5_from_original(state: Mapping[str, Any], dtype: torch.dtype, where: str)
 
     Args:
         state: tensors under the names of Wan2.1's `T5Encoder`.
-        dtype: dtype of the weights.
-        where: name of the file, for messages.
 
     Raises:
         InputError: not the encoder's names.

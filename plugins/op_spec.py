@@ -45,14 +45,11 @@ class TensorSpec:
     """One input or output of an operator."""
 
     name: str
-    """Argument name."""
     axes: tuple[str, ...]
     """Axis names, outermost first; `A*B` and `A/B` combine the sizes of named axes."""
     dtype: DType
-    """Element type."""
 
     def shape(self, sizes: Sizes) -> tuple[Any, ...]:
-        """Shape under `sizes`."""
         return tuple(_axis_size(axis, sizes) for axis in self.axes)
 
 
@@ -61,9 +58,7 @@ class AttributeSpec:
     """One attribute of an operator; its reference says what it means."""
 
     name: str
-    """Argument name."""
     kind: Literal["int", "float"]
-    """Type of the value."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,7 @@ class OpSpec:
     summary: str
     """What it computes, in one line."""
     inputs: tuple[TensorSpec, ...]
-    """Tensor inputs, in order."""
     outputs: tuple[TensorSpec, ...]
-    """Outputs, in order."""
     attributes: tuple[AttributeSpec, ...]
     """Attributes, in the order in which every binding passes them, after the inputs."""
     tolerance: Tolerance
@@ -102,7 +95,6 @@ class OpSpec:
         """Dtypes of the outputs.
 
         Args:
-            input_dtypes: dtypes of the inputs.
             dtype_of: the dtype of a name such as float32.
         """
         compute = self.compute_dtype(input_dtypes)
@@ -113,7 +105,6 @@ class OpSpec:
     def output_shapes(
         self, input_shapes: Sequence[Sequence[Any]], attributes: Attributes
     ) -> tuple[tuple[Any, ...], ...]:
-        """Shapes of the outputs."""
         sizes = self.read_sizes(input_shapes, attributes)
         return tuple(tensor.shape(sizes) for tensor in self.outputs)
 
@@ -136,7 +127,6 @@ class OpSpec:
 
         Args:
             tensor: type of every input; the attributes follow.
-            returns: type of the result.
             more: types of further parameters by name.
         """
         kinds: dict[str, Any] = {each.name: tensor for each in self.inputs}

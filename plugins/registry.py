@@ -37,4 +37,6 @@ OPS: tuple[OpSpec, ...] = (
 
 def onnx_functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     """Standard-operator bodies of every operator, to be attached to a model with custom nodes."""
-    return [spec.module("onnx_body").onnx_function(opset) for spec in OPS]
+    from forcing_kv.plugins.onnx_function import build_function
+
+    return [build_function(spec, spec.module("onnx_body").BODY, opset) for spec in OPS]

@@ -90,7 +90,6 @@ class Task:
         self._task = task
 
     def advance(self, amount: float = 1) -> None:
-        """Moves the bar on."""
         self._bars.advance(self._task, amount)
 
     def describe(self, description: str) -> None:

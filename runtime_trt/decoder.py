@@ -6,7 +6,6 @@ What runs the graphs is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv b
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,6 @@ class VideoDecoder:
 
     Args:
         runner: what runs its graphs; closed with this decoder.
-        info: the decoder's entry in the manifest.
 
     Use `VideoDecoder.open` for a bundle on disk.
     """
@@ -80,8 +78,6 @@ class VideoDecoder:
         """Open one of the decoders that a bundle holds; the denoiser is not loaded.
 
         Args:
-            bundle: directory of the bundle.
-            manifest: its manifest.
             kind: vae or tae.
             backend: one of `DECODE_BACKENDS`; `follow_session` chooses.
             num_threads: CPU threads of ONNX Runtime; 0 leaves the choice to it.
@@ -114,11 +110,9 @@ class VideoDecoder:
 
     @property
     def backend_name(self) -> str:
-        """Name of the backend in use."""
         return self._runner.name
 
     def reset(self) -> None:
-        """Begin another video."""
         self._require_open()
         self._first = True
         self._num_to_trim = self._info.num_trimmed_frames
@@ -176,12 +170,7 @@ class VideoDecoder:
     def __enter__(self) -> VideoDecoder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -211,10 +200,7 @@ def follow_session(
     decoder is an error all the same.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         kind: vae or tae.
-        session_backend: name of the backend that makes the latents.
         options: those of `VideoDecoder.open`.
 
     Raises:

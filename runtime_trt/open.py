@@ -126,10 +126,14 @@ def _open(
 
         return open_tensorrt(bundle, manifest, name, use_graphs=use_graphs)
     if name == "inductor":
-        from forcing_kv.runtime_trt.inductor.open import inductor_record, open_inductor
+        from forcing_kv.runtime_trt.inductor.open import (
+            inductor_record,
+            open_package,
+            package_backend,
+        )
 
-        record = inductor_record(bundle, manifest)
-        return open_inductor(bundle, manifest, record, use_graphs=use_graphs)
+        package = open_package(bundle, inductor_record(bundle, manifest))
+        return package_backend(manifest.config, package, use_graphs=use_graphs)
     from forcing_kv.runtime_trt.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, manifest, num_threads)

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,12 +28,11 @@ class _Begun:
 
     def is_of(self, request: ChunkRequest) -> bool:
         """Whether `request` asks for this very chunk: same noise, same wishes."""
-        return self.request.keep_x0 == request.keep_x0 and all(
-            np.array_equal(mine, theirs)
-            for mine, theirs in (
-                (self.request.noise, request.noise), (self.request.eps, request.eps)
-            )
-        )  # fmt: skip
+        mine = self.request
+        same_noise = np.array_equal(mine.noise, request.noise)
+        return mine.keep_x0 == request.keep_x0 and (
+            same_noise and np.array_equal(mine.eps, request.eps)
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,6 @@ class Session:
 
     @property
     def backend_name(self) -> str:
-        """Name of the backend in use."""
         return self._backend.name
 
     @property
@@ -220,18 +217,10 @@ class Session:
         return _Begun(plan, request, pending)
 
     def _finish(self, begun: _Begun) -> Chunk:
-        """Wait for a chunk."""
         self._require_open()
         with self._cache.changing():
             result = begun.pending.result()
-        return Chunk(
-            begun.plan.index,
-            result.latents,
-            result.timings_ms,
-            result.scores,
-            result.kept,
-            result.x0_steps,
-        )
+        return Chunk(begun.plan.index, **vars(result))
 
     def stream(
         self,
@@ -315,12 +304,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _require_open(self) -> None:

@@ -5,7 +5,6 @@ file's tests share fixtures, so a file stays with one worker; bundles are shared
 workers (doubles/shared_exports.py).
 """
 
-import contextlib
 import ctypes
 import importlib.util
 import os
@@ -92,16 +91,6 @@ def _shared_bundles(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     own = (base.parent if IN_WORKER else base) / "bundles"
     os.environ[TEST_CACHE] = str(Path(os.environ.get(TEST_CACHE, own)).resolve())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _read_once() -> None:
-    """Has the exporter read the sources of ONNX's functions once: a third of a small export."""
-    if "onnxscript" in sys.modules:
-        with contextlib.suppress(ImportError):  # Other releases may keep it elsewhere.
-            from torch.onnx._internal._lazy_import import onnxscript_apis
-
-            onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 @cache

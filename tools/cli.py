@@ -55,7 +55,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("add-decoder", "forcing_kv.export.commands.add_decoder:add_decoder"),
     Command("build", "forcing_kv.export.commands.build:build"),
     Command("run", "forcing_kv.tools.run.command:run"),
-    Command("verify", "forcing_kv.export.commands.export:verify"),
+    Command("verify", "forcing_kv.export.commands.verify:verify"),
     Command("inspect", "forcing_kv.tools.inspect_bundle:inspect"),
     Command("selftest", "forcing_kv.tools.selftest:selftest"),
     Command("eval", "forcing_kv.tools.digits.evaluate:evaluate_command"),

@@ -89,8 +89,7 @@ def _initializers(
 
 
 def _dtype(tensor: ir.TensorProtocol) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, BY_ONNX[tensor.dtype.name].name)
-    return dtype
+    return getattr(torch, BY_ONNX[tensor.dtype.name].name)
 
 
 def weight_entry(tensor: ir.ExternalTensor, file: str, shape: tuple[int, ...]) -> ConstantEntry:

@@ -88,9 +88,6 @@ def export_bundle(
 
     Args:
         model: weights under the official names, heads in checkpoint order.
-        config: rollout configuration.
-        target: directory to write.
-        labels: what the bundle says about itself.
         fp8: layers to round to FP8 (`export.model.fp8.scales_for`); None for none.
         force: replace a bundle that is there.
         consume: rewrite `model` in place instead of copying it (saves its size in memory).
@@ -112,6 +109,7 @@ def export_bundle(
         graphs = _write_graphs(graph_sources(model, config), folder, report)
         report("manifest")
         weights_path = folder / WEIGHT_FILE
+        tools = {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}
         manifest = Manifest(
             name=labels.name,
             config=config,
@@ -119,7 +117,7 @@ def export_bundle(
             weights_sha256=sha256_of(weights_path),
             weights_nbytes=weights_path.stat().st_size,
             fp8=fp8,
-            provenance={**labels.provenance, "tools": tool_versions()},
+            provenance={**labels.provenance, "tools": tools},
             text_encoder=labels.text_encoder,
             decoder=labels.decoder,
         )
@@ -153,18 +151,11 @@ def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
             for value in values
         )
 
-    return GraphInfo(
-        relative, sha256_of(folder / relative), infos(graph.graph.inputs),
-        infos(graph.graph.outputs),
-    )  # fmt: skip
+    inputs, outputs = infos(graph.graph.inputs), infos(graph.graph.outputs)
+    return GraphInfo(relative, sha256_of(folder / relative), inputs, outputs)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json` atomically."""
     text = json.dumps(manifest.to_json(), indent=1) + "\n"
     write_file(folder / MANIFEST_FILE, text.encode())
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what wrote the bundle."""
-    return {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}

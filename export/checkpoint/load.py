@@ -49,15 +49,6 @@ class CheckpointSource:
     """Alpha of an adapter whose file does not state it; None for its rank (a scale of 1)."""
 
 
-def load_state_dict(path: Path, weights: Weights = "auto") -> dict[str, Tensor]:
-    """Read a checkpoint of any supported layout into the official names, mapped to its file.
-
-    Raises:
-        InputError: the file is missing, unreadable, or of another type.
-    """
-    return read_checkpoint(path, weights).tensors
-
-
 def load_model(
     source: Path | CheckpointSource, shape: ModelShape, dtype: DType = "float32"
 ) -> CausalWanModel:
@@ -65,7 +56,6 @@ def load_model(
 
     Args:
         source: checkpoint, with an adapter or not.
-        shape: the model's architecture.
         dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
 
     Returns:

@@ -39,7 +39,6 @@ class Origin:
         """Say on stderr if the file belongs to another checkpoint, and go on.
 
         Args:
-            checkpoint: file or folder of the weights.
             sha256: gives its hash; called where there is one to compare with.
         """
         if message := self._mismatch(checkpoint, sha256):

@@ -24,9 +24,6 @@ _METADATA = "__metadata__"
 def map_safetensors(path: Path) -> dict[str, Tensor]:
     """Map every tensor of a file; nothing is read until it is used.
 
-    Args:
-        path: `.safetensors` file.
-
     Returns:
         Tensors by name. Writing into one crashes the process: convert or copy first.
 

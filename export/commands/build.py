@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,6 @@ class TensorRtBuild(TensorRtOptions):
     """Write the layers of the graphs that were built, JSON."""
 
     def engine(self, backend: TensorRtBackend) -> EngineOptions:
-        """The options of the engines."""
         own = {field.name: getattr(self, field.name) for field in fields(TensorRtOptions)}
         return EngineOptions(backend, **own | {"refit": self.refit or self.refit_from is not None})
 
@@ -218,8 +217,6 @@ def _summary(plan: BuildPlan, record: EngineRecord) -> None:
 
 
 def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
-    from dataclasses import asdict
-
     content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -37,11 +37,9 @@ class WeightCount:
 
     @property
     def total(self) -> int:
-        """All parameters."""
         return self.compute + self.float32
 
     def nbytes(self, dtype: DType) -> int:
-        """Bytes of the part."""
         wide = self.compute - self.fp8
         return wide * DTYPES[dtype].nbytes + self.fp8 + self.float32 * FLOAT32_NBYTES
 
@@ -154,7 +152,6 @@ class MemoryCost:
 
     @classmethod
     def of(cls, config: RolloutConfig, fp8: Fp8Counts = NO_FP8) -> MemoryCost:
-        """Memory of a configuration."""
         weights = sum(engine_nbytes(config.model, config.dtype, fp8).values())
         return cls(weights, buffer_nbytes(config), activation_nbytes(config), replay_nbytes(config))
 

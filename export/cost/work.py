@@ -1,7 +1,7 @@
 """Arithmetic and time bounds of a deployment, from its configuration alone.
 
 FLOPs are exact for what is counted; times are lower bounds. Nothing is loaded, and torch is not
-needed. Memory is in `memory_model.py`.
+needed. Memory is in `memory.py`.
 """
 
 from __future__ import annotations

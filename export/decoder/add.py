@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,8 +75,6 @@ def add_decoder(
     """Export a decoder into a bundle that is there.
 
     Args:
-        bundle: directory of the bundle.
-        source: the decoder.
         force: replace a decoder of the same kind.
         report: told the name of each part when it begins.
 
@@ -152,10 +150,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) ->
     if wrong:
         raise InputError(
             f"{where}: not the weights of this decoder: {len(wrong)} of {len(needed)} tensors are "
-            f"missing, unknown or mis-shaped, such as {_some(wrong)}"
+            f"missing, unknown or mis-shaped, such as {', '.join(wrong[:3])}"
         )
     module.load_state_dict(dict(state))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3])

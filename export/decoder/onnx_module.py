@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece
-from forcing_kv.runtime_trt.dtypes import BY_ONNX, dtype_name
+from forcing_kv.export.bundle.read import weight_entry
+from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
+from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
 
 
@@ -50,7 +51,10 @@ class OnnxModule(nn.Module):
             assert value.const_value is not None, f"initializer {name} has no value"
             tensor = torch.from_numpy(value.const_value.numpy().copy())
             if isinstance(value.const_value, ir.ExternalTensor):
-                self._hold_weight(name, tensor, value.const_value, weights_file)
+                buffer = _buffer_name(name)
+                self._hold(name, buffer, tensor)
+                shape = tuple(tensor.shape)
+                self.entries[buffer] = weight_entry(value.const_value, weights_file, shape)
             else:
                 known[name] = tensor
         for node in graph:
@@ -86,15 +90,6 @@ class OnnxModule(nn.Module):
     def _hold(self, name: str, buffer: str, tensor: Tensor) -> None:
         self._buffer_of[name] = buffer
         self.register_buffer(buffer, tensor)
-
-    def _hold_weight(
-        self, name: str, tensor: Tensor, external: ir.ExternalTensor, weights_file: str
-    ) -> None:
-        """Keep a weight, and where the bundle has it."""
-        piece = Piece(weights_file, external.offset or 0, external.length or external.nbytes)
-        entry = ConstantEntry(tuple(tensor.shape), dtype_name(tensor.dtype), (piece,))
-        self._hold(name, _buffer_name(name), tensor)
-        self.entries[_buffer_name(name)] = entry
 
     def forward(self, latents: Tensor, state: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Run the graph.
@@ -162,11 +157,8 @@ def _conv(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
         x = F.pad(x, _both_sides(begin, end))
         begin = [0] * num_axes
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[num_axes - 1]
-    made: Tensor = function(
-        x, weight, *bias, stride=list(attributes["strides"]), padding=begin,
-        dilation=list(attributes["dilations"]), groups=attributes["group"],
-    )  # fmt: skip
-    return made
+    steps = {"stride": list(attributes["strides"]), "dilation": list(attributes["dilations"])}
+    return function(x, weight, *bias, padding=begin, groups=attributes["group"], **steps)
 
 
 def _clip(inputs: list[Any], _: dict[str, Any]) -> Tensor:
@@ -182,16 +174,12 @@ def _expand(inputs: list[Any], _: dict[str, Any]) -> Tensor:
 def _gather(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, index = inputs
     (place,) = _numbers(index)
-    made: Tensor = x.select(attributes["axis"], place)
-    return made
+    return x.select(attributes["axis"], place)
 
 
 def _norm(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, axes = inputs
-    made: Tensor = torch.linalg.vector_norm(
-        x, dim=_numbers(axes), keepdim=bool(attributes["keepdims"])
-    )
-    return made
+    return torch.linalg.vector_norm(x, dim=_numbers(axes), keepdim=bool(attributes["keepdims"]))
 
 
 def _pad(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
@@ -211,13 +199,12 @@ def _reshape(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
     x, shape = inputs[0], _numbers(inputs[1])
     if not attributes.get("allowzero", 0):
         shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
-    made: Tensor = x.reshape(shape)
-    return made
+    return x.reshape(shape)
 
 
 def _resize(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
-    how = (attributes["mode"], attributes["coordinate_transformation_mode"],
-           attributes["nearest_mode"])  # fmt: skip
+    names = ("mode", "coordinate_transformation_mode", "nearest_mode")
+    how = tuple(attributes[name] for name in names)
     assert how == ("nearest", "asymmetric", "floor"), f"decoders do not resize by {how}"
     factors = inputs[2]
     assert factors[:2] == [1.0, 1.0], "batch and channels are not resized"
@@ -232,17 +219,13 @@ def _slice(inputs: list[Any], _: dict[str, Any]) -> Tensor:
         _numbers(starts), _numbers(ends), _numbers(axes), strides, strict=True
     ):
         index[axis] = slice(start, end, step)
-    made: Tensor = x[tuple(index)]
-    return made
+    return x[tuple(index)]
 
 
 def _split(inputs: list[Any], attributes: dict[str, Any]) -> Sequence[Tensor]:
     x, *sizes = inputs
     axis, count = attributes["axis"], attributes["num_outputs"]
-    made: Sequence[Tensor] = (
-        x.split(_numbers(sizes[0]), axis) if sizes else x.split(-(-x.shape[axis] // count), axis)
-    )
-    return made
+    return x.split(_numbers(sizes[0]), axis) if sizes else x.split(-(-x.shape[axis] // count), axis)
 
 
 def _squeeze(inputs: list[Any], _: dict[str, Any]) -> Tensor:

@@ -117,7 +117,6 @@ def tiny_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32
     Args:
         path: `taew2_1.pth` or its `.safetensors` form.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and state.
 
     Raises:
         InputError: unreadable, or another architecture.
@@ -149,7 +148,6 @@ def random_tiny_decoder(
         latent_channels: C.
         widths: channels of the four levels.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and state.
     """
     return _source(TinyDecoder(latent_channels, widths), latent_size, dtype, "random weights")
 
@@ -159,7 +157,7 @@ def _source(
 ) -> DecoderSource:
     model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     num_trimmed = TIME_GROWTH[0] * TIME_GROWTH[1] * TIME_GROWTH[2] - 1
+    states, compute = model.state_shapes(*latent_size), getattr(torch, dtype)
     return DecoderSource(
-        "tae", model, model.state_shapes(*latent_size), getattr(torch, dtype),
-        num_trimmed_frames=num_trimmed, source=source,
-    )  # fmt: skip
+        "tae", model, states, compute, num_trimmed_frames=num_trimmed, source=source
+    )

@@ -39,8 +39,7 @@ class _WanGraph(nn.Module):
         """Decode [1, C, h, w] to pixels [1, 3, k, H, W] in -1..1; `cache` is replaced in place."""
         z = (latents * self.std + self.mean).unsqueeze(2)
         x = self.vae.post_quant_conv(z.to(next(self.vae.parameters()).dtype))
-        pixels: Tensor = self.vae.decoder(x, feat_cache=cache, feat_idx=[0])
-        return pixels
+        return self.vae.decoder(x, feat_cache=cache, feat_idx=[0])
 
 
 class WanDecode(_WanGraph):
@@ -80,7 +79,6 @@ def wan_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32"
     Args:
         path: a diffusers folder (with `vae`, or of the VAE itself), or `Wan2.1_VAE.pth`.
         latent_size: latent rows and columns.
-        dtype: dtype of weights and cache.
 
     Raises:
         InputError: unreadable, or another auto-encoder.
@@ -97,7 +95,6 @@ def random_wan_decoder(latent_size: tuple[int, int], dtype: str, **config: Any) 
 
     Args:
         latent_size: latent rows and columns.
-        dtype: dtype of weights and cache.
         config: entries of diffusers' configuration, where they differ from Wan2.1's.
     """
     vae = require("diffusers").AutoencoderKLWan(**config)
@@ -116,11 +113,10 @@ def _source(vae: Any, latent_size: tuple[int, int], dtype: str, source: str) -> 
     first, second = _cache_shapes(vae, num_slots, latent_size)
     begun = tuple(slot for slot in second if slot in first)
     places = list(second)
-    return DecoderSource(
-        "vae", WanDecode(vae, places, num_slots), tuple(second.values()), getattr(torch, dtype),
-        WanDecodeFirst(vae, begun, num_slots), tuple(places.index(slot) for slot in begun),
-        source=source,
-    )  # fmt: skip
+    decode, decode_first = WanDecode(vae, places, num_slots), WanDecodeFirst(vae, begun, num_slots)
+    states, compute = tuple(second.values()), getattr(torch, dtype)
+    kept = tuple(places.index(slot) for slot in begun)
+    return DecoderSource("vae", decode, states, compute, decode_first, kept, source=source)
 
 
 def _cache_shapes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from forcing_kv.export.bundle.read import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.decoder.onnx_module import OnnxModule
-from forcing_kv.export.inductor.compile import InductorOptions, compile_package, compile_sources
-from forcing_kv.export.model.capture import GraphSource
+from forcing_kv.export.inductor.compile import InductorOptions, compile_sources
+from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.tensorrt.build import write_record
 from forcing_kv.export.tensorrt.plan import ENGINE_FOLDER
 from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece, write_table
@@ -40,7 +40,6 @@ def build_inductor(
 
     Args:
         bundle: directory written by `fkv export`.
-        options: target and fusions.
         report: told the name of each part when it begins.
 
     Returns:
@@ -68,7 +67,8 @@ def build_inductor(
         with warnings.catch_warnings():
             # PyTorch's notes to itself, one for each kernel.
             warnings.filterwarnings("ignore", category=FutureWarning)
-            compiled = compile_package(weights.model, manifest.config, folder, options, report)
+            sources = graph_sources(weights.model, manifest.config, options.fusion)
+            compiled = compile_sources(sources, folder, options, report)
         report("constants")
         _write_constants(folder, relative, compiled.constants, weights.entries)
         decoders = {
@@ -83,7 +83,7 @@ def build_inductor(
         _placed(compiled.graphs, relative),
         backend="inductor",
         environment=environment(options.device),
-        options=options.to_json(),
+        options=asdict(options),
         decoders=decoders,
     )
     write_record(bundle, record)

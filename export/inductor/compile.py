@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from forcing_kv.export.inductor.toolchain import cuda_toolchain
-from forcing_kv.export.model.capture import GraphSource, graph_sources
-from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.fp8 import compiler_body as fp8_body
 from forcing_kv.export.model.fusion import FUSED, FusionOptions
 from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, triton_bodies
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.dtypes import dtype_name
-from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 PACKAGE_FILE = "package.pt2"
 
@@ -62,7 +60,6 @@ class InductorOptions:
     the measured one, or the device's default."""
 
     def bodies(self) -> Bodies:
-        """What replaces the operators."""
         own = aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
         return own | fp8_body(self.device)
 
@@ -71,10 +68,6 @@ class InductorOptions:
         if self.device == "cpu":
             return dict(_SHARED_WEIGHTS)
         return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -88,29 +81,6 @@ class CompiledPackage:
     """Everything that the graphs must be given when loaded, by name."""
 
 
-def compile_package(
-    model: CausalWanModel,
-    config: RolloutConfig,
-    folder: Path,
-    options: InductorOptions,
-    report: Callable[[str], None] = lambda _: None,
-) -> CompiledPackage:
-    """Compile every graph and write the package.
-
-    Args:
-        model: heads in exported order, weights in the compute dtype on the target device; fused in
-            place as the options say.
-        config: rollout configuration.
-        folder: existing directory that receives the package.
-        options: target and fusions.
-        report: told the name of each part when it begins.
-
-    Returns:
-        The package. Its constants share memory with `model` where they are weights.
-    """
-    return compile_sources(graph_sources(model, config, options.fusion), folder, options, report)
-
-
 def compile_sources(
     sources: Iterable[GraphSource],
     folder: Path,
@@ -122,7 +92,6 @@ def compile_sources(
     Args:
         sources: the graphs, weights on the target device; constants of one name are one tensor.
         folder: existing directory that receives the package.
-        options: the target.
         report: told the name of each graph when it begins.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 from forcing_kv.export.inductor.compile import (
     CompiledPackage,
     InductorOptions,
-    compile_package,
+    compile_sources,
 )
+from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.inductor.open import package_backend
@@ -28,20 +29,17 @@ def compile_model(
     config: RolloutConfig,
     folder: Path,
     options: InductorOptions,
-    report: Callable[[str], None] = lambda _: None,
 ) -> CompiledPackage:
     """Compile a model as `fkv build --backend inductor` would, straight from its weights.
 
     Args:
         model: weights under the official names, heads in checkpoint order; not changed.
-        config: rollout configuration.
         folder: existing directory that receives the package.
-        options: target and fusions.
-        report: told the name of each part when it begins.
     """
     prepared = sort_heads_(copy.deepcopy(model), config.partition)
     prepared = prepared.cast_(getattr(torch, config.dtype)).to(options.device).eval()
-    return compile_package(prepared, config, folder, options, report)
+    sources = graph_sources(prepared, config, options.fusion)
+    return compile_sources(sources, folder, options)
 
 
 def open_compiled(

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fusion import PLAIN, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.export.model.graphs import CleanGraph, EvictGraph, PromptGraph, StepGraph
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import Port
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ def graph_sources(
     Args:
         model: heads already in exported order, weights in the compute dtype; fused in
             place as `fusion` says.
-        config: rollout configuration.
         fusion: which fusions to capture with; ONNX bundles hold the plain graphs.
 
     Raises:
@@ -61,7 +59,10 @@ def graph_sources(
     }
     device = model.patch_embedding.weight.device
     for name, graph in fusion.ports(config).items():
-        zeros = {port.name: _zeros(port, device) for port in graph.inputs}
+        zeros = {
+            port.name: torch.zeros(port.shape, dtype=getattr(torch, port.dtype), device=device)
+            for port in graph.inputs
+        }
         yield GraphSource(
             name,
             modules[name]().to(device),
@@ -69,7 +70,3 @@ def graph_sources(
             tuple(port.name for port in graph.inputs),
             tuple(port.name for port in graph.outputs),
         )
-
-
-def _zeros(port: Port, device: torch.device) -> Tensor:
-    return torch.zeros(port.shape, dtype=getattr(torch, port.dtype), device=device)

@@ -71,7 +71,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., dim]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -85,7 +84,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., dim]."""
         return layer_norm(x, self.eps, self.weight, self.bias).to(x.dtype)
 
 
@@ -112,7 +110,6 @@ class Attention(nn.Module):
         return q, k, v
 
     def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw k and v alone."""
         if self.qkv is None:
             return self.k(x), self.v(x)
         rows = slice(x.shape[-1], None)
@@ -239,7 +236,6 @@ class CausalWanModel(nn.Module):
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks, typed."""
         return cast(list[Block], list(self.blocks))
 
     def is_island(self, name: str) -> bool:
@@ -256,7 +252,6 @@ class CausalWanModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype."""
         return self.patch_embedding.weight.dtype
 
     def embed_latents(self, latents: Tensor) -> Tensor:
@@ -266,8 +261,7 @@ class CausalWanModel(nn.Module):
 
     def embed_text(self, prompt_embeds: Tensor) -> Tensor:
         """Prompt embeddings [..., text_len, text_dim] -> [..., text_len, dim]."""
-        embedded: Tensor = self.text_embedding(prompt_embeds.to(self.dtype))
-        return embedded
+        return self.text_embedding(prompt_embeds.to(self.dtype))
 
     def embed_time(self, sinusoid: Tensor) -> tuple[Tensor, Tensor]:
         """Sinusoid [..., freq_dim] float32 -> (embedding [..., dim], projection [..., 6, dim])."""

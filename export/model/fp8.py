@@ -65,10 +65,8 @@ def _scaled_product(*arguments: Any) -> Tensor:
     call = _Call(*arguments)
     rows = round_to_fp8(call.x, call.input_value).reshape(-1, call.x.shape[-1])
     # Sums stay in the tensor cores for the whole row: the form that inference engines use.
-    out = torch._scaled_mm(
-        rows, call.weight.t(), call.input_scale, call.weight_scale, bias=call.bias,
-        out_dtype=call.x.dtype, use_fast_accum=True,
-    )  # fmt: skip
+    factors = (rows, call.weight.t(), call.input_scale, call.weight_scale)
+    out = torch._scaled_mm(*factors, bias=call.bias, out_dtype=call.x.dtype, use_fast_accum=True)
     return out.view(*call.x.shape[:-1], -1)
 
 
@@ -148,7 +146,6 @@ class Fp8Linear(nn.Module):
         return cls(rounded.to(FP8), linear.bias.detach(), scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on x [..., N, K]."""
         return self._run(x, self.weight, self.bias)
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:

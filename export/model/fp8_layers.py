@@ -26,11 +26,9 @@ class BlockLinear:
 
     @property
     def module(self) -> nn.Module:
-        """The layer."""
         return self.parent.get_submodule(self.key)
 
     def replace(self, module: nn.Module) -> None:
-        """Put another layer in its place."""
         self.parent.set_submodule(self.key, module)
 
 

@@ -7,8 +7,8 @@ here and records which one it used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -56,17 +56,12 @@ class FusionOptions:
             )
 
     def ports(self, config: RolloutConfig) -> dict[str, GraphPorts]:
-        """Inputs and outputs of the graphs."""
         return ports(
             config,
             time_tables=self.time_tables,
             clean_graph=self.clean_graph,
             text_rows=self.text_rows,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for an engine record."""
-        return asdict(self)
 
 
 PLAIN = FusionOptions()
@@ -106,7 +101,6 @@ class GeluLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on x [..., N, in_features]."""
         if x.is_cuda and x.dim() == 2:
             return torch.ops.aten._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
         return F.gelu(super().forward(x), approximate="tanh")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,28 +188,17 @@ class StepGraph(ChunkGraph):
         time: Tensor,
         sigma: Tensor,
         next_sigma: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        hist_len: Tensor,
-        new_len: Tensor,
-        hist_k: Sequence[Tensor],
-        hist_v: Sequence[Tensor],
-        cross_k: Sequence[Tensor],
-        cross_v: Sequence[Tensor],
-        text_bias: Tensor | None = None,
+        *inputs: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | tuple[Tensor, Tensor]:
-        """Run one step.
+        """Run one step; `inputs` are those of `ChunkInputs`.
 
         `time` is the sinusoid, or with time tables the index of the step. Where there is a clean
         graph for new_k and new_v, x0 and x_next are returned alone.
         """
-        inputs = ChunkInputs(
-            rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
-        )
         model, chunk = self.model, self.config.chunk
         embedding, projected = self.embed_time(time)
         tokens, new_k, new_v = self.run_blocks(
-            model.embed_latents(x), projected, inputs, len(model.layers)
+            model.embed_latents(x), projected, ChunkInputs(*inputs), len(model.layers)
         )
         patches = model.head(tokens, embedding).float()
         flow = unpatchify(patches, chunk.num_frames, chunk.grid, chunk.patch_size)
@@ -222,24 +212,9 @@ class StepGraph(ChunkGraph):
 class CleanGraph(ChunkGraph):
     """The clean pass, cut after the last layer's keys and values: nothing reads what follows."""
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        hist_len: Tensor,
-        new_len: Tensor,
-        hist_k: Sequence[Tensor],
-        hist_v: Sequence[Tensor],
-        cross_k: Sequence[Tensor],
-        cross_v: Sequence[Tensor],
-        text_bias: Tensor | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Compute new_k and new_v of clean latents; pools and text of the last layer stay out."""
-        inputs = ChunkInputs(
-            rope_cos, rope_sin, hist_len, new_len, hist_k, hist_v, cross_k, cross_v, text_bias
-        )
+        inputs = ChunkInputs(*rest)
         model = self.model
         _, projected = self.embed_time(time)
         tokens, new_k, new_v = self.run_blocks(
@@ -305,14 +280,12 @@ class EvictGraph(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """dyn_k, dyn_v and layer 1's kept segments, given the scores of `score`."""
         layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
-        candidates = [astuple(self._candidates[layer]) for layer in layers]
+        chosen_by = scores if len(scores) > 1 else [scores[0]] * len(layers)
+        tensors = zip(chosen_by, hist_k, hist_v, new_k, new_v, strict=True)
         outputs = [
-            OPERATORS[SIMILARITY_EVICTION](
-                scores[i if len(scores) > 1 else 0],
-                hist_k[i], hist_v[i], new_k[i], new_v[i], *candidates[i], num_kept,
-            )
-            for i in range(len(layers))
-        ]  # fmt: skip
+            OPERATORS[SIMILARITY_EVICTION](*own, *astuple(self._candidates[layer]), num_kept)
+            for layer, own in zip(layers, tensors, strict=True)
+        ]
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[layers.index(1)]
 

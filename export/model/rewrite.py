@@ -39,7 +39,6 @@ def sort_heads_(model: CausalWanModel, partition: HeadPartition) -> CausalWanMod
 
     Args:
         model: changed in place.
-        partition: which heads are static.
 
     Returns:
         The model.

@@ -38,9 +38,12 @@ def _shown(default: Any) -> str | None:
 
 
 MANNERS = Parameter(
-    negative_bool=(), negative_iterable=(), negative_none=(), show_default=_shown,
+    negative_bool=(),
+    negative_iterable=(),
+    negative_none=(),
+    show_default=_shown,
     allow_repeating=True,
-)  # fmt: skip
+)
 """Of every flag: no `--no-` form unless its type is `YesNo`; the last of several wins."""
 
 OPTIONS = Group.create_default_parameters("Options")
@@ -132,7 +135,6 @@ def changes_of(cls: type, flag: Callable[[str], str]) -> Any:
     """The fields of a dataclass as flags without a default, which give the changes alone.
 
     Args:
-        cls: a dataclass whose fields are documented.
         flag: name of a field -> what its flag is made of.
 
     Returns:

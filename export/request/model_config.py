@@ -33,10 +33,6 @@ _DIFFUSERS_FIELDS = {
 def model_shape_from_official(config: Mapping[str, Any], where: str) -> ModelShape:
     """Read the `config.json` of a Wan2.1 model, official (`dim`, ...) or diffusers' form.
 
-    Args:
-        config: content of the file.
-        where: its name, for messages.
-
     Raises:
         InputError: a field is missing or has a value that this project does not implement.
     """

@@ -68,7 +68,6 @@ class Preset:
 
     @property
     def chunk(self) -> ChunkShape:
-        """Size of one chunk of latents."""
         return ChunkShape(self.chunk_frames, *self.latent_size, self.model.patch_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +42,6 @@ class ResolvedExport:
 
     @property
     def name(self) -> str:
-        """What is exported, for people."""
         return self.preset.name
 
     @cached_property
@@ -70,10 +68,9 @@ class ResolvedExport:
             return None
         return scales_for(model, read_fp8(self.fp8, self.config.model).amax)
 
-    @property
-    def load(self) -> Callable[[], CausalWanModel]:
+    def load(self) -> CausalWanModel:
         """Reads the weights; not called by a dry run."""
-        return lambda: load_model(self.source, self.config.model, self.config.dtype)
+        return load_model(self.source, self.config.model, self.config.dtype)
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:
@@ -176,10 +173,10 @@ def _shipped(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | No
         raise InputError(f"--model {request.model} needs --checkpoint, its weights{hint}")
     shipped, name = shipped_model(request.model), request.model
     chunk = shipped.CHUNK
-    preset = Preset(
-        name, name, shipped.MODEL, shipped.SCHEDULE, shipped.POLICY, chunk_frames=chunk.num_frames,
-        latent_size=(chunk.latent_height, chunk.latent_width), text_encoder=name, decoder=name,
-    )  # fmt: skip
+    model = (shipped.MODEL, shipped.SCHEDULE, shipped.POLICY)
+    preset = Preset(name, name, *model, text_encoder=name, decoder=name)
+    size = (chunk.latent_height, chunk.latent_width)
+    preset = replace(preset, chunk_frames=chunk.num_frames, latent_size=size)
     return preset, CheckpointSource(shipped.CHECKPOINT), shipped.HEADS
 
 

@@ -10,9 +10,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from time import perf_counter
+from typing import Any
 
 from forcing_kv.export.bundle.write import write_manifest
 from forcing_kv.export.tensorrt.builder import BuiltPlan, LayerInfo, build_plan
@@ -25,7 +26,6 @@ from forcing_kv.runtime_trt.bundle.engines import (
     weight_table,
 )
 from forcing_kv.runtime_trt.bundle.files import replaced_folder
-from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import (
     WEIGHT_FILE,
@@ -135,10 +135,10 @@ def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
     import onnx
     import onnx_ir as ir
 
-    from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies, read_onnx
+    from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies
 
     source = plan.bundle / graph.info.file
-    model = read_onnx(source)
+    model = ir.load(source)
     if plan.manifest.config.dtype != "float32":
         fuse_attention(model, plan.manifest.config)
     with tempfile.TemporaryDirectory(prefix="fkv-build-") as folder:
@@ -167,21 +167,13 @@ def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> EngineDetail
 
 
 def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float) -> EngineRecord:
-    decoders = {}
-    for kind, decoder in plan.manifest.decoders.items():
-        found = _found(plan, kind, details)
-        built = sum(detail.build_seconds for detail in found.details.values())
-        decoders[kind] = DecoderEngines(
-            f"{plan.folder}/{kind}", round(built, 1), found.files, found.graphs, found.details,
-            decoder_sha256=decoder.sha256,
-        )  # fmt: skip
-    found = _found(plan, None, details)
+    decoders = {
+        kind: DecoderEngines(**_part(plan, kind, details), decoder_sha256=decoder.sha256)
+        for kind, decoder in plan.manifest.decoders.items()
+    }
+    part = _part(plan, None, details) | {"build_seconds": round(seconds, 1)}
     return EngineRecord(
-        plan.folder,
-        round(seconds, 1),
-        found.files,
-        found.graphs,
-        found.details,
+        **part,
         backend=plan.options.backend,
         target=plan.target,
         environment=dict(plan.environment),
@@ -190,16 +182,10 @@ def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float
     )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What lies in the folder of the denoiser or of a decoder."""
-
-    files: Mapping[str, str]
-    graphs: Mapping[str, GraphInfo]
-    details: Mapping[str, EngineDetail]
-
-
-def _found(plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDetail]) -> _Found:
+def _part(
+    plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDetail]
+) -> dict[str, Any]:
+    """Fields of an `EnginePart`: the denoiser's, or a decoder's."""
     files, graphs, described = {}, {}, {}
     for graph in plan.graphs:
         if graph.decoder != decoder:
@@ -211,7 +197,15 @@ def _found(plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDet
             files[table] = sha256_of(plan.bundle / table)
         graphs[graph.name] = replace(graph.info, file=relative, sha256=files[relative])
         described[graph.name] = details[graph.label]
-    return _Found(files, graphs, described)
+    built = sum(detail.build_seconds for detail in described.values())
+    folder = plan.folder if decoder is None else f"{plan.folder}/{decoder}"
+    return {
+        "folder": folder,
+        "build_seconds": round(built, 1),
+        "files": files,
+        "graphs": graphs,
+        "details": described,
+    }
 
 
 def write_record(bundle: Path, record: EngineRecord) -> None:

@@ -16,6 +16,7 @@ from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.export.tensorrt.stripped import mark_stripped
 from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
+from forcing_kv.runtime_trt.tensorrt.engine import listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ class BuildLog:
     interrupted: bool = False
     """Ctrl-C was pressed; the builder stops after its next step."""
 
-    def read(self, message: str, *, problem: bool) -> None:
+    def read(self, message: str, problem: bool) -> None:
         """Take note of one message."""
         if problem:
             self.problems.append(message)
@@ -104,7 +105,6 @@ def build_plan(
 
     Args:
         path: ONNX file; every custom node has a registered plugin, or is inlined.
-        options: how.
         timing_cache: file that keeps measured tactics, read and added to.
         progress: told of the builder's phases.
 
@@ -126,7 +126,7 @@ def _build(
     log: BuildLog,
 ) -> BuiltPlan:
     trt = require(options.module)
-    logger = _logger(trt, log)
+    logger = listener(trt, log.read)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -159,9 +159,9 @@ def _create_config(
     polygraphy: Any, trt: Any, options: EngineOptions, timing_cache: Path | None, monitor: Any
 ) -> Any:
     """Polygraphy's configuration for our options."""
-    verbosity = {
-        "detailed": "DETAILED", "layer-names": "LAYER_NAMES_ONLY", "none": "NONE"
-    }[options.profiling_verbosity]  # fmt: skip
+    verbosity = {"detailed": "DETAILED", "layer-names": "LAYER_NAMES_ONLY", "none": "NONE"}[
+        options.profiling_verbosity
+    ]
     settings: dict[str, Any] = {
         "profiling_verbosity": getattr(trt.ProfilingVerbosity, verbosity),
         "progress_monitor": monitor,
@@ -201,21 +201,6 @@ def _set_flags(trt: Any, config: Any, options: EngineOptions) -> Any:
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config
-
-
-def _logger(trt: Any, log: BuildLog) -> Any:
-    """A logger of the builder's that keeps what is worth keeping."""
-    severity = trt.ILogger.Severity
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
-            log.read(message, problem=level in bad)
-
-    return Logger()
 
 
 @contextmanager

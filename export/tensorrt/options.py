@@ -111,7 +111,6 @@ class EngineOptions(TensorRtOptions):
 
     @property
     def module(self) -> str:
-        """Python module of the builder."""
         return MODULES[self.backend]
 
     @property

@@ -99,7 +99,6 @@ def plan_build(
 
     Args:
         bundle: directory written by `fkv export`.
-        options: how to build.
         force: build every graph, whatever is there.
         device: the GPU of this machine, where the build is for it.
         refit_from: bundle whose engines are given this one's weights.

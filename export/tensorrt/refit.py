@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -69,10 +68,6 @@ def refitted_plan(plan: Path, old: Path, new: Path, options: EngineOptions) -> b
     weights = (weight for name, weight in after.items() if name in replaceable)
     if (wrong := refit(trt, engine, log.logger, weights)) is not None:
         raise ForcingKvError(f"{new.name}: {wrong} by {plan} ({log.last()}); {_WAY_OUT}")
-    return _serialized(trt, engine)
-
-
-def _serialized(trt: Any, engine: Any) -> bytes:
     config = engine.create_serialization_config()
     config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     return bytes(engine.serialize_with_config(config))
@@ -84,8 +79,7 @@ def graph_without_weights(path: Path) -> bytes:
     for tensor in model.graph.initializer:
         known = {"name": tensor.name, "dims": tensor.dims, "data_type": tensor.data_type}
         tensor.CopyFrom(onnx.TensorProto(**known))
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return model.SerializeToString(deterministic=True)
 
 
 def graph_weights(path: Path) -> dict[str, NamedWeight]:

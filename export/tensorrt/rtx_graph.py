@@ -16,7 +16,6 @@ K = M + N keys.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 import onnx
@@ -32,11 +31,6 @@ from forcing_kv.runtime_trt.rollout.ports import split_name
 
 ATTENTION_OPSET = 23
 """First version of the standard domain with `Attention`; nothing else that we use differs."""
-
-
-def read_onnx(path: Path) -> ir.Model:
-    """Read a graph of a bundle; weights stay in their file."""
-    return ir.load(path)
 
 
 def fuse_attention(model: ir.Model, config: RolloutConfig) -> int:
@@ -85,9 +79,7 @@ def attention_function(
     """Fused form of the operator for one layer, its pool layout baked in.
 
     Args:
-        layout: pool layout of the layer.
         layer: its index, which makes the name unique.
-        config: rollout configuration.
     """
     inputs = ", ".join(tensor.name for tensor in HEAD_INDEXED_ATTENTION.inputs)
     body = _nodes(layout, config)

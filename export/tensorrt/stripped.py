@@ -42,7 +42,6 @@ def mark_stripped(network: Any, path: Path) -> dict[str, ConstantEntry]:
 
     Args:
         network: TensorRT network, parsed from `path`; changed.
-        path: the ONNX file.
 
     Returns:
         Where each weight that is left out lies; files are relative to the graph's folder.

@@ -25,9 +25,7 @@ def build_plan_from_torch(
 
     Args:
         bundle: directory of the bundle, for the weights.
-        manifest: its manifest.
         graph: prompt, step or evict.
-        options: how to build.
 
     Raises:
         MissingDependencyError: Torch-TensorRT is not installed.

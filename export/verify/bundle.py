@@ -80,7 +80,6 @@ class TensorCheck:
         return bool(self.ratio <= 1)
 
     def line(self) -> str:
-        """For people."""
         layer = "" if self.layer is None else f", layer {self.layer}"
         step = "" if self.step is None else f", step {self.step}"
         return (
@@ -108,7 +107,6 @@ class BundleReport:
 
     @property
     def precision(self) -> str:
-        """Compute dtype, for people."""
         return self.dtype + (" with FP8" if self.fp8 else "")
 
     @property
@@ -128,7 +126,6 @@ class BundleReport:
         return self.tensors[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -144,7 +141,6 @@ def verify_bundle(
     """Compare a backend with eager PyTorch.
 
     Args:
-        bundle: directory of the bundle.
         backend: opened on it; not closed.
         num_chunks: chunks of either run; None runs two past the first eviction.
         seed: key of prompt and noise.
@@ -188,7 +184,6 @@ class _Lockstep:
 
     Args:
         backends: the reference, eager of the same dtype (maybe the same), and the one to check.
-        report: gets notes.
     """
 
     def __init__(self, backends: tuple[Backend, Backend, Backend], report: BundleReport) -> None:
@@ -264,8 +259,6 @@ class _Lockstep:
         """Compare every output that a graph leaves in its buffers.
 
         Args:
-            graph: its name in the bundle.
-            chunk: index of the chunk.
             step: denoise step, n for the clean pass.
             ran: which of an engine's graphs ran in its place; one may return less.
         """

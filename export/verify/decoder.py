@@ -18,13 +18,13 @@ from torch import Tensor
 
 from forcing_kv.export.decoder.onnx_module import OnnxModule
 from forcing_kv.export.verify.bundle import TensorCheck, allowed_error, error_of
+from forcing_kv.runtime_trt.bundle.graph_info import TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
 from forcing_kv.runtime_trt.decode.runner import (
     DECODE,
     FRAMES,
-    DecodeRunner,
     Float32,
-    next_state,
+    StateDecodeRunner,
     state_inputs,
 )
 from forcing_kv.runtime_trt.decoder import VideoDecoder
@@ -35,19 +35,18 @@ NUM_FRAMES = 5
 """Latent frames decoded: the first one, and both sets of state twice."""
 
 
-class EagerDecodeRunner(DecodeRunner):
+class EagerDecodeRunner(StateDecodeRunner):
     """The graphs of a bundle's decoder as plain PyTorch.
 
     Args:
-        bundle: directory of the bundle.
-        info: the decoder's entry in the manifest.
         in_float32: compute in float32, whatever the decoder's dtype.
     """
 
     name = "eager"
 
     def __init__(self, bundle: Path, info: DecoderInfo, *, in_float32: bool) -> None:
-        self._info, self._in_float32 = info, in_float32
+        super().__init__(info.graphs)
+        self._in_float32 = in_float32
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._modules = {
             name: OnnxModule(bundle / graph.file, info.weights_file)
@@ -55,34 +54,25 @@ class EagerDecodeRunner(DecodeRunner):
         }
         for module in self._modules.values():
             (module.in_float32() if in_float32 else module).to(self._device)
-        self._state: dict[str, Tensor] = {}
 
-    def reset(self) -> None:
-        """See base class."""
-        for info in state_inputs(self._info.graphs[DECODE]):
-            dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
-            self._state[info.name] = torch.zeros(info.shape, dtype=dtype, device=self._device)
+    def _zeros(self, info: TensorInfo) -> Tensor:
+        dtype = torch.float32 if self._in_float32 else getattr(torch, info.dtype)
+        return torch.zeros(info.shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
-    def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class."""
-        info = self._info.graphs[graph]
+    def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
+        info = self._graphs[graph]
         state = [self._state[port.name] for port in state_inputs(info)]
         frames, made = self._modules[graph](torch.from_numpy(latents).to(self._device), state)
-        names = [next_state(port.name) for port in info.outputs if port.name != FRAMES]
-        self._state |= dict(zip(names, made, strict=True))
-        result: Float32 = frames.cpu().numpy()
-        return result
+        names = [port.name for port in info.outputs if port.name != FRAMES]
+        return {FRAMES: frames, **dict(zip(names, made, strict=True))}
 
-    def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
-        copied: NDArray[Any] = self._state[name].cpu().numpy().copy()
-        return copied
+    def _to_host(self, array: Tensor) -> NDArray[Any]:
+        return array.cpu().numpy()
 
     def close(self) -> None:
-        """See base class."""
         self._modules.clear()
-        self._state.clear()
+        super().close()
 
 
 @dataclass
@@ -98,11 +88,9 @@ class DecoderReport:
 
     @property
     def passed(self) -> bool:
-        """Everything within what is allowed."""
         return all(check.passed for check in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -112,8 +100,6 @@ def verify_decoder(
     """Compare a decoder's backend with eager PyTorch.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         kind: vae or tae.
         decoder: opened on it; reset, and not closed.
         seed: key of the latents.
@@ -132,10 +118,8 @@ def verify_decoder(
         made = [_outputs(each, latents) for each in decoders]
         for name in made[0]:
             wanted, yardstick, found = (outputs[name].astype(np.float64) for outputs in made)
-            check = TensorCheck(
-                kind, name, split_name(name)[1], frame, None,
-                error_of(found, wanted), allowed_error(wanted, yardstick, dtype),
-            )  # fmt: skip
+            error, allowed = error_of(found, wanted), allowed_error(wanted, yardstick, dtype)
+            check = TensorCheck(kind, name, split_name(name)[1], frame, None, error, allowed)
             if name not in worst or check.ratio > worst[name].ratio:
                 worst[name] = check
     tensors = sorted(worst.values(), key=lambda check: check.ratio, reverse=True)

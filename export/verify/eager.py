@@ -58,7 +58,6 @@ class EagerBackend(Backend):
         model: weights under the official names, heads in checkpoint order; not changed, and
             shared where neither order nor dtype nor device differ.
         config: rollout configuration; its dtype is the compute dtype.
-        device: where to run.
         observer: called in every self-attention, once for each group of heads.
         select: replaces the published selection (for ablations).
     """
@@ -112,7 +111,6 @@ class EagerBackend(Backend):
 
     @torch.inference_mode()
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         self._put({"prompt_embeds": prompt_embeds})
         self._run("prompt")
 
@@ -120,7 +118,7 @@ class EagerBackend(Backend):
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Tensor, Tensor]:
-        """See base class; returns tensors on the device."""
+        """Returns tensors on the device."""
         self._running = (positions.plan, scalars.index)
         # The last step's rows: freed before this step makes as many.
         for name in kv_names("new", range(self.config.model.num_layers)):
@@ -130,12 +128,10 @@ class EagerBackend(Backend):
         return self.tensors["x0"], self.tensors["x_next"]
 
     def to_host(self, x: Tensor) -> Float32:
-        """See base class."""
         return x.cpu().numpy().copy()
 
     @torch.inference_mode()
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class."""
         self._run("evict")
         scores, kept = self.tensors["scores"], self.tensors["kept"]
         if self._select is not None:
@@ -149,7 +145,6 @@ class EagerBackend(Backend):
 
     @torch.inference_mode()
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class."""
         copy_rows(plan, self.config, self.tensors)
 
     def _observe(self, layer: int, q: Tensor, k: Tensor) -> None:
@@ -171,11 +166,10 @@ class EagerBackend(Backend):
             )
 
     def close(self) -> None:
-        """Drop buffers."""
         self.tensors.clear()
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class; float32."""
+        """As float32."""
         return self.tensors[name].float().cpu().numpy()
 
 

@@ -55,11 +55,9 @@ class ChunkCheck:
 
     @property
     def passed(self) -> bool:
-        """Within tolerance, and the same segments."""
         return self.worst <= LATENT_ATOL and self.kept_equal is not False
 
     def line(self) -> str:
-        """The check in one line, for people."""
         parts = [f"latents {self.latent_error:.2e}"]
         if self.x0_error is not None:
             parts.append(f"x0 {self.x0_error:.2e}")
@@ -189,7 +187,6 @@ def golden_session(
     """A session on `case`'s model and settings; engines are exported to a temporary bundle.
 
     Args:
-        case: the golden case.
         backend: `eager`, `inductor` (compiled here, without a bundle), or one of the runtime.
         checkpoint: weights to use instead of the case's own.
     """
@@ -255,8 +252,8 @@ def _check_chunk(case: GoldenCase, session: Session, made: Chunk) -> ChunkCheck:
             and made.kept is not None
             and np.array_equal(made.kept, wanted_kept)
         )
-    return ChunkCheck(made.index, latent_error, x0_error, _cache_error(case, session, made.index),
-                      kept_equal)  # fmt: skip
+    cache_error = _cache_error(case, session, made.index)
+    return ChunkCheck(made.index, latent_error, x0_error, cache_error, kept_equal)
 
 
 def _cache_error(case: GoldenCase, session: Session, chunk: int) -> float | None:

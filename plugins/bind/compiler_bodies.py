@@ -63,8 +63,7 @@ def _aten_body(spec: OpSpec) -> Callable[..., Any]:
     """The reference, unless it reads the host and the operator has another body for compilers."""
     folder = f"forcing_kv.plugins.{spec.torch_name}"
     name = "aten_body" if importlib.util.find_spec(f"{folder}.aten_body") else "reference"
-    body: Callable[..., Any] = getattr(spec.module(name), spec.torch_name)
-    return body
+    return getattr(spec.module(name), spec.torch_name)
 
 
 @cache
@@ -109,8 +108,7 @@ def _triton_operator(spec: OpSpec, tactic_name: str | None) -> Callable[..., Any
             *outputs,
             *scratch_memory(plan, readable[0].device),
             **plan.constants,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
+            **plan.options,
         )
         return result_of(outputs)
 

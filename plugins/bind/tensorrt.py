@@ -118,7 +118,6 @@ def register_plugin(spec: OpSpec, device: TargetDevice, name: str | None = None)
     """Register an operator in TensorRT's plugin registry.
 
     Args:
-        spec: the operator.
         device: the device that engines are built for, in this process from now on.
         name: plugin name; by default the ONNX operator's, by which the ONNX parser finds it.
 
@@ -141,9 +140,6 @@ def register_plugin(spec: OpSpec, device: TargetDevice, name: str | None = None)
 
 def register_tensorrt_plugins(device: TargetDevice) -> tuple[str, ...]:
     """Register every operator in TensorRT, once per process, before an ONNX file is parsed.
-
-    Args:
-        device: the device that engines are built for.
 
     Returns:
         Identifiers of the plugins.

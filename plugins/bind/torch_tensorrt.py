@@ -18,9 +18,6 @@ from forcing_kv.plugins.registry import OPS
 def register_converters(device: TargetDevice) -> tuple[str, ...]:
     """Register every operator's plugin and converter, once per process.
 
-    Args:
-        device: the device that engines are built for.
-
     Returns:
         Identifiers of the plugins, which are the torch operators' names.
 

@@ -43,7 +43,6 @@ def accepted_inputs(spec: OpSpec, inputs: Sequence[Tensor]) -> tuple[list[Tensor
     """Inputs as the operator's kernel can read them: dense, or with rows apart where it takes that.
 
     Args:
-        spec: the operator.
         inputs: tensors of the specification's inputs; copied where the kernel cannot read them.
 
     Returns:
@@ -131,18 +130,14 @@ def run_kernel(
     """Launch an operator's kernel on the current stream.
 
     Args:
-        spec: the operator.
         inputs: tensors of the specification's inputs; copied if the kernel cannot read them.
-        attributes: attributes by name.
         outputs: contiguous tensors of the specification's outputs; written.
-        tactic: one of the kernel's tactics.
         num_sms: multiprocessors to schedule for.
     """
     plan, tensors = plan_call(spec, inputs, attributes, outputs, tactic, num_sms)
     if tactic.tma:
         lend_memory(inputs[0].device)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    plan.kernel[plan.grid](*tensors, **plan.constants, **options)
+    plan.kernel[plan.grid](*tensors, **plan.constants, **plan.options)
 
 
 def compile_together(calls: Iterable[tuple[Any, ...]]) -> None:
@@ -162,8 +157,7 @@ def compile_together(calls: Iterable[tuple[Any, ...]]) -> None:
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
         for plan, tensors in plans:
-            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-            plan.kernel.warmup(*tensors, grid=plan.grid, **plan.constants, **options)
+            plan.kernel.warmup(*tensors, grid=plan.grid, **plan.constants, **plan.options)
     for plan, _ in plans:
         # Kernels in memory may be ones that failed; those on the disk are whole.
         plan.kernel.device_caches.clear()

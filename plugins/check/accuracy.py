@@ -26,11 +26,9 @@ class OutputError:
     """How far one output is from the truth."""
 
     name: str
-    """The output."""
     error: float
     """Largest absolute difference from the float64 truth; for moves, differing elements."""
     allowed: float
-    """Largest allowed one."""
 
     @property
     def passed(self) -> bool:
@@ -43,8 +41,7 @@ def float64_outputs(
 ) -> tuple[Tensor, ...]:
     """Outputs in float64 arithmetic of the given (already rounded) inputs."""
     function = _FLOAT64[spec.torch_name]
-    outputs: tuple[Tensor, ...] = function(*inputs, *attributes.values())
-    return outputs
+    return function(*inputs, *attributes.values())
 
 
 def reference_outputs(
@@ -63,12 +60,6 @@ def output_errors(
 
     A float output may be twice as far from the truth as the same-dtype reference is, and four
     rounding steps more, for the reference may happen to be exact; an exact one may not differ.
-
-    Args:
-        spec: the operator.
-        inputs: its inputs.
-        attributes: its attributes.
-        outputs: what is judged.
     """
     references = reference_outputs(spec, inputs, attributes)
     if spec.tolerance == "exact":
@@ -85,16 +76,8 @@ def output_errors(
     return tuple(errors)
 
 
-def _qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
+def _qk_norm_rope(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k, q_weight, k_weight, cos, sin, num_heads, eps = arguments
     outputs = []
     for x, weight in ((q.double(), q_weight.double()), (k.double(), k_weight.double())):
         row = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
@@ -105,17 +88,8 @@ def _qk_norm_rope(
     return tuple(outputs)
 
 
-def _head_indexed_attention(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    hist_k: Tensor,
-    hist_v: Tensor,
-    head_offset: Tensor,
-    hist_len: Tensor,
-    new_len: Tensor,
-    max_history: int,
-) -> tuple[Tensor, ...]:
+def _head_indexed_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k_new, v_new, hist_k, hist_v, head_offset, hist_len, new_len, max_history = arguments
     heads = []
     for head, (offset, length) in enumerate(
         zip(head_offset.tolist(), hist_len.tolist(), strict=True)

@@ -31,15 +31,11 @@ class OpCase:
     """One size of one operator."""
 
     spec: OpSpec
-    """The operator."""
     name: str
-    """What the case is about."""
     sizes: dict[str, int]
     """Size of every named axis of the inputs."""
     attributes: dict[str, int | float]
-    """Attributes in the specification's order."""
     integers: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Values of the int32 inputs."""
     valid_pool_rows: tuple[Rows, ...] = ()
     """Rows of the history pools that hold data; the others are NaN."""
     valid_new_rows: int | None = None
@@ -55,11 +51,9 @@ class OpCase:
 
     @property
     def arguments(self) -> tuple[int | float, ...]:
-        """Attributes by position."""
         return tuple(self.attributes.values())
 
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the outputs."""
         shapes = [tensor.shape(self.sizes) for tensor in self.spec.inputs]
         return self.spec.output_shapes(shapes, self.attributes)
 
@@ -113,9 +107,6 @@ def attention_case(
     """A case of FkHeadIndexedAttention.
 
     Args:
-        name: what the case is about.
-        num_tokens: new tokens, N.
-        head_dim: head dim, D.
         history: (capacity, valid rows) of each head's history.
         new_len: valid new rows; None means all.
     """
@@ -178,10 +169,29 @@ def candidate_case(
 
 
 _TOKENS = 96
-_STATIC_FIRST = CandidateLayout(2, 2 * 192, 288, 96, 1, _TOKENS, 6)
-_ALL_DYNAMIC = CandidateLayout(0, 0, 288, 96, 1, _TOKENS, 6)
-_NO_SINK = CandidateLayout(1, 96, 384, 0, 3, _TOKENS, 4)
-_ODD_TOKENS = CandidateLayout(1, 70, 105, 35, 2, 35, 5)
+_STATIC_FIRST = (CandidateLayout(2, 2 * 192, 288, 96, 1, _TOKENS, 6), 4, 32)
+"""Layout, heads, head dim."""
+_ALL_DYNAMIC = (CandidateLayout(0, 0, 288, 96, 1, _TOKENS, 6), 3, 64)
+_NO_SINK = (CandidateLayout(1, 96, 384, 0, 3, _TOKENS, 4), 3, 32)
+_ODD_TOKENS = (CandidateLayout(1, 70, 105, 35, 2, 35, 5), 2, 32)
+
+
+def _scored(name: str, candidates: tuple[CandidateLayout, int, int]) -> OpCase:
+    layout, heads, dim = candidates
+    sizes = {"num_heads": heads, "num_frames": 3, "head_dim": dim}
+    return candidate_case(SEGMENT_SIMILARITY, name, layout, **sizes)
+
+
+def _evicted(
+    name: str,
+    candidates: tuple[CandidateLayout, int, int],
+    num_kept: int,
+    num_levels: int | None = None,
+) -> OpCase:
+    layout, heads, dim = candidates
+    sizes = {"num_heads": heads, "num_frames": 3, "head_dim": dim, "num_kept": num_kept}
+    return candidate_case(SIMILARITY_EVICTION, name, layout, **sizes, num_levels=num_levels)
+
 
 CASES: tuple[OpCase, ...] = (
     norm_rope_case("one row", 1, 2, 32),
@@ -195,54 +205,13 @@ CASES: tuple[OpCase, ...] = (
     attention_case("some heads without history", 33, 64, [(0, 0), (130, 129)]),
     attention_case("padded new rows", 96, 32, [(64, 40), (128, 100)], new_len=65),
     attention_case("head dim 128", 40, 128, [(48, 48), (80, 70)]),
-    candidate_case(
-        SEGMENT_SIMILARITY, "static first", _STATIC_FIRST, num_heads=4, num_frames=3, head_dim=32
-    ),
-    candidate_case(
-        SEGMENT_SIMILARITY, "all dynamic", _ALL_DYNAMIC, num_heads=3, num_frames=3, head_dim=64
-    ),
-    candidate_case(
-        SEGMENT_SIMILARITY, "no sink, full window", _NO_SINK, num_heads=3, num_frames=3, head_dim=32
-    ),
-    candidate_case(
-        SEGMENT_SIMILARITY, "odd tokens", _ODD_TOKENS, num_heads=2, num_frames=3, head_dim=32
-    ),
-    candidate_case(
-        SIMILARITY_EVICTION,
-        "static first",
-        _STATIC_FIRST,
-        num_heads=4,
-        num_frames=3,
-        head_dim=32,
-        num_kept=6,
-    ),
-    candidate_case(
-        SIMILARITY_EVICTION,
-        "ties",
-        _ALL_DYNAMIC,
-        num_heads=3,
-        num_frames=3,
-        head_dim=64,
-        num_kept=6,
-        num_levels=1,
-    ),
-    candidate_case(
-        SIMILARITY_EVICTION,
-        "everything kept",
-        _NO_SINK,
-        num_heads=3,
-        num_frames=3,
-        head_dim=32,
-        num_kept=12,
-    ),
-    candidate_case(
-        SIMILARITY_EVICTION,
-        "odd tokens",
-        _ODD_TOKENS,
-        num_heads=2,
-        num_frames=3,
-        head_dim=32,
-        num_kept=1,
-    ),
+    _scored("static first", _STATIC_FIRST),
+    _scored("all dynamic", _ALL_DYNAMIC),
+    _scored("no sink, full window", _NO_SINK),
+    _scored("odd tokens", _ODD_TOKENS),
+    _evicted("static first", _STATIC_FIRST, 6),
+    _evicted("ties", _ALL_DYNAMIC, 6, num_levels=1),
+    _evicted("everything kept", _NO_SINK, 12),
+    _evicted("odd tokens", _ODD_TOKENS, 1),
 )
 """Small cases of every operator: tile edges, empty history, unequal heads, padding, ties."""

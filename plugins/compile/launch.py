@@ -51,7 +51,6 @@ class Tactic:
     """One way to run an operator's kernel."""
 
     name: str
-    """Short name, for listings and benchmarks."""
     num_warps: int
     """Warps of a thread block."""
     num_stages: int = 2
@@ -99,7 +98,6 @@ class Problem:
     sizes: Mapping[str, int]
     """Size of every named axis."""
     attributes: Attributes
-    """The operator's attributes."""
     dtype: str
     """Compute dtype: float16, bfloat16 or float32."""
     num_sms: int
@@ -115,9 +113,7 @@ class Scratch:
     name: str
     """Parameter name, without `_ptr`."""
     shape: tuple[int, ...]
-    """Elements."""
     dtype: str
-    """Element type."""
     zeroed: bool = False
     """Whether it must hold zeros at the start; else it may hold anything."""
 
@@ -127,17 +123,17 @@ class Launch:
     """A kernel with its constants and its launch geometry."""
 
     kernel: Any
-    """The `triton.jit` function."""
     constants: Mapping[str, Any]
-    """Compile-time constants by name."""
     grid: tuple[int, int, int]
-    """Thread blocks."""
     num_warps: int
-    """Warps of a thread block."""
     num_stages: int
-    """Depth of the software pipeline."""
     scratch: tuple[Scratch, ...] = ()
     """Memory for a launch, in the order of the kernel's parameters."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside arguments and grid."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def next_power_of_2(value: int) -> int:

@@ -23,7 +23,7 @@ from forcing_kv.plugins.compile.launch import (
     SharedMemoryError,
     Tactic,
 )
-from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
+from forcing_kv.plugins.op_spec import OpSpec
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
@@ -41,11 +41,9 @@ class CompiledKernel:
     """
 
     name: str
-    """Entry point."""
     ptx: str
     """PTX text, hidden parameters removed unless they are for TMA."""
     launch: Launch
-    """Geometry."""
     shared_bytes: int
     """Dynamic shared memory of a thread block."""
     sm: int
@@ -58,17 +56,13 @@ class CompiledKernel:
 
     @property
     def block_threads(self) -> int:
-        """Threads of a thread block."""
         return self.launch.num_warps * 32
 
 
-def tensor_dtypes(spec: OpSpec, dtype: str, weight_dtype: str = "float32") -> tuple[str, ...]:
-    """Dtypes of the inputs and then the outputs in a compute dtype."""
-
-    def resolve(tensor: TensorSpec) -> str:
-        return {"T": dtype, "W": weight_dtype}.get(tensor.dtype, tensor.dtype)
-
-    return tuple(resolve(tensor) for tensor in (*spec.inputs, *spec.outputs))
+def tensor_dtypes(spec: OpSpec, dtype: str) -> tuple[str, ...]:
+    """Dtypes of the inputs and then the outputs in a compute dtype, weights in float32."""
+    known = {"T": dtype, "W": "float32"}
+    return tuple(known.get(each.dtype, each.dtype) for each in (*spec.inputs, *spec.outputs))
 
 
 def compile_kernel(
@@ -77,17 +71,12 @@ def compile_kernel(
     dtypes: Sequence[str],
     tactic: Tactic,
     device_sm: int,
-    ptx_version: int = PTX_VERSION,
 ) -> CompiledKernel:
     """Compile one tactic for one device; needs no GPU.
 
     Args:
-        spec: the operator.
-        problem: sizes, attributes, compute dtype.
         dtypes: dtypes of the inputs and then the outputs, see `tensor_dtypes`.
-        tactic: one of the kernel's tactics.
         device_sm: compute capability of the device, 90 for 9.0.
-        ptx_version: PTX version to write, 87 for 8.7; the driver must know it.
 
     Returns:
         The kernel for `tactic.target_sm(device_sm)`.
@@ -110,7 +99,7 @@ def compile_kernel(
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
     if not tactic.runs_on(device_sm):
         raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
-    compiled = _compile(plan, pointers, target_sm, ptx_version)
+    compiled = _compile(plan, pointers, target_sm)
     metadata = compiled.metadata
     if metadata.profile_scratch_size or (metadata.global_scratch_size and not tactic.tma):
         raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
@@ -139,7 +128,7 @@ def _pointers(spec: OpSpec, plan: Launch, dtypes: Sequence[str], tactic: Tactic)
     return dict(zip(names, (f"*{DTYPES[dtype].triton}" for dtype in dtypes), strict=True))
 
 
-def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_version: int) -> Any:
+def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int) -> Any:
     """Triton's compiled kernel."""
     triton = require("triton")
     compiler = require("triton.compiler")
@@ -147,18 +136,13 @@ def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int, ptx_vers
     signature = {**pointers, **dict.fromkeys(plan.constants, "constexpr")}
     # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
     aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(pointers))}
-    options = {
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-        "ptx_version": ptx_version,
-    }
     with triton.knobs.compilation.scope():
         # Line information would carry this machine's paths into the engine.
         triton.knobs.compilation.disable_line_info = True
         return triton.compile(
             compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
             target=gpu_target("cuda", target_sm, 32),
-            options=options,
+            options={**plan.options, "ptx_version": PTX_VERSION},
         )
 
 
@@ -180,9 +164,7 @@ def strip_hidden_parameters(ptx: str, name: str, num_visible: int, where: str) -
 
     Args:
         ptx: PTX as Triton wrote it.
-        name: entry point.
         num_visible: parameters that the operator has.
-        where: what is compiled, for messages.
 
     Returns:
         PTX whose entry point has `num_visible` parameters.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from forcing_kv.plugins.compile.launch import SAFE_SHARED_BYTES
@@ -20,9 +19,6 @@ class LoadedKernel:
     """A compiled kernel, loaded into the current CUDA context; use it as a context manager.
 
     Leaving the context unloads the kernel: wait for its launches before.
-
-    Args:
-        kernel: the kernel.
 
     Raises:
         MissingDependencyError: cuda-bindings is not installed.
@@ -44,12 +40,7 @@ class LoadedKernel:
     def __enter__(self) -> LoadedKernel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._call("cuModuleUnload", self._module)
 
     def launch(self, addresses: Sequence[int], stream: int) -> None:

@@ -20,7 +20,6 @@ class PtxasReport:
     """What the assembler says about a kernel."""
 
     registers: int
-    """Registers of a thread."""
     spilled_bytes: int
     """Bytes of a thread that are spilled to memory; 0 is good."""
 
@@ -29,7 +28,6 @@ def assemble(kernel: CompiledKernel, arch: str | None = None) -> PtxasReport:
     """Assemble a kernel and throw the result away.
 
     Args:
-        kernel: a compiled kernel.
         arch: target such as `sm_90`; by default the one that the PTX names. A portable kernel may
             be assembled for any later one, as a driver does.
 

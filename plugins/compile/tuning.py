@@ -30,21 +30,17 @@ class TunedTactic:
     gpu: str
     """Name of the GPU, as its driver has it."""
     dtype: str
-    """Compute dtype."""
     sizes: Mapping[str, int]
     """Size of every named axis."""
     tactic: str
-    """Name of the fastest tactic."""
     median_ms: float
     """Its time, with a cold L2 cache."""
     others_ms: Mapping[str, float]
     """Times of the other tactics."""
     date: str
-    """Day of the measurement."""
 
     @property
     def times_ms(self) -> Mapping[str, float]:
-        """Time of every tactic."""
         return {self.tactic: self.median_ms, **self.others_ms}
 
     @property
@@ -105,10 +101,7 @@ def best_tactic(
     what is fastest changes with the shapes slowly.
 
     Args:
-        spec: the operator.
         tactics: those of its kernel's tactics that may be taken.
-        problem: the call.
-        gpu: name of the GPU.
         device_sm: its compute capability, 90 for 9.0.
     """
     named = {tactic.name: tactic for tactic in tactics}

@@ -15,21 +15,19 @@ from forcing_kv.plugins.compile.launch import Problem
 
 
 @triton.jit
-def chain_frame(
-    hist_ptr,
-    new_ptr,
-    dynamic_head,
-    frame,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    FIRST_HEAD: tl.constexpr,
-    ROW_OFFSET: tl.constexpr,
-    ROWS_PER_HEAD: tl.constexpr,
-    SINK_ROWS: tl.constexpr,
-    TEMPORAL_FRAMES: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Pointer to the first row [T, D] of a frame of a dynamic head; 64-bit offsets."""
+def chain_frame(hist_ptr, new_ptr, dynamic_head, frame, CHAIN: tl.constexpr):
+    """Pointer to the first row [T, D] of a frame of a dynamic head; 64-bit offsets.
+
+    CHAIN are the values of `chain_constants`, in its order.
+    """
+    N: tl.constexpr = CHAIN[0]
+    D: tl.constexpr = CHAIN[1]
+    FIRST_HEAD: tl.constexpr = CHAIN[2]
+    ROW_OFFSET: tl.constexpr = CHAIN[3]
+    ROWS_PER_HEAD: tl.constexpr = CHAIN[4]
+    SINK_ROWS: tl.constexpr = CHAIN[5]
+    TEMPORAL_FRAMES: tl.constexpr = CHAIN[6]
+    T: tl.constexpr = CHAIN[7]
     head = tl.cast(dynamic_head, tl.int64)
     if frame < TEMPORAL_FRAMES:
         row = ROW_OFFSET + head * ROWS_PER_HEAD + SINK_ROWS + frame * T

@@ -52,7 +52,6 @@ class CandidateLayout:
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens of one segment."""
         return self.tokens_per_frame // self.num_segments
 
     def attributes(self) -> dict[str, int]:
@@ -60,17 +59,15 @@ class CandidateLayout:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def arguments(self) -> tuple[int, ...]:
-        """Attributes by position."""
         return astuple(self)
 
 
 CANDIDATE_ATTRIBUTES = tuple(AttributeSpec(field.name, "int") for field in fields(CandidateLayout))
 
 
-def candidate_sizes(
-    pool_shape: Sequence[Any], new_shape: Sequence[Any], attributes: Attributes
-) -> dict[str, Any]:
-    """Read the named sizes of an eviction from a pool [R, D], new rows [H, N, D] and attributes."""
+def candidate_sizes(shapes: Sequence[Sequence[Any]], attributes: Attributes) -> dict[str, Any]:
+    """Sizes of an eviction by name, from the shapes of a pool [R, D] and of new rows [H, N, D]."""
+    pool_shape, new_shape = shapes
     layout = CandidateLayout(*(int(attributes[field.name]) for field in fields(CandidateLayout)))
     return {
         "R": pool_shape[0],

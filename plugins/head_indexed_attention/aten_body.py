@@ -37,8 +37,7 @@ def head_indexed_attention(
         rows_HKD = torch.cat((pool[row_HM], new), dim=1).float()
         return torch.where(valid_HK[..., None], rows_HKD, 0.0)
 
-    out_HND = F.scaled_dot_product_attention(
-        q.float()[None], joined(hist_k, k_new)[None], joined(hist_v, v_new)[None],
-        attn_mask=valid_HK[None, :, None, :],
-    )[0]  # fmt: skip
+    k_1HKD, v_1HKD = joined(hist_k, k_new)[None], joined(hist_v, v_new)[None]
+    mask = valid_HK[None, :, None, :]
+    out_HND = F.scaled_dot_product_attention(q.float()[None], k_1HKD, v_1HKD, attn_mask=mask)[0]
     return out_HND.transpose(0, 1).contiguous().to(q.dtype)

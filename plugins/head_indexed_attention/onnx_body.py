@@ -9,11 +9,6 @@ Legend: H heads, N new tokens, D head dim, R pool rows, M padded history rows.
 
 from __future__ import annotations
 
-import onnx
-
-from forcing_kv.plugins.head_indexed_attention.spec import SPEC
-from forcing_kv.plugins.onnx_function import build_function
-
 _BODY = """
     zero = Constant <value_int: int = 0> ()
     one = Constant <value_int: int = 1> ()
@@ -84,6 +79,4 @@ _INDICES = """
 """
 
 
-def onnx_function(opset: int) -> onnx.FunctionProto:
-    """Body of the operator in version `opset` of the standard domain."""
-    return build_function(SPEC, _INDICES + _BODY, opset)
+BODY = _INDICES + _BODY

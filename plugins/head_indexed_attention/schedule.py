@@ -9,9 +9,9 @@ Three schedules, as tactics:
 - `split`: one program per multiprocessor and an equal share of all pairs of query and key tiles for
   each; see `split.py`.
 
-Share of the device's time in which its multiprocessors work, as `predicted_share` counts it for 132
-of them and the 1.3B model (4 static and 8 dynamic heads, query tiles of 128, key tiles of 64). It
-knows nothing of caches, of the lower rate of half tiles, or of the cost of a split tile's pieces.
+Share of the device's time in which its multiprocessors work, as a test predicts it for 132 of them
+and the 1.3B model (4 static and 8 dynamic heads, query tiles of 128, key tiles of 64). It knows
+nothing of caches, of the lower rate of half tiles, or of the cost of a split tile's pieces.
 
 |                             | 480p | 720p | 1080p |
 |-----------------------------|------|------|-------|
@@ -23,12 +23,7 @@ knows nothing of caches, of the lower rate of half tiles, or of the cost of a sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 from forcing_kv.plugins.compile.launch import ceil_div
-
-Schedule = Literal["tiles", "persistent", "split"]
 
 MIN_TAIL = 64
 """Smallest tile of the tail: the height of a warp group's matrix instruction."""
@@ -48,7 +43,6 @@ def tile_counts(
         num_heads: heads, H.
         tile: rows of a full tile.
         tail: rows of a tail tile.
-        num_sms: multiprocessors of the device.
 
     Returns:
         Full tiles and tail tiles; together they cover every query.
@@ -60,43 +54,3 @@ def tile_counts(
         return all_tiles, 0
     full = min(full, num_tokens // tile)
     return full, ceil_div(num_tokens - full * tile, tail)
-
-
-def predicted_share(
-    schedule: Schedule,
-    num_tokens: int,
-    num_keys: Sequence[int],
-    num_sms: int,
-    *,
-    tile: int = 128,
-    tail: int = MIN_TAIL,
-    key_tile: int = 64,
-) -> float:
-    """Share of the device's time in which its multiprocessors work on queries and keys that exist.
-
-    Args:
-        schedule: how tiles are dealt.
-        num_tokens: queries of a head, N.
-        num_keys: keys of each head, history and new rows.
-        num_sms: multiprocessors of the device; each runs one program at a time.
-        tile: rows of a full tile.
-        tail: rows of a tail tile; `tile` for none.
-        key_tile: keys of a key tile.
-
-    Returns:
-        Useful work over the time of the busiest multiprocessor, at most 1.
-    """
-    ideal = num_tokens * sum(num_keys) / num_sms
-    if schedule == "split":
-        pairs = sum(ceil_div(num_tokens, tile) * ceil_div(keys, key_tile) for keys in num_keys)
-        return ideal / (ceil_div(pairs, num_sms) * tile * key_tile)
-    full, tails = tile_counts(num_tokens, len(num_keys), tile, tail, num_sms)
-    longest_first = sorted(num_keys, reverse=True)
-    work = [tile * keys for keys in longest_first for _ in range(full)]
-    work += [tail * keys for keys in longest_first for _ in range(tails)]
-    busy = [0] * num_sms
-    for item, amount in enumerate(work):
-        # A launch gives the next tile to whoever is free first; a persistent program takes its own.
-        index = item % num_sms if schedule == "persistent" else busy.index(min(busy))
-        busy[index] += amount
-    return ideal / max(busy)

@@ -5,11 +5,6 @@ Legend: N tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-import onnx
-
-from forcing_kv.plugins.onnx_function import build_function
-from forcing_kv.plugins.qk_norm_rope.spec import SPEC
-
 _SHARED = """
     one = Constant <value_ints: ints = [1]> ()
     last = Constant <value_ints: ints = [-1]> ()
@@ -55,6 +50,4 @@ def _branch(x: str) -> str:
 """
 
 
-def onnx_function(opset: int) -> onnx.FunctionProto:
-    """Body of the operator in version `opset` of the standard domain."""
-    return build_function(SPEC, _SHARED + _branch("q") + _branch("k"), opset)
+BODY = _SHARED + _branch("q") + _branch("k")

@@ -41,6 +41,9 @@ def segment_similarity_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (F * P): program j * P + p scores segment p of candidate j."""
+    CHAIN: tl.constexpr = (
+        N, D, FIRST_HEAD, ROW_OFFSET, ROWS_PER_HEAD, SINK_ROWS, TEMPORAL_FRAMES, T
+    )  # fmt: skip
     segment = tl.program_id(0)
     frame = segment // P
     first_token = (segment % P) * S
@@ -54,34 +57,8 @@ def segment_similarity_kernel(
         current_square = tl.zeros((BLOCK,), tl.float32)
         next_square = tl.zeros((BLOCK,), tl.float32)
         for head in range(G):
-            current_ptr = chain_frame(
-                hist_k_ptr,
-                new_k_ptr,
-                head,
-                frame,
-                N,
-                D,
-                FIRST_HEAD,
-                ROW_OFFSET,
-                ROWS_PER_HEAD,
-                SINK_ROWS,
-                TEMPORAL_FRAMES,
-                T,
-            )
-            next_ptr = chain_frame(
-                hist_k_ptr,
-                new_k_ptr,
-                head,
-                frame + 1,
-                N,
-                D,
-                FIRST_HEAD,
-                ROW_OFFSET,
-                ROWS_PER_HEAD,
-                SINK_ROWS,
-                TEMPORAL_FRAMES,
-                T,
-            )
+            current_ptr = chain_frame(hist_k_ptr, new_k_ptr, head, frame, CHAIN)
+            next_ptr = chain_frame(hist_k_ptr, new_k_ptr, head, frame + 1, CHAIN)
             current = tl.load(current_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             following = tl.load(next_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             dot += tl.sum(current * following, axis=1)

@@ -5,11 +5,7 @@ Legend: G dynamic heads, D head dim, F frames per chunk, T tokens per frame, P s
 
 from __future__ import annotations
 
-import onnx
-
 from forcing_kv.plugins.frame_chain.onnx_body import CHAIN_CONSTANTS, chain_nodes
-from forcing_kv.plugins.onnx_function import build_function
-from forcing_kv.plugins.segment_similarity.spec import SPEC
 
 _SCORE = """
     chain32 = Cast <to = 1> (chain)
@@ -34,14 +30,9 @@ _SCORE = """
     scores = ReduceMean <keepdims = 0> (cosine_FPS, minus_one)
 """
 
-_BODY = (
+BODY = (
     CHAIN_CONSTANTS
     + "    chain_rows = Add (num_new, tokens)\n"
     + chain_nodes("hist_k", "new_k", "chain", "chain_rows")
     + _SCORE
 )
-
-
-def onnx_function(opset: int) -> onnx.FunctionProto:
-    """Body of the operator in version `opset` of the standard domain."""
-    return build_function(SPEC, _BODY, opset)

@@ -13,44 +13,20 @@ from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.frame_chain.reference import frame_chain
 
 
-def segment_similarity(
-    hist_k: Tensor,
-    new_k: Tensor,
-    first_head: int,
-    row_offset: int,
-    rows_per_head: int,
-    sink_rows: int,
-    temporal_frames: int,
-    tokens_per_frame: int,
-    num_segments: int,
-) -> Tensor:
+def segment_similarity(hist_k: Tensor, new_k: Tensor, *candidates: int) -> Tensor:
     """Score every candidate segment by its similarity with the frame after it.
 
     Args:
         hist_k: pool of history keys [R, D], compute dtype.
         new_k: keys of the chunk [H, N, D], same dtype.
-        first_head: see `CandidateLayout`, as are the others.
-        row_offset: see `CandidateLayout`.
-        rows_per_head: see `CandidateLayout`.
-        sink_rows: see `CandidateLayout`.
-        temporal_frames: see `CandidateLayout`.
-        tokens_per_frame: see `CandidateLayout`.
-        num_segments: see `CandidateLayout`.
+        candidates: the fields of `CandidateLayout`.
 
     Returns:
         Scores [F, P], float32: the mean over a segment's tokens of the cosine between token i of
         a frame and token i of the next, each the concatenation over the dynamic heads.
     """
-    layout = CandidateLayout(
-        first_head,
-        row_offset,
-        rows_per_head,
-        sink_rows,
-        temporal_frames,
-        tokens_per_frame,
-        num_segments,
-    )
+    layout = CandidateLayout(*candidates)
     chain_GFTD = frame_chain(hist_k, new_k, layout).float()
     tokens_FTC = chain_GFTD.permute(1, 2, 0, 3).flatten(-2)
     cosine_FT = F.cosine_similarity(tokens_FTC[:-1], tokens_FTC[1:], dim=-1, eps=1e-8)
-    return cosine_FT.unflatten(-1, (num_segments, -1)).mean(-1)
+    return cosine_FT.unflatten(-1, (layout.num_segments, -1)).mean(-1)

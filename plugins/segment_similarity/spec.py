@@ -5,16 +5,8 @@ Legend: H heads, N new tokens, D head dim, R pool rows, F frames per chunk, P se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from forcing_kv.plugins.frame_chain.layout import CANDIDATE_ATTRIBUTES, candidate_sizes
-from forcing_kv.plugins.op_spec import Attributes, OpSpec, TensorSpec
-
-
-def _read_sizes(shapes: Sequence[Sequence[Any]], attributes: Attributes) -> dict[str, Any]:
-    return candidate_sizes(shapes[0], shapes[1], attributes)
-
+from forcing_kv.plugins.op_spec import OpSpec, TensorSpec
 
 SPEC = OpSpec(
     name="FkSegmentSimilarity",
@@ -27,5 +19,5 @@ SPEC = OpSpec(
     outputs=(TensorSpec("scores", ("F", "P"), "float32"),),
     attributes=CANDIDATE_ATTRIBUTES,
     tolerance="float",
-    read_sizes=_read_sizes,
+    read_sizes=candidate_sizes,
 )

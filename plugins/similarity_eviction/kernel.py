@@ -66,6 +66,9 @@ def similarity_eviction_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (ceil(S / BLOCK), M, G)."""
+    CHAIN: tl.constexpr = (
+        N, D, FIRST_HEAD, ROW_OFFSET, ROWS_PER_HEAD, SINK_ROWS, TEMPORAL_FRAMES, T
+    )  # fmt: skip
     slot = tl.program_id(1)
     head = tl.program_id(2)
     segment = segment_in_slot(scores_ptr, slot, SEGMENTS, M, PAD)
@@ -78,34 +81,8 @@ def similarity_eviction_kernel(
     source = ((segment % P) * S + token)[:, None] * D + channel
     target_row = tl.cast(head, tl.int64) * (M * S) + slot * S
     target = target_row * D + token[:, None] * D + channel
-    k_ptr = chain_frame(
-        hist_k_ptr,
-        new_k_ptr,
-        head,
-        segment // P,
-        N,
-        D,
-        FIRST_HEAD,
-        ROW_OFFSET,
-        ROWS_PER_HEAD,
-        SINK_ROWS,
-        TEMPORAL_FRAMES,
-        T,
-    )
-    v_ptr = chain_frame(
-        hist_v_ptr,
-        new_v_ptr,
-        head,
-        segment // P,
-        N,
-        D,
-        FIRST_HEAD,
-        ROW_OFFSET,
-        ROWS_PER_HEAD,
-        SINK_ROWS,
-        TEMPORAL_FRAMES,
-        T,
-    )
+    k_ptr = chain_frame(hist_k_ptr, new_k_ptr, head, segment // P, CHAIN)
+    v_ptr = chain_frame(hist_v_ptr, new_v_ptr, head, segment // P, CHAIN)
     k = tl.load(k_ptr + source, mask=mask)
     v = tl.load(v_ptr + source, mask=mask)
     tl.store(dyn_k_ptr + target, k, mask=mask)

@@ -8,11 +8,7 @@ Legend: G dynamic heads, D head dim, I candidate segments, M kept segments, S to
 
 from __future__ import annotations
 
-import onnx
-
 from forcing_kv.plugins.frame_chain.onnx_body import CHAIN_CONSTANTS, chain_nodes
-from forcing_kv.plugins.onnx_function import build_function
-from forcing_kv.plugins.similarity_eviction.spec import SPEC
 
 _SELECT = """
     num_kept_ = Constant <value_int: int = @num_kept> ()
@@ -58,14 +54,9 @@ def _compact(pool: str, new: str, out: str) -> str:
 """
 
 
-_BODY = (
+BODY = (
     CHAIN_CONSTANTS
     + _SELECT
     + _compact("hist_k", "new_k", "dyn_k")
     + _compact("hist_v", "new_v", "dyn_v")
 )
-
-
-def onnx_function(opset: int) -> onnx.FunctionProto:
-    """Body of the operator in version `opset` of the standard domain."""
-    return build_function(SPEC, _BODY, opset)

@@ -34,14 +34,7 @@ def similarity_eviction(
     hist_v: Tensor,
     new_k: Tensor,
     new_v: Tensor,
-    first_head: int,
-    row_offset: int,
-    rows_per_head: int,
-    sink_rows: int,
-    temporal_frames: int,
-    tokens_per_frame: int,
-    num_segments: int,
-    num_kept: int,
+    *attributes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select segments by score and compact their keys and values.
 
@@ -51,28 +44,14 @@ def similarity_eviction(
         hist_v: pool of history values [R, D], same dtype.
         new_k: keys of the chunk [H, N, D], same dtype.
         new_v: values of the chunk [H, N, D], same dtype.
-        first_head: see `CandidateLayout`, as are the others.
-        row_offset: see `CandidateLayout`.
-        rows_per_head: see `CandidateLayout`.
-        sink_rows: see `CandidateLayout`.
-        temporal_frames: see `CandidateLayout`.
-        tokens_per_frame: see `CandidateLayout`.
-        num_segments: see `CandidateLayout`.
-        num_kept: segments to keep, M.
+        attributes: the fields of `CandidateLayout`, and the number of segments to keep, M.
 
     Returns:
         Kept keys [G, M*S, D] and values [G, M*S, D] in ascending segment order, and the kept
         indices [M], int32, ascending.
     """
-    layout = CandidateLayout(
-        first_head,
-        row_offset,
-        rows_per_head,
-        sink_rows,
-        temporal_frames,
-        tokens_per_frame,
-        num_segments,
-    )
+    *candidates, num_kept = attributes
+    layout = CandidateLayout(*candidates)
     kept = select_segments(scores, num_kept)
 
     def compact(pool: Tensor, new: Tensor) -> Tensor:

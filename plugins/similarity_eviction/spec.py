@@ -14,7 +14,7 @@ from forcing_kv.plugins.op_spec import Attributes, AttributeSpec, OpSpec, Tensor
 
 
 def _read_sizes(shapes: Sequence[Sequence[Any]], attributes: Attributes) -> dict[str, Any]:
-    sizes = candidate_sizes(shapes[1], shapes[3], attributes)
+    sizes = candidate_sizes((shapes[1], shapes[3]), attributes)
     return sizes | {"M": int(attributes["num_kept"])}
 
 

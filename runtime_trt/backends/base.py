@@ -38,12 +38,10 @@ class StepScalars:
 
     @property
     def step_index(self) -> NDArray[np.int32]:
-        """[1]: `index`."""
         return np.asarray([self.index], np.int32)
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """By port name."""
         return {name: getattr(self, name) for name in STEP_SCALARS}
 
 
@@ -90,7 +88,6 @@ class _DoneChunk(PendingChunk):
         self._result = result
 
     def result(self) -> ChunkResult:
-        """See base class."""
         return self._result
 
 
@@ -258,12 +255,10 @@ class ChunkPositions:
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """By port name."""
         return {name: getattr(self, name) for name in POSITIONS}
 
     @classmethod
     def of(cls, plan: ChunkPlan, config: RolloutConfig) -> ChunkPositions:
-        """Positions of `plan`; they depend on nothing else."""
         frames = range(plan.first_frame, plan.first_frame + config.chunk.num_frames)
         cos, sin = rope_table(frames, config.model.rope_pairs[0])
         tokens = config.chunk.tokens_per_frame
@@ -281,8 +276,6 @@ def copy_rows(plan: ChunkPlan, config: RolloutConfig, tensors: Mapping[str, Any]
     """Commit with array slices (dense numpy arrays and torch tensors alike).
 
     Args:
-        plan: the chunk's plan.
-        config: rollout configuration.
         tensors: by port name the pools, modified, the chunk's rows and, if the plan evicts, the
             selected segments.
     """

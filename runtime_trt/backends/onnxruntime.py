@@ -28,7 +28,6 @@ class OnnxRuntimeBackend(Backend):
 
     Args:
         bundle: directory of the bundle; hashes are checked by the caller.
-        manifest: its manifest.
         num_threads: threads per graph; 0 leaves the choice to ONNX Runtime.
 
     Raises:
@@ -52,14 +51,13 @@ class OnnxRuntimeBackend(Backend):
         }
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         self.buffers["prompt_embeds"][...] = prompt_embeds
         self._graphs["prompt"].run()
 
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
-        """See base class; returns the output buffers themselves."""
+        """Returns the output buffers themselves."""
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
             if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
@@ -67,22 +65,41 @@ class OnnxRuntimeBackend(Backend):
         return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class."""
         self._graphs["evict"].run()
         return self.buffers["scores"].copy(), self.buffers["kept"].copy()
 
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class."""
         copy_rows(plan, self.config, self.buffers)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class."""
         return self.buffers[name].copy()
 
     def close(self) -> None:
-        """Release sessions and buffers."""
         self._graphs.clear()
         self.buffers.clear()
+
+
+def onnx_session(
+    path: Path,
+    num_threads: int,
+    provider: str = "CPUExecutionProvider",
+    remedy: str = "export the bundle again",
+) -> Any:
+    """A quiet ONNX Runtime session of one graph.
+
+    Raises:
+        BundleError: the graph does not load; says `remedy`.
+    """
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    # Sessions alternate, and a spinning one would hold the cores that the next one needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); {remedy}") from error
 
 
 class _BoundGraph:
@@ -96,31 +113,18 @@ class _BoundGraph:
         buffers: dict[str, NDArray[Any]],
         num_threads: int,
     ) -> None:
-        ort = require("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3
-        # Sessions alternate, and a spinning one would hold the cores that the next one needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(
-                str(bundle / graph.file), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise BundleError(
-                f"{bundle / graph.file}: ONNX Runtime cannot load it ({error}); export the bundle "
-                "again"
-            ) from error
+        self._session = onnx_session(bundle / graph.file, num_threads)
         self._check(name, graph)
+        values = require("onnxruntime").OrtValue
         self._binding = self._session.io_binding()
         for info in (*graph.inputs, *graph.outputs):
             if info.name not in buffers:
                 buffers[info.name] = np.zeros(info.shape, DTYPES[info.dtype].numpy)
         for info in graph.inputs:
-            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            value = values.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_input(info.name, value)
         for info in graph.outputs:
-            value = ort.OrtValue.ortvalue_from_numpy(buffers[info.name])
+            value = values.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_output(info.name, value)
 
     def _check(self, name: str, graph: GraphInfo) -> None:

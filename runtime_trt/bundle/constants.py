@@ -65,7 +65,6 @@ class ConstantEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the constant."""
         return sum(piece.nbytes for piece in self.pieces)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,6 @@ class EngineDetail:
     build_seconds: float = 0.0
     refitted: bool = False
     """Whether it is another bundle's engine with this one's weights."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        data = asdict(self)
-        if not self.refitted:
-            del data["refitted"]
-        return data
 
 
 @dataclass(frozen=True)
@@ -72,12 +65,7 @@ class EnginePart:
         return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        data = {key: getattr(self, key) for key in ("folder", "build_seconds", "files")}
-        data["graphs"] = {name: asdict(graph) for name, graph in self.graphs.items()}
-        if self.details:
-            data["details"] = {name: each.to_json() for name, each in self.details.items()}
-        return data
+        return asdict(self, dict_factory=_written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +74,6 @@ class DecoderEngines(EnginePart):
 
     decoder_sha256: str
     """Hash of the decoder that they were made of."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        first = {"folder": self.folder, "decoder_sha256": self.decoder_sha256}
-        return {**first, **super().to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +103,6 @@ class EngineRecord(EnginePart):
                 f"environment.{needed} is {found!r}; it must say what the engine is for, such as "
                 "cuda (device) or 89 (sm)"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        target = {} if self.target is None else {"target": self.target}
-        first = {
-            "backend": self.backend, **target, "folder": self.folder,
-            "environment": self.environment, "options": self.options,
-        }  # fmt: skip
-        decoders = {kind: part.to_json() for kind, part in self.decoders.items()}
-        return {**first, **super().to_json(), "decoders": decoders}
 
     @property
     def parts(self) -> tuple[EnginePart, ...]:
@@ -182,7 +155,6 @@ class EngineRecord(EnginePart):
         """The record of one decoder's engines, as if they had been built alone.
 
         Args:
-            bundle: directory of the bundle.
             kind: vae or tae.
             sha256: hash of the decoder that the bundle holds now.
 
@@ -200,15 +172,18 @@ class EngineRecord(EnginePart):
                 f"{where}: its {kind} decoder was compiled from another one than the bundle holds "
                 f"now; {self.rebuild_command(bundle)}"
             )
-        return replace(
-            self,
-            folder=part.folder,
-            build_seconds=part.build_seconds,
-            files=part.files,
-            graphs=part.graphs,
-            details=part.details,
-            decoders={},
-        )
+        own: dict[str, Any] = {each.name: getattr(part, each.name) for each in fields(EnginePart)}
+        return replace(self, **own, decoders={})
+
+
+_FIRST = ("backend", "target", "folder", "decoder_sha256", "environment", "options")
+_LEFT_OUT_IF_EMPTY = ("target", "details", "refitted")
+
+
+def _written(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of an entry's fields, those of `_FIRST` first."""
+    data = {key: value for key, value in entries if value or key not in _LEFT_OUT_IF_EMPTY}
+    return {key: data[key] for key in (*_FIRST, *data) if key in data}
 
 
 _NAMED_APART = ("backend", "target")
@@ -221,7 +196,6 @@ def build_command(
     """The `fkv build` that makes the engine that is missing.
 
     Args:
-        bundle: directory of the bundle.
         backend: tensorrt, tensorrt-rtx or inductor.
         sm: compute capability of the GPU.
         options: those of the build that differ from the defaults.

@@ -25,7 +25,6 @@ def check_hashes(folder: Path, wanted: Mapping[str, str], since: str, remedy: st
 
     Args:
         folder: what the names are relative to.
-        wanted: hash by file.
         since: when they were recorded, such as `export`.
         remedy: what to do about a file that differs.
 

@@ -48,7 +48,6 @@ class _Layer:
 
     @property
     def heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Static and dynamic ones, as listed."""
         return self.static_head or (), self.dynamic_head or ()
 
 
@@ -82,7 +81,6 @@ def read_heads(path: Path, model: ModelShape | None = None) -> HeadFile:
     """Read a head partition file of any known format.
 
     Args:
-        path: JSON file.
         model: the model that it must fit; None accepts any size.
 
     Raises:
@@ -101,7 +99,6 @@ def parse_partition(payload: Any, where: str, model: ModelShape | None = None) -
 
     Args:
         payload: an object with `layers` (a list, or an object keyed by layer), or a list of layers.
-        where: name of the source, for messages.
         model: the model that it must fit; None accepts any size.
 
     Raises:

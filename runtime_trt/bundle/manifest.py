@@ -74,10 +74,8 @@ class Manifest:
     """One record per built engine."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, schema version first."""
         engines = [engine.to_json() for engine in self.engines]
-        data = {**asdict(self), "config": self.config.to_json(), "engines": engines}
-        return {"schema_version": SCHEMA_VERSION, **data}
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "engines": engines}
 
 
 def read_manifest(bundle: Path) -> Manifest:

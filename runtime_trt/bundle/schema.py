@@ -38,7 +38,6 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     """Parse a JSON file.
 
     Args:
-        path: the file.
         what: what it should be, for messages.
         remedy: what to do without it.
 
@@ -68,9 +67,12 @@ def parse_json(content: bytes | str) -> Any:
     """
     try:
         return json.loads(
-            content, object_pairs_hook=_object, parse_constant=_number, parse_float=_number,
+            content,
+            object_pairs_hook=_object,
+            parse_constant=_number,
+            parse_float=_number,
             parse_int=_integer,
-        )  # fmt: skip
+        )
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
@@ -103,7 +105,6 @@ def load_as(
     Args:
         kind: a dataclass, or lists and mappings of them. Nothing is converted but lists to tuples
             and integers to floats.
-        data: the content.
         where: its name, which begins every message.
         unknown: what to do with keys that are no fields.
 

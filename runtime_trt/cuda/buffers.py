@@ -29,7 +29,6 @@ class BufferSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
         return prod(self.shape) * DTYPES[self.dtype].nbytes
 
     @property
@@ -74,10 +73,6 @@ class MemoryPlan:
 class DeviceMemory:
     """One allocation on the device that holds every buffer of a plan.
 
-    Args:
-        cuda: the device.
-        plan: what to hold.
-
     Raises:
         BackendUnavailableError: there is not enough free memory.
     """
@@ -117,13 +112,7 @@ class DeviceMemory:
 
 
 class PinnedMirror:
-    """Pinned host memory laid out like a run of neighbouring buffers.
-
-    Args:
-        cuda: the device.
-        plan: plan of the device memory.
-        names: the neighbouring buffers.
-    """
+    """Pinned host memory laid out like a run of neighbouring buffers."""
 
     def __init__(self, cuda: Cuda, plan: MemoryPlan, names: Sequence[str]) -> None:
         begin, self.nbytes = plan.span(names)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from forcing_kv.runtime_trt.cuda.runtime import Cuda, CudaError
 from forcing_kv.runtime_trt.errors import ForcingKvError
@@ -38,7 +39,6 @@ def capture(
     """Capture what `record` enqueues on `stream`.
 
     Args:
-        cuda: the device.
         stream: a non-default, idle stream.
         record: enqueues the work; must have run once before, so that lazy set-up is over.
         guard: entered around the capture (an engine's private memory pool).
@@ -73,6 +73,13 @@ def capture(
         return CapturedGraph(cuda.instantiate(graph), nodes, base)
     finally:
         cuda.destroy_graph(graph)
+
+
+def destroy_all(cuda: Cuda, captured: MutableMapping[Any, CapturedGraph]) -> None:
+    """Release captured graphs and forget them."""
+    for graph in captured.values():
+        cuda.destroy_executable(graph.executable)
+    captured.clear()
 
 
 def _abandon(cuda: Cuda, stream: int) -> None:

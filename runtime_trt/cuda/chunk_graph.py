@@ -56,10 +56,7 @@ class ChunkGraphBackend(Backend):
     memory, so that the host prepares a chunk while the one before it runs.
 
     Args:
-        cuda: the device.
         engine: compiled graphs; closed with this backend, or at once if it cannot be opened.
-        config: rollout configuration.
-        graphs: inputs and outputs of the graphs.
         use_graphs: replay captured graphs; off, every launch is enqueued on its own.
 
     Raises:
@@ -111,7 +108,7 @@ class ChunkGraphBackend(Backend):
     @property
     def captured_graphs(self) -> Mapping[Any, CapturedGraph]:
         """Graphs captured so far, by `ChunkVariant`."""
-        return self._resources.graphs
+        return self._resources.captured
 
     def _timed(self, part: str, work: Callable[[], None]) -> None:
         start = perf_counter()
@@ -143,20 +140,20 @@ class ChunkGraphBackend(Backend):
     def _capture_expected(self) -> None:
         # Each graph alone first: one that escapes a capture would be hidden by the others.
         for name, run in self._chunk_graphs().items():
-            captured = self._captured(run, f"graph {name}")
+            captured = self._capture(run, f"graph {name}")
             self._cuda.destroy_executable(captured.executable)
         for variant in expected_variants(self.config)[:MAX_PREPARED]:
-            self._graph_of(variant)
+            self._captured_chunk(variant)
 
-    def _graph_of(self, variant: ChunkVariant) -> CapturedGraph:
+    def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
         """The captured graph of a variant, captured now if it is new."""
-        graphs = self._resources.graphs
-        if variant not in graphs:
+        captured = self._resources.captured
+        if variant not in captured:
             chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
-            graphs[variant] = self._captured(chunk, f"a chunk ({variant.name})")
-        return graphs[variant]
+            captured[variant] = self._capture(chunk, f"a chunk ({variant.name})")
+        return captured[variant]
 
-    def _captured(self, work: Callable[[], object], what: str) -> CapturedGraph:
+    def _capture(self, work: Callable[[], object], what: str) -> CapturedGraph:
         self._cuda.synchronize(self._stream)
         guard = self.engine.capturing(self._stream)
         return capture(self._cuda, self._stream, work, guard, self.memory.base, what)
@@ -171,21 +168,17 @@ class ChunkGraphBackend(Backend):
         self.memory.write(self._cuda, name, array, self._stream)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class."""
         self._enter()
         return self.memory.read(self._cuda, name, self._stream)
 
     def outputs_of(self, graph: str) -> Collection[str]:
-        """See base class."""
         return outputs_of(self._graph_infos, graph)
 
     @property
     def num_text_rows(self) -> int:
-        """See base class."""
         return self.memory.plan.specs["prompt_embeds"].shape[0]
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         self._enter()
         specs = self.memory.plan.specs
         if "text_bias" in specs:
@@ -221,13 +214,13 @@ class ChunkGraphBackend(Backend):
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
         if self.use_graphs:
-            self._graph_of(variant).launch(self._cuda, self._stream, self.memory.base)
+            self._captured_chunk(variant).launch(self._cuda, self._stream, self.memory.base)
             mark("chunk")
         else:
             self._program.chunk(self._stream, variant, mark)
 
     def submit(self, request: ChunkRequest) -> PendingChunk:
-        """See base class; at most two chunks are on their way."""
+        """At most two chunks are on their way."""
         self._enter()
         cuda, stream, slot = self._cuda, self._stream, self._next_slot()
         parts = ["start"]
@@ -271,7 +264,7 @@ class ChunkGraphBackend(Backend):
         return {end: elapsed(events[begin], events[end]) for begin, end in pairwise(parts)}
 
     def reset(self) -> None:
-        """See base class: zero the pools, and drop the chunks that nobody has fetched.
+        """Zero the pools, and drop the chunks that nobody has fetched.
 
         A graph may multiply rows beyond the valid prefix by zero, which keeps what is not finite.
         """
@@ -284,11 +277,9 @@ class ChunkGraphBackend(Backend):
             self._cuda.fill(self.memory.address(port.name), 0, nbytes, self._stream)
 
     def run_chunk(self, request: ChunkRequest) -> ChunkResult:
-        """See base class."""
         return self.submit(request).result()
 
     def recache(self, request: ChunkRequest) -> None:
-        """See base class."""
         self._enter()
         self._upload(self._next_slot(), request)
         variant = ChunkVariant.of(request.plan, self.config, recache=True)
@@ -298,7 +289,7 @@ class ChunkGraphBackend(Backend):
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Float32, Float32]:
-        """See base class: one forward, enqueued on its own (for checks)."""
+        """One forward, enqueued on its own (for checks)."""
         self._enter()
         self._write("noise", x)
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
@@ -311,19 +302,18 @@ class ChunkGraphBackend(Backend):
         return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class: enqueued on its own (for checks)."""
+        """Enqueued on its own (for checks)."""
         self._enter()
         self._program.evict(self._stream)
         return self.read_tensor("scores"), self.read_tensor("kept")
 
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class: enqueued on its own (for checks)."""
+        """Enqueued on its own (for checks)."""
         self._enter()
         self._program.commit(self._stream, ChunkVariant.of(plan, self.config, recache=False))
         self._cuda.synchronize(self._stream)
 
     def sibling(self) -> ChunkGraphBackend:
-        """See base class."""
         self._enter()
         return ChunkGraphBackend(
             self._cuda,
@@ -334,7 +324,6 @@ class ChunkGraphBackend(Backend):
         )
 
     def close(self) -> None:
-        """See base class."""
         self._waiting.clear()
         self._release()
 
@@ -350,7 +339,6 @@ class _Pending(PendingChunk):
         self._result: ChunkResult | None = None
 
     def result(self) -> ChunkResult:
-        """See base class."""
         if self._result is None:
             self._result = self._backend.collect(self)
         return self._result

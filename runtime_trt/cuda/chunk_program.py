@@ -53,7 +53,6 @@ class ChunkVariant:
 
     @classmethod
     def of(cls, plan: ChunkPlan, config: RolloutConfig, *, recache: bool) -> ChunkVariant:
-        """The variant of a plan."""
         kinds = {group.kind for layout in config.layouts for group in layout.groups}
         groups = tuple(
             (kind, replace(group, history=()))
@@ -145,8 +144,6 @@ def plan_memory(
     """Lay out every buffer of a session.
 
     Args:
-        config: rollout configuration.
-        graphs: inputs and outputs of the graphs.
         scratch_nbytes: largest scratch of any graph.
     """
     known = {
@@ -177,13 +174,6 @@ class ChunkProgram:
     """Enqueues prompt, denoise steps, clean pass, eviction and commit.
 
     The clean pass is the step graph with other scalars, or a graph of its own where there is one.
-
-    Args:
-        cuda: the device.
-        engine: the compiled graphs.
-        config: rollout configuration.
-        graphs: their inputs and outputs.
-        memory: every buffer of `plan_memory`.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory, PinnedMirror
-from forcing_kv.runtime_trt.cuda.capture import CapturedGraph
+from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, destroy_all
 from forcing_kv.runtime_trt.cuda.chunk_program import SLOTS, plan_memory, result_names, upload_names
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -35,9 +35,6 @@ class ChunkResources:
     """Everything on the device that a session owns beside the engine.
 
     Args:
-        cuda: the device.
-        config: rollout configuration.
-        graphs: inputs and outputs of the graphs.
         scratch_nbytes: largest scratch of any graph.
         on_close: runs after everything else is released.
 
@@ -54,8 +51,8 @@ class ChunkResources:
         on_close: Callable[[], None],
     ) -> None:
         self._cuda = cuda
-        self.graphs: dict[object, CapturedGraph] = {}
-        """Captured graphs by variant."""
+        self.captured: dict[object, CapturedGraph] = {}
+        """By variant of the chunk."""
         with ExitStack() as stack:
             stack.callback(on_close)
             cuda.bind_thread()
@@ -65,7 +62,7 @@ class ChunkResources:
             self.memory = DeviceMemory(cuda, plan)
             stack.callback(cuda.free, self.memory.base)
             self.slots = tuple(self._slot(stack, config, held) for held in SLOTS)
-            stack.callback(self._drop_graphs)
+            stack.callback(destroy_all, cuda, self.captured)
             # Runs first when the stack unwinds: nothing is freed under work that is on its way.
             # So nothing is enqueued before this line.
             for stream in (self.copy_stream, self.stream):
@@ -92,11 +89,6 @@ class ChunkResources:
             name: self._owned(stack, cuda.create_event, cuda.destroy_event) for name in SLOT_EVENTS
         }
         return Slot(upload, result, held, events)
-
-    def _drop_graphs(self) -> None:
-        for graph in self.graphs.values():
-            self._cuda.destroy_executable(graph.executable)
-        self.graphs.clear()
 
     def close(self) -> None:
         """Wait for the device and release everything, in reverse order; may be called twice.

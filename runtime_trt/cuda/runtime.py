@@ -80,12 +80,9 @@ class Cuda:
         """
         status, *results = getattr(self._rt, function)(*arguments)
         if status != self._rt.cudaError_t.cudaSuccess:
-            raise CudaError(function, str(status.name), self._text(status))
+            _, text = self._rt.cudaGetErrorString(status)
+            raise CudaError(function, str(status.name), str(text.decode()))
         return results[0] if len(results) == 1 else tuple(results)
-
-    def _text(self, status: Any) -> str:
-        _, text = self._rt.cudaGetErrorString(status)
-        return str(text.decode())
 
     def bind_thread(self) -> None:
         """Make the device current in the calling thread."""
@@ -100,15 +97,12 @@ class Cuda:
         return int(self._call("cudaMalloc", nbytes))
 
     def free(self, address: int) -> None:
-        """Free device memory."""
         self._call("cudaFree", address)
 
     def malloc_host(self, nbytes: int) -> int:
-        """Allocate pinned host memory."""
         return int(self._call("cudaMallocHost", nbytes))
 
     def free_host(self, address: int) -> None:
-        """Free pinned host memory."""
         self._call("cudaFreeHost", address)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
@@ -128,10 +122,8 @@ class Cuda:
     ) -> None:
         """Copy `height` runs of `width` bytes between pitched places on the device."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call(
-            "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, height, kind,
-            stream,
-        )  # fmt: skip
+        place = (target, target_pitch, source, source_pitch, width, height)
+        self._call("cudaMemcpy2DAsync", *place, kind, stream)
 
     def fill(self, address: int, value: int, nbytes: int, stream: int) -> None:
         """Set every byte, in stream order."""
@@ -143,7 +135,6 @@ class Cuda:
         return int(self._call("cudaStreamCreateWithFlags", flag))
 
     def destroy_stream(self, stream: int) -> None:
-        """Release a stream."""
         self._call("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
@@ -155,7 +146,6 @@ class Cuda:
         return int(self._call("cudaEventCreateWithFlags", self._rt.cudaEventDefault))
 
     def destroy_event(self, event: int) -> None:
-        """Release an event."""
         self._call("cudaEventDestroy", event)
 
     def record(self, event: int, stream: int) -> None:
@@ -180,7 +170,6 @@ class Cuda:
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        """End the capture and return its graph."""
         return int(self._call("cudaStreamEndCapture", stream))
 
     def graph_nodes(self, graph: int) -> Counter[str]:
@@ -193,19 +182,15 @@ class Cuda:
         return Counter(kind.removeprefix(prefix).lower() for kind in kinds)
 
     def instantiate(self, graph: int) -> int:
-        """Make a graph executable."""
         return int(self._call("cudaGraphInstantiate", graph, 0))
 
     def destroy_graph(self, graph: int) -> None:
-        """Release a captured graph."""
         self._call("cudaGraphDestroy", graph)
 
     def launch(self, executable: int, stream: int) -> None:
-        """Run an instantiated graph."""
         self._call("cudaGraphLaunch", executable, stream)
 
     def destroy_executable(self, executable: int) -> None:
-        """Release an instantiated graph."""
         self._call("cudaGraphExecDestroy", executable)
 
 

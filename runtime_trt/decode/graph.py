@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, MemoryPlan, PinnedMirror
-from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture
+from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture, destroy_all
 from forcing_kv.runtime_trt.cuda.engine import SCRATCH, GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.decode.runner import (
@@ -36,7 +36,6 @@ def plan_decoder_memory(graphs: Mapping[str, GraphInfo], scratch_nbytes: int) ->
     """Lay out every buffer of a decoder.
 
     Args:
-        graphs: inputs and outputs of its graphs.
         scratch_nbytes: largest scratch of any graph.
     """
 
@@ -67,9 +66,7 @@ class GraphDecodeRunner(DecodeRunner):
     """See `DecodeRunner`.
 
     Args:
-        cuda: the device.
         engine: compiled graphs; closed with this runner, or at once if it cannot be opened.
-        graphs: inputs and outputs of the graphs.
         use_graphs: replay captured graphs; off, every launch is enqueued on its own.
 
     Raises:
@@ -89,7 +86,8 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda, self._engine, self._graphs = cuda, engine, graphs
         self._current = 0
         captured: dict[tuple[str, int], CapturedGraph] = {}
-        self._captured = captured
+        self.captured_graphs: Mapping[tuple[str, int], CapturedGraph] = captured
+        """By graph, and by the set that holds the state before it runs."""
         with ExitStack() as stack:
             stack.callback(engine.close)
             cuda.bind_thread()
@@ -104,20 +102,15 @@ class GraphDecodeRunner(DecodeRunner):
             stack.callback(cuda.free_host, self._upload.address)
             self._download = PinnedMirror(cuda, plan, [_frames_name(graph) for graph in graphs])
             stack.callback(cuda.free_host, self._download.address)
-            stack.callback(_drop_graphs, cuda, captured)
+            stack.callback(destroy_all, cuda, captured)
             # Runs first when the stack unwinds: nothing is freed under work that is on its way.
             stack.callback(cuda.synchronize, self._stream)
             self.memory.clear(cuda, self._stream)
             self._first_run()
             if use_graphs:
-                self._capture()
+                self._capture(captured)
             # Releases when closed, when collected as garbage and at exit, once.
             self._release = weakref.finalize(self, stack.pop_all().close)
-
-    @property
-    def captured_graphs(self) -> Mapping[tuple[str, int], CapturedGraph]:
-        """Captured graphs by graph and by the set that holds the state before it runs."""
-        return self._captured
 
     def _variants(self) -> list[tuple[str, int]]:
         first = [(DECODE_FIRST, 0)] if DECODE_FIRST in self._graphs else []
@@ -129,9 +122,9 @@ class GraphDecodeRunner(DecodeRunner):
             self._enqueue(graph, 0)
         self._cuda.synchronize(self._stream)
 
-    def _capture(self) -> None:
+    def _capture(self, captured: dict[tuple[str, int], CapturedGraph]) -> None:
         for graph, current in self._variants():
-            self._captured[graph, current] = capture(
+            captured[graph, current] = capture(
                 self._cuda,
                 self._stream,
                 partial(self._enqueue, graph, current),
@@ -165,7 +158,6 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda.bind_thread()
 
     def reset(self) -> None:
-        """See base class."""
         self._enter()
         self._current = 0
         names = [_state_name(info.name, 0) for info in state_inputs(self._graphs[DECODE])]
@@ -173,14 +165,14 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda.fill(self.memory.base + begin, 0, nbytes, self._stream)
 
     def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class; waits for the frames."""
+        """Waits for the frames."""
         self._enter()
         cuda, stream, frames = self._cuda, self._stream, _frames_name(graph)
         self._upload.arrays[LATENTS][...] = latents
         target = self.memory.address(LATENTS)
         cuda.copy(target, self._upload.address, self._upload.nbytes, stream)
-        if self._captured:
-            self._captured[graph, self._current].launch(cuda, stream, self.memory.base)
+        if self.captured_graphs:
+            self.captured_graphs[graph, self._current].launch(cuda, stream, self.memory.base)
         else:
             self._enqueue(graph, self._current)
         result = self._download.arrays[frames]
@@ -188,20 +180,11 @@ class GraphDecodeRunner(DecodeRunner):
         cuda.synchronize(stream)
         if graph == DECODE:
             self._current = 1 - self._current
-        copied: Float32 = result.copy()
-        return copied
+        return result.copy()
 
     def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
         self._enter()
         return self.memory.read(self._cuda, _state_name(name, self._current), self._stream)
 
     def close(self) -> None:
-        """See base class."""
         self._release()
-
-
-def _drop_graphs(cuda: Cuda, captured: dict[tuple[str, int], CapturedGraph]) -> None:
-    for graph in captured.values():
-        cuda.destroy_executable(graph.executable)
-    captured.clear()

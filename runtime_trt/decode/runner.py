@@ -7,6 +7,7 @@ of the graph, so decoding a stream equals decoding the whole clip.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,41 @@ class DecodeRunner(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release everything; may be called twice."""
+
+
+class StateDecodeRunner(DecodeRunner):
+    """Keeps the state between calls, as arrays of its backend's own."""
+
+    def __init__(self, graphs: Mapping[str, GraphInfo]) -> None:
+        self._graphs = graphs
+        self._state: dict[str, Any] = {}
+
+    @abstractmethod
+    def _zeros(self, info: TensorInfo) -> Any:
+        """A state before any frame."""
+
+    @abstractmethod
+    def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
+        """Run a graph over `_state`; its outputs by name."""
+
+    def _to_host(self, array: Any) -> NDArray[Any]:
+        return array.numpy()
+
+    def reset(self) -> None:
+        states = state_inputs(self._graphs[DECODE])
+        self._state = {info.name: self._zeros(info) for info in states}
+
+    def run(self, graph: str, latents: Float32) -> Float32:
+        made = self._outputs(graph, latents)
+        frames = self._to_host(made.pop(FRAMES))
+        self._state |= {next_state(name): value for name, value in made.items()}
+        return frames
+
+    def read_state(self, name: str) -> NDArray[Any]:
+        return self._to_host(self._state[name]).copy()
+
+    def close(self) -> None:
+        self._state.clear()
 
 
 def state_inputs(graph: GraphInfo) -> tuple[TensorInfo, ...]:

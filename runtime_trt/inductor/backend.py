@@ -1,6 +1,6 @@
 """Graphs compiled by AOTInductor, run one after another on torch tensors; CPU or CUDA.
 
-On CUDA the production path is the chunk graph (`backends/chunk_graph.py` over `InductorEngine`);
+On CUDA the production path is the chunk graph (`cuda/chunk_graph.py` over `InductorEngine`);
 this one enqueues every graph on its own there.
 """
 
@@ -35,7 +35,6 @@ class InductorBackend(Backend):
     """Runs a package over pools that it owns.
 
     Args:
-        config: rollout configuration.
         package: compiled graphs; closed with this backend.
     """
 
@@ -61,9 +60,9 @@ class InductorBackend(Backend):
             self.tensors |= self.package.run(graph, self.tensors)
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
-        """See base class."""
         rows = self.num_text_rows
-        if rows != len(prompt_embeds) or self._folds_text:
+        step_inputs = [port.name for port in self.package.graphs["step"].inputs]
+        if rows != len(prompt_embeds) or "text_bias" in step_inputs:
             prompt_embeds, bias = fold_text(prompt_embeds, rows, self.config.dtype)
             self._put(text_bias=bias)
         self._put(prompt_embeds=prompt_embeds)
@@ -71,22 +70,16 @@ class InductorBackend(Backend):
 
     @property
     def num_text_rows(self) -> int:
-        """See base class."""
         (port,) = self.package.graphs["prompt"].inputs
         return port.shape[0]
 
     def outputs_of(self, graph: str) -> Collection[str]:
-        """See base class."""
         return outputs_of(self.package.graphs, graph)
-
-    @property
-    def _folds_text(self) -> bool:
-        return any(port.name == "text_bias" for port in self.package.graphs["step"].inputs)
 
     def run_step(
         self, x: Any, eps: Float32 | None, scalars: StepScalars, positions: ChunkPositions
     ) -> tuple[Tensor, Tensor]:
-        """See base class; returns tensors on the device."""
+        """Returns tensors on the device."""
         self._put(**self.pass_inputs(x, eps, scalars, positions))
         if scalars.index == self.clean_scalars.index and "clean" in self.package.graphs:
             self._run("clean")
@@ -95,23 +88,19 @@ class InductorBackend(Backend):
         return self.tensors["x0"], self.tensors["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
-        """See base class."""
         self._run("evict")
         return self.tensors["scores"].cpu().numpy(), self.tensors["kept"].cpu().numpy()
 
     def commit(self, plan: ChunkPlan) -> None:
-        """See base class."""
         with self._torch.inference_mode():
             copy_rows(plan, self.config, self.tensors)
 
     def read_tensor(self, name: str) -> NDArray[Any]:
-        """See base class; 16-bit floats as float32."""
+        """16-bit floats as float32."""
         tensor = self.tensors[name]
         wide = tensor.float() if tensor.is_floating_point() else tensor
-        array: NDArray[Any] = wide.cpu().numpy().copy()
-        return array
+        return wide.cpu().numpy().copy()
 
     def close(self) -> None:
-        """Drop the package and every tensor."""
         self.package.close()
         self.tensors.clear()

@@ -1,22 +1,17 @@
 """A video decoder compiled by Inductor for the CPU, call by call.
 
-On CUDA the package is an engine of `decode_graph`.
+On CUDA the package is an engine of `decode/graph.py`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
+from forcing_kv.runtime_trt.bundle.graph_info import TensorInfo
 from forcing_kv.runtime_trt.decode.runner import (
-    DECODE,
-    FRAMES,
     LATENTS,
-    DecodeRunner,
     Float32,
-    next_state,
-    state_inputs,
+    StateDecodeRunner,
 )
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.inductor.package import InductorPackage
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class InductorDecodeRunner(DecodeRunner):
+class InductorDecodeRunner(StateDecodeRunner):
     """See `DecodeRunner`.
 
     Args:
@@ -35,33 +30,18 @@ class InductorDecodeRunner(DecodeRunner):
     name = "inductor"
 
     def __init__(self, package: InductorPackage) -> None:
+        super().__init__(package.graphs)
         self._torch = require("torch", extra="inductor")
         self._package = package
-        self._state: dict[str, Tensor] = {}
 
-    def reset(self) -> None:
-        """See base class."""
-        torch = self._torch
-        self._state = {
-            info.name: torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
-            for info in state_inputs(self._package.graphs[DECODE])
-        }
+    def _zeros(self, info: TensorInfo) -> Tensor:
+        return self._torch.zeros(info.shape, dtype=getattr(self._torch, info.dtype))
 
-    def run(self, graph: str, latents: Float32) -> Float32:
-        """See base class."""
+    def _outputs(self, graph: str, latents: Float32) -> dict[str, Any]:
         with self._torch.inference_mode():
             inputs = {LATENTS: self._torch.from_numpy(latents), **self._state}
-            made = self._package.run(graph, inputs)
-            frames: Float32 = made.pop(FRAMES).numpy()
-        self._state |= {next_state(name): value for name, value in made.items()}
-        return frames
-
-    def read_state(self, name: str) -> NDArray[Any]:
-        """See base class."""
-        copied: NDArray[Any] = self._state[name].numpy().copy()
-        return copied
+            return self._package.run(graph, inputs)
 
     def close(self) -> None:
-        """See base class."""
         self._package.close()
-        self._state.clear()
+        super().close()

@@ -62,7 +62,6 @@ class InductorEngine:
         return MappingProxyType({})
 
     def enqueue(self, graph: str, bindings: Mapping[str, int], stream: int) -> None:
-        """See `GraphEngine`."""
         torch, info = self._torch, self._package.graphs[graph]
         external = torch.cuda.ExternalStream(stream, device=self._package.device)
         with torch.inference_mode(), torch.cuda.stream(external):
@@ -88,10 +87,8 @@ class InductorEngine:
             yield
 
     def sibling(self) -> InductorEngine:
-        """See `GraphEngine`."""
         return InductorEngine(self._package.sibling())
 
     def close(self) -> None:
-        """See `GraphEngine`."""
         self._views.clear()
         self._package.close()

@@ -19,6 +19,9 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from forcing_kv.runtime_trt.cuda.runtime import Cuda
+    from forcing_kv.runtime_trt.inductor.engine import InductorEngine
+
 
 def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     """The record of a bundle's Inductor engine, one for CUDA before one for the CPU.
@@ -34,25 +37,6 @@ def inductor_record(bundle: Path, manifest: Manifest) -> EngineRecord:
     return max(records, key=lambda record: record.environment["device"] == "cuda")
 
 
-def open_inductor(
-    bundle: Path, manifest: Manifest, record: EngineRecord, *, use_graphs: bool = True
-) -> Backend:
-    """Open an engine that `fkv build --backend inductor` made.
-
-    Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
-        record: the engine's record in the manifest.
-        use_graphs: on CUDA, replay a captured graph a chunk.
-
-    Raises:
-        BackendUnavailableError: it was compiled for another environment.
-        BundleError: a file is missing or altered.
-    """
-    package = open_package(bundle, record)
-    return package_backend(manifest.config, package, use_graphs=use_graphs)
-
-
 def open_inductor_decoder(
     bundle: Path, manifest: Manifest, kind: str, *, use_graphs: bool = True
 ) -> DecodeRunner:
@@ -60,7 +44,6 @@ def open_inductor_decoder(
 
     Args:
         bundle: directory of the bundle; the decoder's own files are checked by the caller.
-        manifest: its manifest.
         kind: vae or tae.
         use_graphs: on CUDA, replay captured graphs.
 
@@ -72,12 +55,9 @@ def open_inductor_decoder(
     package = open_package(bundle, record.decoder(bundle, kind, manifest.decoders[kind].sha256))
     if package.device.type == "cpu":
         return InductorDecodeRunner(package)
-    from forcing_kv.runtime_trt.cuda.runtime import Cuda
     from forcing_kv.runtime_trt.decode.graph import GraphDecodeRunner
-    from forcing_kv.runtime_trt.inductor.engine import InductorEngine
 
-    cuda = Cuda(package.device.index or 0, extra="inductor")
-    engine = InductorEngine(package)
+    cuda, engine = _on_cuda(package)
     return GraphDecodeRunner(cuda, engine, package.graphs, use_graphs=use_graphs)
 
 
@@ -103,12 +83,17 @@ def package_backend(
     if package.device.type == "cpu":
         return InductorBackend(config, package)
     from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
+
+    cuda, engine = _on_cuda(package)
+    return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
+
+
+def _on_cuda(package: InductorPackage) -> tuple[Cuda, InductorEngine]:
     from forcing_kv.runtime_trt.cuda.runtime import Cuda
     from forcing_kv.runtime_trt.inductor.engine import InductorEngine
 
     cuda = Cuda(package.device.index or 0, extra="inductor")
-    engine = InductorEngine(package)
-    return ChunkGraphBackend(cuda, engine, config, package.graphs, use_graphs=use_graphs)
+    return cuda, InductorEngine(package)
 
 
 def load_constants(bundle: Path, table: Path, device: str) -> dict[str, Tensor]:

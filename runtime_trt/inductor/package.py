@@ -55,10 +55,7 @@ class InductorPackage:
     """Compiled graphs with their weights.
 
     Args:
-        path: the `.pt2` file.
-        graphs: inputs and outputs of its graphs.
         constants: what the graphs were compiled with, by name, on the target device; shared.
-        device: where to run.
 
     Raises:
         BundleError: the file does not load, or needs a constant that is not given.
@@ -115,7 +112,6 @@ class InductorPackage:
         """Run a graph on the current stream.
 
         Args:
-            graph: its name.
             tensors: every input by name; others are ignored.
 
         Returns:

@@ -56,7 +56,6 @@ class RolloutConfig:
 
     @cached_property
     def layouts(self) -> tuple[LayerLayout, ...]:
-        """Pool layout of every layer."""
         return pool_layouts(self.policy, self.partition, self.chunk.tokens_per_frame)
 
     @cached_property
@@ -68,7 +67,6 @@ class RolloutConfig:
 
     @property
     def nbytes_kv(self) -> int:
-        """Bytes of all K/V pools."""
         return pool_nbytes(self.layouts, self.model.head_dim, DTYPES[self.dtype].nbytes)
 
     @property
@@ -88,5 +86,4 @@ class RolloutConfig:
         return self.policy.num_recached_frames <= self.chunk.num_frames
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
         return asdict(self)

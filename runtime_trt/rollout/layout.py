@@ -58,7 +58,6 @@ class ModelShape:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, D."""
         return self.dim // self.num_heads
 
     @property
@@ -233,7 +232,6 @@ class HeadPartition:
 
     @property
     def num_layers(self) -> int:
-        """Layers, L."""
         return len(self.static_heads)
 
     def dynamic_heads(self, layer: int) -> tuple[int, ...]:

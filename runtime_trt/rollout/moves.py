@@ -45,7 +45,6 @@ def moves(groups: Mapping[HeadKind, GroupPlan], config: RolloutConfig) -> Iterat
 
     Args:
         groups: what a chunk's plan says of each kind of head.
-        config: rollout configuration.
     """
     for layer, layout in enumerate(config.layouts):
         for group in layout.groups:

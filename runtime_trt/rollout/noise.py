@@ -13,9 +13,7 @@ def draw_noise(seed: int, chunk: int, draw: int, shape: tuple[int, ...]) -> NDAr
 
     Args:
         seed: 0 .. 2**64 - 1.
-        chunk: chunk index.
         draw: 0 is the chunk's initial noise; d > 0 is added after denoise step d - 1.
-        shape: shape of the result.
 
     Returns:
         float32 array of `shape`, from a Philox generator keyed by the three numbers.

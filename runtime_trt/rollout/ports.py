@@ -96,12 +96,10 @@ class GraphPorts:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """All inputs in order."""
         return _flat(self.arguments)
 
     @property
     def outputs(self) -> tuple[Port, ...]:
-        """All outputs in order."""
         return _flat(self.results)
 
     def bind(self, tensors: Mapping[str, _T]) -> tuple[_T | list[_T], ...]:
@@ -159,7 +157,6 @@ def ports(
     `export.model.fusion.FusionOptions`.
 
     Args:
-        config: rollout configuration.
         time_tables: a step is told by its index instead of its sinusoid.
         clean_graph: the clean pass has a graph of its own, and `step` returns latents alone.
         text_rows: rows of folded text, which come with a bias; None for every row of the prompt.
@@ -177,12 +174,11 @@ def ports(
 
     noise = single("x", "eps", time, "sigma", "next_sigma")
     latents = single("x0", "x_next")
+    results: tuple[Argument, ...] = latents if clean_graph else (*latents, *new)
     found = {
         "prompt": GraphPorts(single("prompt_embeds"), pair("cross", layers)),
-        "step": GraphPorts(
-            (*noise, *reads(layers)), latents if clean_graph else (*latents, *new)
-        ),
-    }  # fmt: skip
+        "step": GraphPorts((*noise, *reads(layers)), results),
+    }
     if clean_graph:
         # Cut after the last layer's keys and values, so that layer attends to nothing.
         found["clean"] = GraphPorts((*single("x", time), *reads(layers[:-1])), new)

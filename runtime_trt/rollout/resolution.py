@@ -47,9 +47,9 @@ def is_valid_size(height: int, width: int, patch_size: int, num_segments: int) -
 
 
 def nearest_valid_sizes(
-    size: tuple[int, int], patch_size: int, num_segments: int, count: int = 3
+    size: tuple[int, int], patch_size: int, num_segments: int
 ) -> list[tuple[int, int]]:
-    """The valid latent sizes closest to `size` (rows, columns), nearest first."""
+    """The three valid latent sizes closest to `size` (rows, columns), nearest first."""
     height, width = size
     # Rows divisible by patch_size * num_segments are valid with any whole number of patches in a
     # row, so twice that distance holds several sizes, also where no smaller ones exist.
@@ -61,7 +61,7 @@ def nearest_valid_sizes(
         if is_valid_size(rows, columns, patch_size, num_segments)
     ]
     found.sort(key=lambda near: (abs(near[0] - height) + abs(near[1] - width), near))
-    return found[:count]
+    return found[:3]
 
 
 def check_latent_size(size: tuple[int, int], patch_size: int, num_segments: int) -> None:

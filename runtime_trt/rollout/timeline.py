@@ -90,7 +90,6 @@ class Timeline:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every frame."""
         self._rows = {kind: _Rows() for kind in KINDS}
         self._has_dynamic = False
         self._switched = False
@@ -98,7 +97,6 @@ class Timeline:
 
     @property
     def num_frames(self) -> int:
-        """Frames generated so far."""
         return self.next_chunk * self._chunk_frames
 
     def is_warmup(self, chunk: int) -> bool:

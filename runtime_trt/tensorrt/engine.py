@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,31 @@ from forcing_kv.runtime_trt.tensorrt.jit_cache import JitCache
 from forcing_kv.runtime_trt.tensorrt.refit import NamedWeight, refit
 
 
+def listener(trt: Any, hear: Callable[[str, bool], None]) -> Any:
+    """A logger for TensorRT; `hear` gets every message, and whether it is an error or a warning."""
+    severity = trt.ILogger.Severity
+    bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            hear(message, level in bad)
+
+    return Logger()
+
+
 class EngineLog:
     """What TensorRT says while plans are loaded and run."""
 
     def __init__(self, trt: Any) -> None:
-        severity = trt.ILogger.Severity
-        bad = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
-        said: deque[str] = deque(maxlen=3)
+        self._said: deque[str] = deque(maxlen=3)
+        self.logger = listener(trt, self._hear)
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, level: Any, message: str) -> None:
-                if level in bad:
-                    said.append(message)
-
-        self.logger = Logger()
-        self._said = said
+    def _hear(self, message: str, problem: bool) -> None:
+        if problem:
+            self._said.append(message)
 
     def last(self) -> str:
         """The last messages, or a note that there are none."""
@@ -54,8 +61,6 @@ class LoadedPlans:
 
     Args:
         flavour: which package runs them.
-        trt: its module.
-        bundle: directory of the bundle.
         record: the engine; files, version and GPU are checked by the caller.
 
     Raises:
@@ -208,13 +213,11 @@ class TensorRtEngine:
 
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:
-        """See `GraphEngine`."""
         return {
             name: int(engine.device_memory_size_v2) for name, engine in self._plans.engines.items()
         }
 
     def enqueue(self, graph: str, bindings: Mapping[str, int], stream: int) -> None:
-        """See `GraphEngine`."""
         context, bound = self._contexts[graph], self._bound[graph]
         for name, tensor in self._plans.names[graph].items():
             address = bindings[name]
@@ -249,11 +252,9 @@ class TensorRtEngine:
         yield
 
     def sibling(self) -> TensorRtEngine:
-        """See `GraphEngine`."""
         return TensorRtEngine(self._plans)
 
     def close(self) -> None:
-        """See `GraphEngine`."""
         if self._plans.num_users and self._contexts is not _CLOSED:
             try:
                 self._jit_cache.save()

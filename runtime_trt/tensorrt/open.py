@@ -29,8 +29,6 @@ def fitting_record(
     """The engine of this flavour for this GPU; its plans are not looked at.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
         cuda: the device; the first GPU if None.
 
@@ -57,9 +55,8 @@ def checked_record(
     """Everything that can be known before a TensorRT runtime exists; see `fitting_record`.
 
     Raises:
-        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
+        BackendUnavailableError: not enough memory for it.
         BundleError: a plan is missing or altered.
-        MissingDependencyError: the runtime is not installed.
     """
     record, cuda, trt = fitting_record(bundle, manifest, name, cuda)
     record.check_files(bundle)
@@ -79,10 +76,7 @@ def open_tensorrt(
     """Open the engine that fits this GPU.
 
     Args:
-        bundle: directory of the bundle.
-        manifest: its manifest.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
-        use_graphs: replay captured chunks.
         cuda: the device; the first GPU if None.
 
     Raises:
@@ -94,9 +88,8 @@ def open_tensorrt(
     engine = TensorRtEngine(LoadedPlans(FLAVOURS[name], trt, bundle, record))
     loaded = perf_counter()
     backend = ChunkGraphBackend(cuda, engine, manifest.config, record.graphs, use_graphs=use_graphs)
-    backend.load_ms = {
-        "check": 1e3 * (checked - start), "load plans": 1e3 * (loaded - checked), **backend.load_ms
-    }  # fmt: skip
+    before = {"check": 1e3 * (checked - start), "load plans": 1e3 * (loaded - checked)}
+    backend.load_ms = before | backend.load_ms
     return backend
 
 
@@ -113,16 +106,12 @@ def open_tensorrt_decoder(
 
     Args:
         bundle: directory of the bundle; the decoder's own files are checked by the caller.
-        manifest: its manifest.
         kind: vae or tae.
         name: tensorrt, tensorrt-lean or tensorrt-rtx.
-        use_graphs: replay captured graphs.
         cuda: the device; the first GPU if None.
 
     Raises:
-        BackendUnavailableError: no engine, driver, GPU, version or memory for it.
-        BundleError: a plan is missing, altered, or of another decoder.
-        MissingDependencyError: the runtime is not installed.
+        ForcingKvError: see `checked_record`, or the plans are of another decoder.
     """
     shared, cuda, trt = fitting_record(bundle, manifest, name, cuda)
     record = shared.decoder(bundle, kind, manifest.decoders[kind].sha256)

@@ -31,8 +31,6 @@ def refit(trt: Any, engine: Any, logger: Any, weights: Iterable[NamedWeight]) ->
     Args:
         trt: TensorRT's module, or that of its lean runtime or of TensorRT-RTX.
         engine: a refittable engine that nothing is running on; changed.
-        logger: TensorRT's.
-        weights: what to give it.
 
     Returns:
         None if the engine has taken all of them and lacks none, else what does not fit.

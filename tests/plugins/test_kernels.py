@@ -18,11 +18,12 @@ from op_cases import cases_of  # noqa: E402
 
 from forcing_kv.plugins.bind.triton_run import accepted_inputs  # noqa: E402
 from forcing_kv.plugins.check.cases import attention_case, norm_rope_case  # noqa: E402
-from forcing_kv.plugins.compile.launch import SHARED_LIMIT_BYTES, default_tactic  # noqa: E402
-from forcing_kv.plugins.head_indexed_attention.schedule import (  # noqa: E402
-    predicted_share,
-    tile_counts,
+from forcing_kv.plugins.compile.launch import (  # noqa: E402
+    SHARED_LIMIT_BYTES,
+    ceil_div,
+    default_tactic,
 )
+from forcing_kv.plugins.head_indexed_attention.schedule import tile_counts  # noqa: E402
 from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE  # noqa: E402
 
 pytestmark = pytest.mark.long
@@ -126,6 +127,24 @@ def test_full_tiles_fill_whole_waves_at_480p():
     full, tail = tile_counts(4680, 12, 128, 64, 132)
     assert 12 * full == 3 * 132
     assert 12 * tail <= 132
+
+
+def predicted_share(schedule, num_tokens, num_keys, num_sms, *, tail, tile=128, key_tile=64):
+    """Useful work over the time of the busiest multiprocessor, which runs one program at a time."""
+    ideal = num_tokens * sum(num_keys) / num_sms
+    if schedule == "split":
+        pairs = sum(ceil_div(num_tokens, tile) * ceil_div(keys, key_tile) for keys in num_keys)
+        return ideal / (ceil_div(pairs, num_sms) * tile * key_tile)
+    full, tails = tile_counts(num_tokens, len(num_keys), tile, tail, num_sms)
+    longest_first = sorted(num_keys, reverse=True)
+    work = [tile * keys for keys in longest_first for _ in range(full)]
+    work += [tail * keys for keys in longest_first for _ in range(tails)]
+    busy = [0] * num_sms
+    for item, amount in enumerate(work):
+        # A launch gives the next tile to whoever is free first; a persistent program takes its own.
+        index = item % num_sms if schedule == "persistent" else busy.index(min(busy))
+        busy[index] += amount
+    return ideal / max(busy)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stand_ins import diffusers_name, fsdp_names, peft_file, prefixed, write_sharded
 
 from forcing_kv.export.checkpoint.files import read_checkpoint
-from forcing_kv.export.checkpoint.load import CheckpointSource, load_model, load_state_dict
+from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
 from forcing_kv.export.checkpoint.names import official_from_diffusers
 from forcing_kv.export.checkpoint.safetensors import map_safetensors
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -250,7 +250,7 @@ def test_missing_and_unknown_keys_name_the_nearest(tmp_path, weights):
 def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        load_state_dict(tmp_path / name)
+        read_checkpoint(tmp_path / name)
 
 
 def test_mapped_safetensors_are_what_the_library_reads(tmp_path):
@@ -284,7 +284,7 @@ def test_mapped_safetensors_are_what_the_library_reads(tmp_path):
     assert map_safetensors(path) == {}
     path.write_bytes(body.replace(b"F32", b"F99"))
     with pytest.raises(InputError, match=r"cannot be read|dtype"):
-        load_state_dict(path)
+        read_checkpoint(path)
 
 
 def test_a_pt_file_larger_than_the_memory(tmp_path, weights, monkeypatch):
@@ -296,7 +296,7 @@ def test_a_pt_file_larger_than_the_memory(tmp_path, weights, monkeypatch):
     file = raven(tmp_path, weights)
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(InputError, match=r"fit into the memory, save it as \.safetensors"):
-        load_state_dict(file)
+        read_checkpoint(file)
 
 
 @pytest.mark.parametrize("write", [krea, raven])
@@ -314,7 +314,7 @@ def test_code_is_never_unpickled(tmp_path):
 
     torch.save({"generator": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="more than tensors") as refused:
-        load_state_dict(tmp_path / "evil.pt")
+        read_checkpoint(tmp_path / "evil.pt")
     assert "trust" not in str(refused.value)
 
 
@@ -346,7 +346,7 @@ def test_another_size_and_quantised_weights_are_named(tmp_path, weights):
 
 def test_folder_without_one_weight_file(tmp_path):
     with pytest.raises(InputError, match="name the file"):
-        load_state_dict(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 # Memory and numerical truth ------------------------------------------------------------------

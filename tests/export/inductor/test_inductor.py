@@ -22,7 +22,7 @@ from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
 from forcing_kv.runtime_trt.inductor.backend import InductorBackend
-from forcing_kv.runtime_trt.inductor.open import open_inductor
+from forcing_kv.runtime_trt.inductor.open import open_package
 from forcing_kv.runtime_trt.inductor.package import check_environment, environment
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -58,7 +58,6 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
     (record,) = read_manifest(bundle).engines
     stored = (bundle / record.folder / "constants.bin").stat().st_size
     assert stored < 0.05 * (bundle / "graphs/weights.bin").stat().st_size
-    manifest = read_manifest(bundle)
     with Session.open(bundle, "inductor") as session:
         for check in verify_golden(case, session):
             assert check.passed, check.line()
@@ -71,7 +70,7 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
     content[len(content) // 2] ^= 1
     package.write_bytes(content)
     with pytest.raises(BundleError, match=r"package\.pt2: altered since it was built .*`fkv build"):
-        open_inductor(bundle, manifest, record)
+        open_package(bundle, record)
 
 
 def test_single_tensors_are_shown():

@@ -18,7 +18,7 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.tensorrt.builder import BuildLog, BuiltPlan
 from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.export.tensorrt.plan import BUILD_VERSION, BuildPlan, GraphBuild, plan_build
-from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies, read_onnx
+from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies
 from forcing_kv.export.tensorrt.stripped import mark_stripped, shared_weights
 from forcing_kv.runtime_trt.bundle.constants import map_constants, read_constants, read_table
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
@@ -271,8 +271,8 @@ def test_the_plugin_free_graph_means_the_same(tmp_path, policy):
 
     bundle = export(tmp_path / "bundle", "float32", policy)
     config = read_manifest(bundle).config
-    portable = read_onnx(bundle / "graphs/step.onnx")
-    fused = read_onnx(bundle / "graphs/step.onnx")
+    portable = ir.load(bundle / "graphs/step.onnx")
+    fused = ir.load(bundle / "graphs/step.onnx")
     assert fuse_attention(fused, replace(config, dtype="float16")) == SHAPE.num_layers
     rng = np.random.default_rng(0)
     inputs = {}
