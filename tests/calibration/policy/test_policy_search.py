@@ -11,6 +11,7 @@ from command_line import fkv
 
 from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.policy.measures import (
     Candidate,
     Measurement,
@@ -20,10 +21,9 @@ from forcing_kv.calibration.policy.measures import (
 )
 from forcing_kv.calibration.policy.picture import best_by_size
 from forcing_kv.calibration.policy.search import PolicyGrid, PolicySearch, search_record
-from forcing_kv.calibration.policy.source import SearchRequest, load_search
+from forcing_kv.calibration.policy.source import load_search
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.request.request import ExportRequest
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -117,8 +117,7 @@ def test_heads_of_another_checkpoint_are_warned_of(tmp_path, caplog, own):
     if not own:
         content["model"]["sha256"] = "ab" * 32
     (tmp_path / "heads.json").write_text(json.dumps(content))
-    request = ExportRequest(heads=tmp_path / "heads.json")
-    loaded = load_search(SearchRequest(request, None, (), None, 3))
+    loaded = load_search(SourceOptions(), tmp_path / "heads.json", 3, None)
     assert len(loaded.scores) == 4
     assert ["fkv calibrate heads" in record.getMessage() for record in caplog.records] == (
         [] if own else [True]
