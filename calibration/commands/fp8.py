@@ -52,7 +52,7 @@ def calibrate_fp8(
 
     files = output.files((FP8_FILE, PICTURE_FILE))
     calibration = Fp8Calibration(
-        load_source(model, model.prompt, model.prompt_embeds),
+        load_source(model),
         rollouts.num_chunks, rollouts.seeds, rollouts.window_frames, skip_layers, model.dtype,
         rollouts.device,
     )  # fmt: skip

@@ -86,7 +86,7 @@ def calibrate_heads(
 
     files = output.files((HEADS_FILE, PICTURE_FILE))
     model = replace(model, schedule=schedule.schedule)
-    source = load_source(model, model.prompt, model.prompt_embeds)
+    source = load_source(model)
     threshold = source.threshold if rule.threshold is None else rule.threshold
     calibration = HeadCalibration(
         source,

@@ -49,7 +49,7 @@ def load_search(
     if heads_path is None:
         raise InputError("a policy search needs --heads; make the file with `fkv calibrate heads`")
     found = read_heads(heads_path, preset.model)
-    source = load_source(options, options.prompt, options.prompt_embeds)
+    source = load_source(options)
     origin = Origin(heads_path, "heads", found.model_sha256)
     origin.warn_of_other(checkpoint.path, lambda: source.sha256)
     window = window_frames or num_chunks * preset.chunk_frames
