@@ -45,7 +45,7 @@ def test_weights_stay_mapped_to_their_file(tmp_path, suffix):
     engine = EagerBackend(model, config)
     spans = mapped_ranges(path)
     moved = {f"blocks.1.self_attn.{name}" for name in ("q", "k", "v", "o")}
-    for name, value in engine._step.model.named_parameters():
+    for name, value in engine.model.named_parameters():
         mapped = any(start <= value.data_ptr() < end for start, end in spans)
         changed = name.rpartition(".")[0] in moved and name != "blocks.1.self_attn.o.bias"
         assert mapped == (not model.is_island(name) and not changed), name
