@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.calibration.options import SourceOptions
+from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.checkpoint.files import checkpoint_sha256
 from forcing_kv.export.checkpoint.load import load_model
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -18,7 +19,9 @@ from forcing_kv.export.request.request import resolve_model
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
@@ -37,6 +40,22 @@ class ModelSource:
     """Name of each prompt -> embeddings [text_len, text_dim]."""
     threshold: float = PUBLISHED_THRESHOLD
     """Lowest score of a static head; the published one unless the model comes with its own."""
+
+    def rollouts(self, seeds: Sequence[int]) -> list[Rollout]:
+        """Every prompt with every seed."""
+        prompts = self.prompts.items()
+        return [Rollout(name, embeds, seed) for name, embeds in prompts for seed in seeds]
+
+    def dense_config(
+        self,
+        num_chunks: int,
+        window_frames: int | None,
+        dtype: DType,
+        num_sink_frames: int = 0,
+    ) -> RolloutConfig:
+        """Its rollout under dense attention, which sees all of `num_chunks` without a window."""
+        window = window_frames or num_chunks * self.chunk.num_frames
+        return dense_config(self.model, self.chunk, window, num_sink_frames, self.schedule, dtype)
 
 
 def load_source(options: SourceOptions) -> ModelSource:

@@ -192,7 +192,7 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
 def _fp8_scales(model: CausalWanModel, config: RolloutConfig) -> Fp8Scales:
     """From one chunk of the model itself, in float32."""
     from forcing_kv.calibration.fp8.recorder import measure_amax
-    from forcing_kv.calibration.heads.rollouts import Rollout
+    from forcing_kv.calibration.rollouts import Rollout
     from forcing_kv.export.model.fp8_layers import scales_for
     from forcing_kv.export.verify.eager import EagerBackend
 

@@ -85,7 +85,7 @@ def calibrate_policy(
     )  # fmt: skip
     candidates = search.candidates()
     talk(
-        f"{loaded.source.name}: {len(candidates)} policies and dense, {search.num_rollouts} "
+        f"{loaded.source.name}: {len(candidates)} policies and dense, {len(search.rollouts)} "
         f"videos of {search.num_chunks} chunks each; {len(search.skipped)} combinations cannot run"
     )
     for reason in search.skipped:
@@ -106,7 +106,7 @@ def _compare(
         import torch
 
         torch.set_num_threads(num_threads)
-    total = (len(candidates) + 1) * search.num_rollouts * search.num_chunks
+    total = (len(candidates) + 1) * len(search.rollouts) * search.num_chunks
     with progress("comparing policies", total) as bar:
         measurements = search.run(candidates, bar.advance)
     record = search_record(search, measurements)

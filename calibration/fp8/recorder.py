@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.calibration.heads.rollouts import Rollout
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.model.fp8 import Fp8Linear
 from forcing_kv.export.model.fp8_layers import block_linears, scales_for
 from forcing_kv.export.verify.eager import EagerBackend
@@ -113,15 +113,6 @@ def measure_amax(
     recorder = AmaxRecorder()
     with watched(backend, skip_layers, recorder):
         for rollout in rollouts:
-            generate(Session(backend), rollout, num_chunks, on_chunk)
+            for _ in rollout.generate(Session(backend), num_chunks):
+                on_chunk()
     return recorder.amax()
-
-
-def generate(
-    session: Session, rollout: Rollout, num_chunks: int, on_chunk: Callable[[], object]
-) -> None:
-    """Generate a rollout's video from its beginning, and forget it."""
-    session.reset()
-    session.set_prompt(rollout.prompt_embeds)
-    for _ in session.stream(num_chunks, seed=rollout.seed):
-        on_chunk()

@@ -13,15 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from forcing_kv.calibration.fp8.recorder import (
-    ErrorRecorder,
-    generate,
-    measure_amax,
-    watched,
-)
+from forcing_kv.calibration.fp8.recorder import ErrorRecorder, measure_amax, watched
 from forcing_kv.calibration.heads.picture import draw_linears
-from forcing_kv.calibration.heads.rollouts import Rollout, dense_config
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.checkpoint.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.model.fp8_layers import scale_of
 from forcing_kv.export.verify.eager import EagerBackend
@@ -64,15 +59,12 @@ class Fp8Calibration:
     @property
     def config(self) -> RolloutConfig:
         """The dense rollout."""
-        source = self.source
-        window = self.window_frames or self.num_chunks * source.chunk.num_frames
-        return dense_config(source.model, source.chunk, window, 0, source.schedule, self.dtype)
+        return self.source.dense_config(self.num_chunks, self.window_frames, self.dtype)
 
     @property
     def rollouts(self) -> list[Rollout]:
         """The videos to generate."""
-        prompts = self.source.prompts.items()
-        return [Rollout(name, embeds, seed) for name, embeds in prompts for seed in self.seeds]
+        return self.source.rollouts(self.seeds)
 
     @property
     def num_chunks_in_all(self) -> int:
@@ -102,7 +94,8 @@ class Fp8Calibration:
             amax = measure_amax(backend, self.rollouts, self.num_chunks, self.skip_layers, on_chunk)
             errors = ErrorRecorder(backend, amax)
             with watched(backend, self.skip_layers, errors):
-                generate(Session(backend), self.rollouts[0], 1, on_chunk)
+                for _ in self.rollouts[0].generate(Session(backend), 1):
+                    on_chunk()
         return self._record(amax, errors.errors())
 
     def _record(self, amax: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, Any]:

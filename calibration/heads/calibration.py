@@ -11,13 +11,7 @@ from typing import Any
 from forcing_kv.calibration.heads.head_profile import HeadProfile
 from forcing_kv.calibration.heads.picture import draw_heads
 from forcing_kv.calibration.heads.record import heads_record
-from forcing_kv.calibration.heads.rollouts import (
-    ProfilePlan,
-    Rollout,
-    dense_config,
-    profile_heads,
-    recorded_chunks,
-)
+from forcing_kv.calibration.heads.rollouts import ProfilePlan, profile_heads, recorded_chunks
 from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.dtypes import DType
@@ -44,25 +38,15 @@ class HeadCalibration:
     @cached_property
     def config(self) -> RolloutConfig:
         """The dense rollout."""
-        window = self.window_frames or self.plan.num_chunks * self.source.chunk.num_frames
-        return dense_config(
-            self.source.model,
-            self.source.chunk,
-            window,
-            self.num_sink_frames,
-            self.source.schedule,
-            self.dtype,
+        return self.source.dense_config(
+            self.plan.num_chunks, self.window_frames, self.dtype, self.num_sink_frames
         )
-
-    @property
-    def num_rollouts(self) -> int:
-        """Videos to generate."""
-        return len(self.source.prompts) * len(self.seeds)
 
     @property
     def num_passes(self) -> int:
         """Passes of the denoiser in all rollouts together."""
-        return self.num_rollouts * self.plan.num_chunks * (self.source.schedule.num_steps + 1)
+        chunks = len(self.source.rollouts(self.seeds)) * self.plan.num_chunks
+        return chunks * (self.source.schedule.num_steps + 1)
 
     @property
     def description(self) -> str:
@@ -81,18 +65,9 @@ class HeadCalibration:
         Args:
             on_pass: called in each of `num_passes` passes.
         """
-        rollouts = [
-            Rollout(name, embeds, seed)
-            for name, embeds in self.source.prompts.items()
-            for seed in self.seeds
-        ]
+        rollouts = self.source.rollouts(self.seeds)
         return profile_heads(
-            self.source.model,
-            self.config,
-            rollouts,
-            self.plan,
-            device=self.device,
-            on_pass=on_pass,
+            self.source.model, self.config, rollouts, self.plan, device=self.device, on_pass=on_pass
         )
 
     def write(self, folder: Path, profile: HeadProfile) -> dict[str, Any]:

@@ -6,7 +6,7 @@ close its latents stay (PSNR over the rollout), and whether chunks join as smoot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from forcing_kv.calibration.policy.measures import (
     latent_psnr,
     pareto_front,
 )
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.cost.devices import Device
 from forcing_kv.export.cost.work import fps_bound, histories, step_cost
 from forcing_kv.export.verify.eager import eager_session
@@ -94,13 +95,13 @@ class PolicySearch:
         )
         return HeadPartition(self.partition.num_heads, tuple(static))
 
-    @property
-    def num_rollouts(self) -> int:
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
         """Videos per policy."""
-        return len(self.source.prompts) * len(self.seeds)
+        return self.source.rollouts(self.seeds)
 
     def run(
-        self, candidates: Sequence[Candidate], on_chunk: Callable[[], object] | None = None
+        self, candidates: Sequence[Candidate], on_chunk: Callable[[], object] = lambda: None
     ) -> list[Measurement]:
         """Generate and compare.
 
@@ -111,34 +112,23 @@ class PolicySearch:
         dense = self._generate(self.dense, on_chunk)
         return [self._measure(candidate, dense, on_chunk) for candidate in candidates]
 
-    def _generate(
-        self, config: RolloutConfig, on_chunk: Callable[[], object] | None
-    ) -> dict[tuple[str, int], Float32]:
-        """Latents [chunks, F, C, h, w] of every prompt and seed."""
-        videos = {}
+    def _generate(self, config: RolloutConfig, on_chunk: Callable[[], object]) -> Float32:
+        """Latents [videos, chunks, F, C, h, w]."""
+        videos = []
         with eager_session(self.source.model, config) as session:
-            for name, embeds in self.source.prompts.items():
-                for seed in self.seeds:
-                    session.reset()
-                    session.set_prompt(embeds)
-                    chunks = []
-                    for chunk in session.stream(self.num_chunks, seed=seed):
-                        chunks.append(chunk.latents)
-                        if on_chunk is not None:
-                            on_chunk()
-                    videos[name, seed] = np.stack(chunks)
-        return videos
+            for rollout in self.rollouts:
+                chunks = []
+                for chunk in rollout.generate(session, self.num_chunks):
+                    chunks.append(chunk.latents)
+                    on_chunk()
+                videos.append(np.stack(chunks))
+        return np.stack(videos)
 
     def _measure(
-        self,
-        candidate: Candidate,
-        dense: Mapping[tuple[str, int], Float32],
-        on_chunk: Callable[[], object] | None,
+        self, candidate: Candidate, wanted: Float32, on_chunk: Callable[[], object]
     ) -> Measurement:
         config = candidate.config
-        made = self._generate(config, on_chunk)
-        wanted = np.stack(list(dense.values()))
-        found = np.stack([made[key] for key in dense])
+        found = self._generate(config, on_chunk)
         parts = step_cost(config, histories(config, self.num_chunks))
         return Measurement(
             candidate,

@@ -152,7 +152,7 @@ def with_fp8(plain: Workload) -> Workload:
 
     def load(device: str) -> CausalWanModel:
         from forcing_kv.calibration.fp8.recorder import measure_amax
-        from forcing_kv.calibration.heads.rollouts import Rollout
+        from forcing_kv.calibration.rollouts import Rollout
         from forcing_kv.export.model.fp8_layers import quantize_, scales_for
         from forcing_kv.export.verify.eager import EagerBackend
 

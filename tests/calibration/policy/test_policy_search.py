@@ -9,7 +9,6 @@ import pytest
 import torch
 from command_line import fkv
 
-from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.policy.measures import (
@@ -22,6 +21,7 @@ from forcing_kv.calibration.policy.measures import (
 from forcing_kv.calibration.policy.picture import best_by_size
 from forcing_kv.calibration.policy.search import PolicyGrid, PolicySearch, search_record
 from forcing_kv.calibration.policy.source import load_search
+from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.shipped import shipped_model
