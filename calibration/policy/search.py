@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,10 +24,12 @@ from forcing_kv.calibration.policy.measures import (
     latent_psnr,
     pareto_front,
 )
+from forcing_kv.calibration.policy.picture import draw_policies
 from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.cost.devices import Device
 from forcing_kv.export.cost.work import fps_bound, histories, step_cost
 from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
@@ -35,6 +38,8 @@ from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 @dataclass(frozen=True)
 class PolicySearch:
     """A model, the dense rollout that is the truth, and the candidates."""
+
+    FILES: ClassVar = ("policy.json", "policy.png")
 
     source: ModelSource
     dense: RolloutConfig
@@ -100,17 +105,39 @@ class PolicySearch:
         """Videos per policy."""
         return self.source.rollouts(self.seeds)
 
-    def run(
+    @property
+    def description(self) -> str:
+        """What will run, and a line for each combination that cannot."""
+        told = (
+            f"{self.source.name}: {len(self.candidates())} policies and dense, "
+            f"{len(self.rollouts)} videos of {self.num_chunks} chunks each; "
+            f"{len(self.skipped)} combinations cannot run"
+        )
+        return "\n".join([told, *(f"left out: {reason}" for reason in self.skipped)])
+
+    @property
+    def num_ticks(self) -> int:
+        """Chunks of dense and of every candidate."""
+        return (len(self.candidates()) + 1) * len(self.rollouts) * self.num_chunks
+
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> list[Measurement]:
+        """Generate and compare every candidate; `on_tick` is called after each chunk."""
+        return self.compare(self.candidates(), on_tick)
+
+    def compare(
         self, candidates: Sequence[Candidate], on_chunk: Callable[[], object] = lambda: None
     ) -> list[Measurement]:
-        """Generate and compare.
-
-        Args:
-            candidates: what `candidates` returned.
-            on_chunk: called after each chunk of the dense and of every candidate's rollouts.
-        """
+        """Compare some candidates with dense attention."""
         dense = self._generate(self.dense, on_chunk)
         return [self._measure(candidate, dense, on_chunk) for candidate in candidates]
+
+    def write(self, folder: Path, measured: Sequence[Measurement]) -> dict[str, Any]:
+        """Write `policy.json` and `policy.png` to a folder; returns the content of the former."""
+        record = search_record(self, measured)
+        file, picture = self.FILES
+        draw_policies(folder / picture, record)
+        write_json(folder / file, record)
+        return record
 
     def _generate(self, config: RolloutConfig, on_chunk: Callable[[], object]) -> Float32:
         """Latents [videos, chunks, F, C, h, w]."""

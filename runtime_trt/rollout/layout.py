@@ -236,6 +236,11 @@ class HeadPartition:
         """Layers, L."""
         return len(self.static_heads)
 
+    @property
+    def num_static_heads(self) -> int:
+        """Static heads of all layers together."""
+        return sum(map(len, self.static_heads))
+
     def dynamic_heads(self, layer: int) -> tuple[int, ...]:
         """Dynamic heads of `layer`, ascending."""
         static = set(self.static_heads[layer])

@@ -85,7 +85,7 @@ def test_combinations_that_keep_the_same_rows_are_tried_once(search):
                 num_temporal_frames=2), partition=HeadPartition.uniform(2, 2, static=False))
         for frames in (1, 2)
     ]  # fmt: skip
-    first, second = search.run([Candidate(None, config) for config in same])
+    first, second = search.compare([Candidate(None, config) for config in same])
     assert first.psnr_by_chunk == second.psnr_by_chunk
     assert first.nbytes_kv == second.nbytes_kv
 
@@ -98,7 +98,7 @@ def test_a_policy_that_keeps_everything_equals_dense(search):
         *replace(search, grid=PolicyGrid((None,), (1,), (2,), (1,), (1,))).candidates(),
     ]
     ticks = []
-    equal, small = search.run(candidates, lambda: ticks.append(1))
+    equal, small = search.compare(candidates, lambda: ticks.append(1))
     assert len(ticks) == 3 * 3
     assert math.isinf(equal.psnr_db)
     assert equal.boundary_ratio == 1
