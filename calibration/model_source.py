@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.calibration.options import SourceOptions
+from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.checkpoint.files import checkpoint_sha256
 from forcing_kv.export.checkpoint.load import load_model
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.request.options import ModelOptions
 from forcing_kv.export.request.presets import PUBLISHED_THRESHOLD
 from forcing_kv.export.request.request import resolve_model
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
+from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
@@ -38,32 +41,60 @@ class ModelSource:
     threshold: float = PUBLISHED_THRESHOLD
     """Lowest score of a static head; the published one unless the model comes with its own."""
 
+    def rollouts(self, seeds: Sequence[int]) -> list[Rollout]:
+        """Every prompt with every seed."""
+        prompts = self.prompts.items()
+        return [Rollout(name, embeds, seed) for name, embeds in prompts for seed in seeds]
 
-def load_source(
-    request: ModelOptions, texts: Sequence[str], prompt_embeds: Path | None
-) -> ModelSource:
+    def dense_config(
+        self,
+        num_chunks: int,
+        window_frames: int | None,
+        dtype: DType,
+        num_sink_frames: int = 0,
+    ) -> RolloutConfig:
+        """Its rollout under dense attention, which sees all of `num_chunks` without a window."""
+        window = window_frames or num_chunks * self.chunk.num_frames
+        return dense_config(self.model, self.chunk, window, num_sink_frames, self.schedule, dtype)
+
+
+def load_source(options: SourceOptions) -> ModelSource:
     """Load the model that a calibration asks for.
-
-    Args:
-        request: see `load_checkpoint`.
-        texts: prompts of a shipped model, or none.
-        prompt_embeds: encoded prompts, for a checkpoint.
 
     Raises:
         InputError: the options do not fit each other, or a file is missing or not as needed.
     """
-    if request.checkpoint is None:
-        if request.config or prompt_embeds or request.lora:
-            raise InputError(
-                "--config, --lora and --prompt-embeds belong to --checkpoint; give it too"
-            )
-        return load_shipped(request.model, texts)
-    if prompt_embeds is None or texts:
+    if options.checkpoint is None:
+        _refuse_checkpoint_options(options)
+        return load_shipped(options.model, options.prompt)
+    if options.prompt_embeds is None or options.prompt:
         raise InputError(
             "--checkpoint needs --prompt-embeds, and takes no --prompt: encode text beforehand "
             "with `fkv encode-prompt`"
         )
-    return load_checkpoint(request, prompt_embeds)
+    preset, source, _ = resolve_model(options)
+    prompts = _named_prompts(options.prompt_embeds, preset.model)
+    return ModelSource(
+        source.path.stem,
+        load_model(source, preset.model, options.dtype),
+        checkpoint_sha256(source.path),
+        preset.chunk,
+        preset.schedule,
+        prompts,
+    )
+
+
+def _refuse_checkpoint_options(options: SourceOptions) -> None:
+    """A shipped model has its own weights, size, schedule and text encoder."""
+    names = ("config", "weights", "lora", "lora_alpha", "latent_size", "chunk_frames",
+             "prompt_embeds")  # fmt: skip
+    wrong = [name.replace("_", "-") for name in names if getattr(options, name) is not None]
+    wrong += ["denoise-steps"] * (options.schedule is not None)
+    if wrong:
+        raise InputError(
+            f"--{', --'.join(wrong)} belong to --checkpoint: the shipped model "
+            f"{options.model!r} has its own; give --checkpoint too, or leave them out"
+        )
 
 
 def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
@@ -78,25 +109,6 @@ def load_shipped(name: str, prompts: Sequence[str]) -> ModelSource:
         shipped.SCHEDULE,
         {text: shipped.encode_prompt(text) for text in texts},
         shipped.HEAD_THRESHOLD,
-    )
-
-
-def load_checkpoint(request: ModelOptions, prompt_embeds: Path) -> ModelSource:
-    """Load the model of a checkpoint.
-
-    Args:
-        request: model, checkpoint, size, schedule and dtype; the rest is not read.
-        prompt_embeds: see `read_prompts`.
-    """
-    preset, source, _ = resolve_model(request)
-    prompts = _named_prompts(prompt_embeds, preset.model)
-    return ModelSource(
-        source.path.stem,
-        load_model(source, preset.model, request.dtype),
-        checkpoint_sha256(source.path),
-        preset.chunk,
-        preset.schedule,
-        prompts,
     )
 
 

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from forcing_kv.export.request.flags import Int, Integers, Json, PositiveInt, flags, panel
 from forcing_kv.export.request.options import ModelOptions
 from forcing_kv.runtime_trt.bundle.files import check_folder
+from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, require
 
 ROLLOUTS = panel("Rollouts")
+T = TypeVar("T")
+
+
+class Calibration(Protocol[T]):
+    """What a command measures, `T`, on a model's rollouts."""
+
+    FILES: ClassVar[tuple[str, str]]
+    """The record (.json) and its picture (.png)."""
+
+    @property
+    def description(self) -> str:
+        """What will run, for people."""
+
+    @property
+    def num_ticks(self) -> int:
+        """How often `run` calls back."""
+
+    def run(self, on_tick: Callable[[], object]) -> T:
+        """Generate and measure."""
+
+    def write(self, folder: Path, measured: T) -> dict[str, Any]:
+        """Write `FILES` to a folder; returns the record."""
 
 
 @flags()
@@ -44,7 +68,7 @@ class CalibrationOutput:
     """Where a calibration's files go, and what is said of them."""
 
     out: Path
-    """Folder that receives the files."""
+    """Folder that receives a .json file and its picture."""
     force: bool = False
     """Overwrite earlier files."""
     dry_run: bool = False
@@ -52,17 +76,36 @@ class CalibrationOutput:
     as_json: Json = False
     """Print the content of the .json file on stdout."""
 
-    def files(self, names: Sequence[str]) -> list[Path]:
-        """Paths of what will be written, a picture among them, checked before the work.
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse files that cannot be written, a picture among them, before the work.
 
         Raises:
             InputError: one exists, or the folder cannot be written to.
             MissingDependencyError: matplotlib is not installed.
         """
-        files = [self.out / name for name in names]
-        existing = [str(file) for file in files if file.exists()]
+        existing = [str(self.out / name) for name in names if (self.out / name).exists()]
         if existing and not self.force:
             raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
         check_folder(self.out)
         require("matplotlib")
-        return files
+
+    def carry_out(
+        self, calibration: Calibration[T], doing: str, show: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        """Say what will run, run it, write it and show it; a dry run stops after the first.
+
+        Args:
+            calibration: what to measure.
+            doing: for the progress bar.
+            show: prints the content of the .json file for people.
+        """
+        talk(calibration.description)
+        if self.dry_run:
+            return
+        with progress(doing, calibration.num_ticks) as bar:
+            measured = calibration.run(bar.advance)
+        record = calibration.write(self.out, measured)
+        show(record)
+        talk(f"wrote {' and '.join(str(self.out / name) for name in calibration.FILES)}")
+        if self.as_json:
+            print_json(record)

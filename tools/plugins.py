@@ -11,7 +11,7 @@ from forcing_kv.runtime_trt.console import print_json, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
-from forcing_kv.tools.op_workload import LayerOptions
+from forcing_kv.tools.bench.kernels.layer import LayerOptions
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.check.cases import OpCase

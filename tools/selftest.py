@@ -7,7 +7,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,12 +16,11 @@ from forcing_kv.export.request.flags import Json, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
+from forcing_kv.tools.bench.report.environment import installed_versions
 
 if TYPE_CHECKING:
-    from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.backends.base import Backend
-    from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
-    from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+    from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 PACKAGES = (
     "tensorrt", "tensorrt-lean", "tensorrt-rtx", "cuda-bindings", "polygraphy", "triton", "torch",
@@ -141,11 +139,7 @@ def run_stages(bundle: Path, options: SelftestOptions) -> list[Stage]:
 def environment() -> dict[str, Any]:
     """Versions, GPU and driver; a machine without a GPU is described, not refused."""
     found: dict[str, Any] = {"forcing-kv": project_version(), "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found |= installed_versions(PACKAGES)
     try:
         from forcing_kv.runtime_trt.cuda.runtime import Cuda
 
@@ -182,23 +176,15 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
     for parameter in model.parameters():
         # Biases of zeros and norms of ones would hide a backend that leaves them out.
         parameter.add_(0.02 * torch.randn_like(parameter))
-    scales = _fp8_scales(model, config) if fp8 else None
+    scales = None
+    if fp8:
+        from forcing_kv.calibration.fp8.recorder import scales_of_one_chunk
+
+        scales = scales_of_one_chunk(model, replace(config, dtype="float32"), _prompt(shape))
     manifest = export_bundle(
         model, config, bundle, BundleLabels("selftest"), fp8=scales, consume=True, force=True
     )
     return {"weights_mb": round(manifest.weights_nbytes / 1e6, 1), "graphs": len(manifest.graphs)}
-
-
-def _fp8_scales(model: CausalWanModel, config: RolloutConfig) -> Fp8Scales:
-    """From one chunk of the model itself, in float32."""
-    from forcing_kv.calibration.fp8.recorder import measure_amax
-    from forcing_kv.calibration.heads.rollouts import Rollout
-    from forcing_kv.export.model.fp8_layers import scales_for
-    from forcing_kv.export.verify.eager import EagerBackend
-
-    backend = EagerBackend(model, replace(config, dtype="float32"))
-    amax = measure_amax(backend, [Rollout("random", _prompt(backend), 0)], 1)
-    return scales_for(model, amax)
 
 
 def build_engine(bundle: Path, backend: str, device: str) -> dict[str, Any]:
@@ -235,7 +221,7 @@ def open_bundle(
     start = perf_counter()
     found = opened[use_graphs] = open_backend(bundle, backend, use_graphs=use_graphs)
     session = Session(found)
-    session.set_prompt(_prompt(found))
+    session.set_prompt(_prompt(found.config.model))
     session.generate_chunk()
     first = perf_counter() - start
     chunks = [session.generate_chunk().timings_ms for _ in range(NUM_CHUNKS)]
@@ -248,10 +234,9 @@ def open_bundle(
     }
 
 
-def _prompt(backend: Backend) -> Any:
+def _prompt(model: ModelShape) -> Any:
     from forcing_kv.runtime_trt.rollout.noise import draw_noise
 
-    model = backend.config.model
     return draw_noise(1, 0, 0, (model.text_len, model.text_dim))
 
 
@@ -277,15 +262,15 @@ def compare(captured: Backend, enqueued: Backend) -> dict[str, Any]:
     from forcing_kv.runtime_trt.session import Session
 
     sessions = [Session(captured), Session(enqueued)]
-    worst = 0.0
+    worst, prompt = 0.0, _prompt(captured.config.model)
     for seed in (5, 6):
         for session in sessions:
             session.reset()
-            session.set_prompt(_prompt(captured))
+            session.set_prompt(prompt)
         for chunk in range(NUM_CHUNKS):
             if chunk == 4:
                 for session in sessions:
-                    session.switch_prompt(-_prompt(captured))
+                    session.switch_prompt(-prompt)
             left, right = (session.generate_chunk(seed=seed).latents for session in sessions)
             worst = max(worst, float(np.abs(left - right).max()))
     return {"passed": worst == 0.0, "largest_difference": worst}

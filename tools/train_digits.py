@@ -6,50 +6,26 @@ Stop it at any time and run the same command again to resume. The averaged weigh
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import run
 
-from forcing_kv.export.request.flags import Int, YesNo, flags
+from forcing_kv.export.request.flags import Int
+from forcing_kv.tools.digits.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from forcing_kv.tools.digits.training.trainer import Progress, TrainConfig
+    from forcing_kv.tools.digits.training.trainer import Progress
 
 
-@flags()
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What is trained, and for how long."""
+def train_command(*, out: Path, config: TrainConfig = TrainConfig(), processes: Int = 2) -> None:
+    """Train the small model of moving handwritten digits (resumable).
 
-    out: Path
-    """Folder of the run; an unfinished run is resumed."""
-    steps: Int = 8150
-    """Planned optimiser steps."""
-    budget_minutes: float = 0.0
-    """Wall-clock budget; whichever of both ends first. 0: no limit."""
-    seed: Int = 0
-    """Seed of weights, data and noise."""
-    batch: Int = 8
-    """Sequences per shard; a step has two shards."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    processes: Int = 2
-    """Single-threaded processes, 1 or 2."""
-    precision: str = "bfloat16"
-    """bfloat16 or float32."""
-    compile: YesNo = True
-    """Compile the forward and backward passes."""
-
-
-def train_command(*, options: TrainOptions) -> None:
-    """Train the small model of moving handwritten digits (resumable)."""
-    from forcing_kv.tools.digits.training.trainer import TrainConfig
-
-    own = asdict(options)
-    out, processes = own.pop("out"), own.pop("processes")
-    config = TrainConfig(**own)
+    Args:
+        out: Folder of the run; an unfinished run is resumed.
+        config: what is trained, and for how long.
+        processes: Single-threaded processes, 1 or 2.
+    """
     if processes == 1:
         _train(0, 1, config, out)
         return

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.export.request.flags import Integers, PositiveInt, flags
-from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-
-
-@flags()
-@dataclass(frozen=True, kw_only=True)
-class Fp8Output(CalibrationOutput):
-    """Where the scales go."""
-
-    out: Path
-    """Folder that receives fp8.json and fp8.png."""
+from forcing_kv.runtime_trt.console import console
 
 
 @flags()
@@ -34,7 +24,7 @@ class Fp8Rollouts(RolloutOptions):
 
 def calibrate_fp8(
     *,
-    output: Fp8Output,
+    output: CalibrationOutput,
     model: SourceOptions = SourceOptions(),
     skip_layers: Integers = (),
     rollouts: Fp8Rollouts = Fp8Rollouts(),
@@ -47,25 +37,15 @@ def calibrate_fp8(
     Args:
         skip_layers: Blocks to leave in the compute dtype, such as 0,29.
     """
-    from forcing_kv.calibration.fp8.scales import FP8_FILE, PICTURE_FILE, Fp8Calibration
+    from forcing_kv.calibration.fp8.scales import Fp8Calibration
     from forcing_kv.calibration.model_source import load_source
 
-    files = output.files((FP8_FILE, PICTURE_FILE))
+    output.check(Fp8Calibration.FILES)
     calibration = Fp8Calibration(
-        load_source(model, model.prompt, model.prompt_embeds),
-        rollouts.num_chunks, rollouts.seeds, rollouts.window_frames, skip_layers, model.dtype,
-        rollouts.device,
+        load_source(model), rollouts.num_chunks, rollouts.seeds, rollouts.window_frames,
+        skip_layers, model.dtype, rollouts.device,
     )  # fmt: skip
-    talk(calibration.description)
-    if output.dry_run:
-        return
-    with progress("watching linear layers", calibration.num_chunks_in_all) as bar:
-        record = calibration.run(bar.advance)
-    calibration.write(output.out, record)
-    _show(record)
-    talk(f"wrote {files[0]} and {files[1]}")
-    if output.as_json:
-        print_json(record)
+    output.carry_out(calibration, "watching linear layers", _show)
 
 
 def _show(record: Mapping[str, Any]) -> None:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.export.request.flags import Int, Integers, Natural, Numbers, YesNo, flags, panel
-from forcing_kv.runtime_trt.console import console, print_json, progress, talk
+from forcing_kv.runtime_trt.console import console, talk
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
-
-
-@flags()
-@dataclass(frozen=True, kw_only=True)
-class HeadsOutput(CalibrationOutput):
-    """Where the partition goes."""
-
-    out: Path
-    """Folder that receives heads.json and heads.png."""
 
 
 @flags(panel("Schedule"))
@@ -68,7 +58,7 @@ class RuleOptions:
 
 def calibrate_heads(
     *,
-    output: HeadsOutput,
+    output: CalibrationOutput,
     model: SourceOptions = SourceOptions(),
     schedule: ScheduleOptions = ScheduleOptions(),
     rollouts: HeadRollouts = HeadRollouts(),
@@ -79,14 +69,13 @@ def calibrate_heads(
     Generates videos with dense attention, measures how much of each head's attention stays on the
     last frames, and writes the partition with its scores and their stability, and a heat map.
     """
-    from forcing_kv.calibration.heads.calibration import HEADS_FILE, PICTURE_FILE, HeadCalibration
+    from forcing_kv.calibration.heads.calibration import HeadCalibration
     from forcing_kv.calibration.heads.rollouts import ProfilePlan
     from forcing_kv.calibration.heads.rule import HeadRule
     from forcing_kv.calibration.model_source import load_source
 
-    files = output.files((HEADS_FILE, PICTURE_FILE))
-    model = replace(model, schedule=schedule.schedule)
-    source = load_source(model, model.prompt, model.prompt_embeds)
+    output.check(HeadCalibration.FILES)
+    source = load_source(replace(model, schedule=schedule.schedule))
     threshold = source.threshold if rule.threshold is None else rule.threshold
     calibration = HeadCalibration(
         source,
@@ -96,16 +85,7 @@ def calibrate_heads(
         ),
         rollouts.seeds, rollouts.window_frames, rollouts.sink_frames, model.dtype, rollouts.device,
     )  # fmt: skip
-    talk(calibration.description)
-    if output.dry_run:
-        return
-    with progress("profiling heads", calibration.num_passes) as bar:
-        profile = calibration.run(bar.advance)
-    record = calibration.write(output.out, profile)
-    _show(record)
-    talk(f"wrote {files[0]} and {files[1]}")
-    if output.as_json:
-        print_json(record)
+    output.carry_out(calibration, "profiling heads", _show)
 
 
 def _show(record: Mapping[str, Any]) -> None:

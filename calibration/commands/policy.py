@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -13,23 +13,8 @@ from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, So
 from forcing_kv.calibration.policy.grid import PolicyGrid
 from forcing_kv.export.cost.devices import DEVICES, find_device
 from forcing_kv.export.request.flags import Int, Integers, Natural, between, flags
-from forcing_kv.runtime_trt.console import console, print_json, progress, talk
+from forcing_kv.runtime_trt.console import console
 from forcing_kv.runtime_trt.errors import InputError
-
-if TYPE_CHECKING:
-    from forcing_kv.calibration.policy.measures import Candidate
-    from forcing_kv.calibration.policy.search import PolicySearch
-
-FILES = ("policy.json", "policy.png")
-
-
-@flags()
-@dataclass(frozen=True, kw_only=True)
-class PolicyOutput(CalibrationOutput):
-    """Where the comparison goes."""
-
-    out: Path
-    """Folder that receives policy.json and policy.png."""
 
 
 @flags()
@@ -58,7 +43,7 @@ class TargetOptions:
 
 def calibrate_policy(
     *,
-    output: PolicyOutput,
+    output: CalibrationOutput,
     model: SourceOptions = SourceOptions(),
     grid: PolicyGrid = PolicyGrid(),
     rollouts: PolicyRollouts = PolicyRollouts(),
@@ -72,7 +57,7 @@ def calibrate_policy(
     from forcing_kv.calibration.policy.search import PolicySearch
     from forcing_kv.calibration.policy.source import load_search
 
-    output.files(FILES)
+    output.check(PolicySearch.FILES)
     loaded = load_search(model, target.heads, rollouts.num_chunks, rollouts.window_frames)
     if grid.thresholds and loaded.scores is None:
         raise InputError(
@@ -83,41 +68,11 @@ def calibrate_policy(
         loaded.source, loaded.dense, loaded.base, grid, loaded.scores, loaded.partition,
         find_device(target.device), rollouts.num_chunks, rollouts.seeds,
     )  # fmt: skip
-    candidates = search.candidates()
-    talk(
-        f"{loaded.source.name}: {len(candidates)} policies and dense, {search.num_rollouts} "
-        f"videos of {search.num_chunks} chunks each; {len(search.skipped)} combinations cannot run"
-    )
-    for reason in search.skipped:
-        talk(f"left out: {reason}")
-    if not output.dry_run:
-        _compare(search, candidates, output, rollouts.num_threads)
-
-
-def _compare(
-    search: PolicySearch, candidates: Sequence[Candidate], output: PolicyOutput, num_threads: int
-) -> None:
-    """Run the search, draw it and write it."""
-    from forcing_kv.calibration.policy.picture import draw_policies
-    from forcing_kv.calibration.policy.search import search_record
-    from forcing_kv.runtime_trt.bundle.files import write_json
-
-    if num_threads:
+    if rollouts.num_threads:
         import torch
 
-        torch.set_num_threads(num_threads)
-    total = (len(candidates) + 1) * search.num_rollouts * search.num_chunks
-    with progress("comparing policies", total) as bar:
-        measurements = search.run(candidates, bar.advance)
-    record = search_record(search, measurements)
-    file, picture = (output.out / name for name in FILES)
-    output.out.mkdir(parents=True, exist_ok=True)
-    draw_policies(picture, record)
-    write_json(file, record)
-    _show(record)
-    talk(f"wrote {file} and {picture}")
-    if output.as_json:
-        print_json(record)
+        torch.set_num_threads(rollouts.num_threads)
+    output.carry_out(search, "comparing policies", _show)
 
 
 def _show(record: Mapping[str, Any]) -> None:

@@ -6,17 +6,21 @@ Needs PyTorch and numpy alone, so that the benchmark can use it where nothing el
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from forcing_kv.calibration.heads.rollouts import Rollout
+from forcing_kv.calibration.rollouts import Rollout
+from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8 import Fp8Linear
 from forcing_kv.export.model.fp8_layers import block_linears, scales_for
 from forcing_kv.export.verify.eager import EagerBackend
+from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 
 _Watch = Callable[[str, nn.Module, Tensor], None]
@@ -98,6 +102,14 @@ class ErrorRecorder:
         }
 
 
+def scales_of_one_chunk(
+    model: CausalWanModel, config: RolloutConfig, prompt: NDArray[np.float32], device: str = "cpu"
+) -> Fp8Scales:
+    """Scales of every linear layer by the first chunk that a model makes itself."""
+    with closing(EagerBackend(model, config, device)) as backend:
+        return scales_for(model, measure_amax(backend, [Rollout("", prompt, 0)], 1))
+
+
 def measure_amax(
     backend: EagerBackend,
     rollouts: Sequence[Rollout],
@@ -113,15 +125,6 @@ def measure_amax(
     recorder = AmaxRecorder()
     with watched(backend, skip_layers, recorder):
         for rollout in rollouts:
-            generate(Session(backend), rollout, num_chunks, on_chunk)
+            for _ in rollout.generate(Session(backend), num_chunks):
+                on_chunk()
     return recorder.amax()
-
-
-def generate(
-    session: Session, rollout: Rollout, num_chunks: int, on_chunk: Callable[[], object]
-) -> None:
-    """Generate a rollout's video from its beginning, and forget it."""
-    session.reset()
-    session.set_prompt(rollout.prompt_embeds)
-    for _ in session.stream(num_chunks, seed=rollout.seed):
-        on_chunk()

@@ -9,19 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from forcing_kv.calibration.fp8.recorder import (
-    ErrorRecorder,
-    generate,
-    measure_amax,
-    watched,
-)
+from forcing_kv.calibration.fp8.recorder import ErrorRecorder, measure_amax, watched
 from forcing_kv.calibration.heads.picture import draw_linears
-from forcing_kv.calibration.heads.rollouts import Rollout, dense_config
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.checkpoint.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.model.fp8_layers import scale_of
 from forcing_kv.export.verify.eager import EagerBackend
@@ -33,13 +28,12 @@ from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 
-FP8_FILE = "fp8.json"
-PICTURE_FILE = "fp8.png"
-
 
 @dataclass(frozen=True)
 class Fp8Calibration:
     """Every prompt of a model with every seed, generated under dense attention."""
+
+    FILES: ClassVar = ("fp8.json", "fp8.png")
 
     source: ModelSource
     num_chunks: int = 2
@@ -64,18 +58,15 @@ class Fp8Calibration:
     @property
     def config(self) -> RolloutConfig:
         """The dense rollout."""
-        source = self.source
-        window = self.window_frames or self.num_chunks * source.chunk.num_frames
-        return dense_config(source.model, source.chunk, window, 0, source.schedule, self.dtype)
+        return self.source.dense_config(self.num_chunks, self.window_frames, self.dtype)
 
     @property
     def rollouts(self) -> list[Rollout]:
         """The videos to generate."""
-        prompts = self.source.prompts.items()
-        return [Rollout(name, embeds, seed) for name, embeds in prompts for seed in self.seeds]
+        return self.source.rollouts(self.seeds)
 
     @property
-    def num_chunks_in_all(self) -> int:
+    def num_ticks(self) -> int:
         """Chunks to generate: every rollout, and one more to measure errors on."""
         return len(self.rollouts) * self.num_chunks + 1
 
@@ -88,21 +79,22 @@ class Fp8Calibration:
             f"{self.num_chunks} chunks each; {num_linears} linear layers to FP8"
         )
 
-    def run(self, on_chunk: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Measure.
 
         Args:
-            on_chunk: called after each of `num_chunks_in_all` chunks.
+            on_tick: called after each of `num_ticks` chunks.
 
         Returns:
             The content of `fp8.json`.
         """
         backend = EagerBackend(self.source.model, self.config, self.device)
         with closing(backend):
-            amax = measure_amax(backend, self.rollouts, self.num_chunks, self.skip_layers, on_chunk)
+            amax = measure_amax(backend, self.rollouts, self.num_chunks, self.skip_layers, on_tick)
             errors = ErrorRecorder(backend, amax)
             with watched(backend, self.skip_layers, errors):
-                generate(Session(backend), self.rollouts[0], 1, on_chunk)
+                for _ in self.rollouts[0].generate(Session(backend), 1):
+                    on_tick()
         return self._record(amax, errors.errors())
 
     def _record(self, amax: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, Any]:
@@ -131,14 +123,16 @@ class Fp8Calibration:
             },
         }
 
-    def write(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write `fp8.json` and `fp8.png` to a folder."""
+    def write(self, folder: Path, measured: dict[str, Any]) -> dict[str, Any]:
+        """Write what was measured, `fp8.json`, and `fp8.png` to a folder; returns it."""
+        file, picture = self.FILES
         errors = np.full((self.source.model.shape.num_layers, len(LINEARS)), np.nan)
-        for name, entry in record["linears"].items():
+        for name, entry in measured["linears"].items():
             _, layer, linear = name.split(".", 2)
             errors[int(layer), LINEARS.index(linear)] = entry["error"]
         draw_linears(
-            folder / PICTURE_FILE, errors, LINEARS,
+            folder / picture, errors, LINEARS,
             f"{self.source.name}: FP8 against {self.dtype}, layer by layer",
         )  # fmt: skip
-        write_json(folder / FP8_FILE, record)
+        write_json(folder / file, measured)
+        return measured

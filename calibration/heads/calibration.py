@@ -6,30 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from forcing_kv.calibration.heads.head_profile import HeadProfile
 from forcing_kv.calibration.heads.picture import draw_heads
 from forcing_kv.calibration.heads.record import heads_record
-from forcing_kv.calibration.heads.rollouts import (
-    ProfilePlan,
-    Rollout,
-    dense_config,
-    profile_heads,
-    recorded_chunks,
-)
+from forcing_kv.calibration.heads.rollouts import ProfilePlan, profile_heads, recorded_chunks
 from forcing_kv.calibration.model_source import ModelSource
 from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
-HEADS_FILE = "heads.json"
-PICTURE_FILE = "heads.png"
-
 
 @dataclass(frozen=True)
 class HeadCalibration:
     """Every prompt of a model with every seed, generated under dense attention."""
+
+    FILES: ClassVar = ("heads.json", "heads.png")
 
     source: ModelSource
     plan: ProfilePlan
@@ -44,25 +37,15 @@ class HeadCalibration:
     @cached_property
     def config(self) -> RolloutConfig:
         """The dense rollout."""
-        window = self.window_frames or self.plan.num_chunks * self.source.chunk.num_frames
-        return dense_config(
-            self.source.model,
-            self.source.chunk,
-            window,
-            self.num_sink_frames,
-            self.source.schedule,
-            self.dtype,
+        return self.source.dense_config(
+            self.plan.num_chunks, self.window_frames, self.dtype, self.num_sink_frames
         )
 
     @property
-    def num_rollouts(self) -> int:
-        """Videos to generate."""
-        return len(self.source.prompts) * len(self.seeds)
-
-    @property
-    def num_passes(self) -> int:
+    def num_ticks(self) -> int:
         """Passes of the denoiser in all rollouts together."""
-        return self.num_rollouts * self.plan.num_chunks * (self.source.schedule.num_steps + 1)
+        chunks = len(self.source.rollouts(self.seeds)) * self.plan.num_chunks
+        return chunks * (self.source.schedule.num_steps + 1)
 
     @property
     def description(self) -> str:
@@ -75,40 +58,23 @@ class HeadCalibration:
             f"whose K and V take {self.config.nbytes_kv / 1e6:,.1f} MB"
         )
 
-    def run(self, on_pass: Callable[[], object] | None = None) -> HeadProfile:
-        """Generate and record.
-
-        Args:
-            on_pass: called in each of `num_passes` passes.
-        """
-        rollouts = [
-            Rollout(name, embeds, seed)
-            for name, embeds in self.source.prompts.items()
-            for seed in self.seeds
-        ]
+    def run(self, on_tick: Callable[[], object] | None = None) -> HeadProfile:
+        """Generate and record; `on_tick` is called in each of `num_ticks` passes."""
+        rollouts = self.source.rollouts(self.seeds)
         return profile_heads(
-            self.source.model,
-            self.config,
-            rollouts,
-            self.plan,
-            device=self.device,
-            on_pass=on_pass,
+            self.source.model, self.config, rollouts, self.plan, device=self.device, on_pass=on_tick
         )
 
-    def write(self, folder: Path, profile: HeadProfile) -> dict[str, Any]:
-        """Write `heads.json` and `heads.png` to a folder.
-
-        Returns:
-            The content of `heads.json`.
-        """
-        record = heads_record(profile, self.config, self.source.sha256)
-        rule = profile.rule
+    def write(self, folder: Path, measured: HeadProfile) -> dict[str, Any]:
+        """Write `heads.json` and `heads.png` to a folder; returns the content of the former."""
+        record, rule = heads_record(measured, self.config, self.source.sha256), measured.rule
+        file, picture = self.FILES
         draw_heads(
-            folder / PICTURE_FILE,
-            profile.pooled_LH,
+            folder / picture,
+            measured.pooled_LH,
             rule.threshold,
-            f"{self.source.name}: mass of the last {rule.last_k} of {profile.num_key_frames} "
+            f"{self.source.name}: mass of the last {rule.last_k} of {measured.num_key_frames} "
             f"key frames, threshold {rule.threshold:g}",
         )
-        write_json(folder / HEADS_FILE, record)
+        write_json(folder / file, record)
         return record

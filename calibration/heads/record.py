@@ -11,29 +11,22 @@ from dataclasses import asdict
 from typing import Any
 
 from forcing_kv.calibration.heads.head_profile import HeadProfile
-from forcing_kv.calibration.heads.stability import Stability, measure_stability
+from forcing_kv.calibration.heads.stability import measure_stability
 from forcing_kv.runtime_trt.bundle.heads import HEADS_FORMAT, HEADS_SCHEMA_VERSION, partition_layers
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 
 
-def heads_record(
-    profile: HeadProfile,
-    config: RolloutConfig,
-    model_sha256: str,
-    stability: Stability | None = None,
-) -> dict[str, Any]:
+def heads_record(profile: HeadProfile, config: RolloutConfig, model_sha256: str) -> dict[str, Any]:
     """The content of `heads.json`.
 
     Args:
         profile: what was recorded.
         config: the dense rollout that was observed.
         model_sha256: hash of the checkpoint, hexadecimal.
-        stability: computed from the profile if None.
     """
     partition, samples = profile.partition, profile.samples
-    stability = stability or measure_stability(profile)
+    num_static = partition.num_static_heads
     return {
         "format": HEADS_FORMAT,
         "schema_version": HEADS_SCHEMA_VERSION,
@@ -53,14 +46,9 @@ def heads_record(
             "schedule": asdict(config.schedule),
             "dtype": config.dtype,
         },
-        "num_static": count_static(partition),
-        "num_dynamic": partition.num_layers * partition.num_heads - count_static(partition),
+        "num_static": num_static,
+        "num_dynamic": partition.num_layers * partition.num_heads - num_static,
         "layers": partition_layers(partition),
         "scores": profile.pooled_LH.tolist(),
-        "stability": stability.to_json(),
+        "stability": asdict(measure_stability(profile)),
     }
-
-
-def count_static(partition: HeadPartition) -> int:
-    """Static heads of all layers together."""
-    return sum(len(heads) for heads in partition.static_heads)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forcing_kv.calibration.heads.head_profile import HeadProfile, Sample
-from forcing_kv.calibration.heads.rule import DEFAULT_BLOCK_ELEMENTS, HeadRule, frame_mass
+from forcing_kv.calibration.heads.rule import HeadRule, frame_mass
 from forcing_kv.export.verify.eager import AttentionCall
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -42,7 +42,6 @@ class HeadRecorder:
         config: dense rollout.
         chunks: chunks whose passes are recorded.
         steps: denoise steps to record, the number of steps for the clean pass; None for all.
-        block_elements: bound on the attention scores held at a time.
     """
 
     def __init__(
@@ -50,8 +49,6 @@ class HeadRecorder:
         config: RolloutConfig,
         chunks: Collection[int],
         steps: Collection[int] | None = None,
-        *,
-        block_elements: int = DEFAULT_BLOCK_ELEMENTS,
     ) -> None:
         policy = config.policy
         if policy.num_dynamic_frames or policy.num_static_frames != policy.num_temporal_frames:
@@ -62,7 +59,6 @@ class HeadRecorder:
         self._config = config
         self._chunks = frozenset(chunks)
         self._steps = frozenset(range(config.schedule.num_steps + 1) if steps is None else steps)
-        self._block_elements = block_elements
         self._rollout = ("", 0)
         self._maps: dict[Sample, Tensor] = {}
 
@@ -81,7 +77,6 @@ class HeadRecorder:
             call.k,
             torch.tensor(call.key_frames, device=call.k.device).repeat_interleave(tokens),
             call.q.shape[1] // tokens,
-            block_elements=self._block_elements,
         )
         sample, shape = Sample(*self._rollout, call.chunk, call.step), self._config.model
         if sample not in self._maps:

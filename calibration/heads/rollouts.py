@@ -5,35 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from forcing_kv.calibration.heads.head_profile import HeadProfile
 from forcing_kv.calibration.heads.recorder import HeadRecorder, num_key_frames, widest_chunks
 from forcing_kv.calibration.heads.rule import HeadRule
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.verify.eager import AttentionCall, eager_session
-from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition
-from forcing_kv.runtime_trt.rollout.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One video to generate while watching."""
-
-    prompt: str
-    """Name of the prompt in reports."""
-    prompt_embeds: NDArray[np.float32]
-    """[text_len, text_dim]."""
-    seed: int
-    noise: NDArray[np.float32] | None = None
-    """[num_chunks, F, C, h, w]: explicit initial noise; drawn from the seed if None."""
-    eps: NDArray[np.float32] | None = None
-    """[num_chunks, n - 1, F, C, h, w]: explicit re-noise; drawn from the seed if None."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +28,6 @@ class ProfilePlan:
     steps: tuple[int, ...] | None = None
     """Denoise steps that are recorded, the clean pass last; None takes all."""
     rule: HeadRule = HeadRule()  # noqa: RUF009 - frozen
-
-
-def dense_config(
-    model: CausalWanModel,
-    chunk: ChunkShape,
-    window_frames: int,
-    num_sink_frames: int = 0,
-    schedule: Schedule | None = None,
-    dtype: DType = "float32",
-) -> RolloutConfig:
-    """The dense rollout in which heads are profiled; heads stay in checkpoint order.
-
-    Args:
-        model: the denoiser.
-        chunk: chunk shape.
-        window_frames: frames that a query sees, sink and own chunk included.
-        num_sink_frames: first frames that stay visible.
-        schedule: few-step schedule; the standard one if None.
-        dtype: compute dtype.
-    """
-    shape = model.shape
-    return RolloutConfig(
-        shape,
-        chunk,
-        CachePolicy.dense(window_frames, chunk.num_frames, num_sink_frames),
-        HeadPartition.uniform(shape.num_layers, shape.num_heads, static=False),
-        schedule or Schedule(),
-        dtype,
-    )
 
 
 def profile_heads(
@@ -113,12 +65,8 @@ def profile_heads(
 
     with eager_session(model, config, device=device, observer=observe) as session:
         for rollout in rollouts:
-            session.reset()
-            session.set_prompt(rollout.prompt_embeds)
             recorder.begin(rollout.prompt, rollout.seed)
-            for _ in session.stream(
-                plan.num_chunks, seed=rollout.seed, noise=rollout.noise, eps=rollout.eps
-            ):
+            for _ in rollout.generate(session, plan.num_chunks):
                 pass
     return recorder.profile(plan.rule)
 

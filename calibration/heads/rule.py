@@ -46,6 +46,7 @@ class HeadRule:
     def masses(self, frame_map: Tensor) -> tuple[float, float]:
         """Mass of the last key frames, and of all but the first, of a map [Fq, Fk].
 
+        Their quotient is the score: above 1 where the last frames include the first ones.
         The sums are float32, as published: rounding decides a score that lies at the threshold.
 
         Raises:
@@ -65,14 +66,6 @@ class HeadRule:
                 "it must be positive and finite"
             )
         return last, whole
-
-    def score(self, frame_map: Tensor) -> float:
-        """Share of the last key frames in the mass of a map [Fq, Fk].
-
-        Above 1 where the last frames include the first ones, which the whole leaves out.
-        """
-        last, whole = self.masses(frame_map)
-        return last / whole
 
     def is_static(self, score: float) -> bool:
         """Whether a head with this score is static; the threshold itself is."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,27 +33,12 @@ class Stability:
     """Share of equal classes between two different samples; 1 for a single sample."""
     unanimous_heads: float
     """Share of heads with the same class in every sample."""
+    mean_score_std: float
+    """Mean over heads of `score_std`."""
+    agreement_by: dict[str, dict[str, float]]
+    """Grouping -> group -> share of heads whose class, pooled in the group, is the overall one."""
     score_std: tuple[tuple[float, ...], ...]
     """Standard deviation of the score over samples [layer][head]."""
-    by_group: dict[str, dict[str, float]]
-    """Grouping -> group -> share of heads whose class, pooled in the group, is the overall one."""
-
-    @property
-    def mean_score_std(self) -> float:
-        """Mean over heads of the standard deviation of the score."""
-        return float(np.mean(self.score_std))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `heads.json`."""
-        return {
-            "num_samples": self.num_samples,
-            "agreement": self.agreement,
-            "pairwise_agreement": self.pairwise_agreement,
-            "unanimous_heads": self.unanimous_heads,
-            "mean_score_std": self.mean_score_std,
-            "agreement_by": self.by_group,
-            "score_std": self.score_std,
-        }
 
 
 def measure_stability(profile: HeadProfile) -> Stability:
@@ -62,13 +46,15 @@ def measure_stability(profile: HeadProfile) -> Stability:
     threshold = profile.rule.threshold
     classes_SLH = profile.scores_SLH >= threshold
     pooled_LH = profile.pooled_LH >= threshold
+    score_std = tuple(tuple(map(float, row)) for row in profile.scores_SLH.std(0))
     return Stability(
         num_samples=len(profile.samples),
         agreement=float((classes_SLH == pooled_LH).mean()),
         pairwise_agreement=_pairwise_agreement(classes_SLH),
         unanimous_heads=float((classes_SLH == classes_SLH[0]).all(0).mean()),
-        score_std=tuple(tuple(map(float, row)) for row in profile.scores_SLH.std(0)),
-        by_group={name: _group_agreement(profile, key) for name, key in GROUPINGS.items()},
+        mean_score_std=float(np.mean(score_std)),
+        agreement_by={name: _group_agreement(profile, key) for name, key in GROUPINGS.items()},
+        score_std=score_std,
     )
 
 

@@ -57,7 +57,7 @@ class Measurement:
         return {
             "label": self.candidate.label,
             "threshold": self.candidate.threshold,
-            "num_static_heads": sum(map(len, self.candidate.config.partition.static_heads)),
+            "num_static_heads": self.candidate.config.partition.num_static_heads,
             "num_sink_frames": policy.num_sink_frames,
             "num_static_frames": policy.num_static_frames,
             "num_temporal_frames": policy.num_temporal_frames,

@@ -77,6 +77,7 @@ def draw_policies(path: Path, record: Mapping[str, Any]) -> None:
     )  # fmt: skip
     bar = figure.colorbar(points)
     bar.set_label(f"predicted bound on {record['device']}, FPS (denoiser only)")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 

@@ -6,10 +6,11 @@ close its latents stay (PSNR over the rollout), and whether chunks join as smoot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,9 +24,12 @@ from forcing_kv.calibration.policy.measures import (
     latent_psnr,
     pareto_front,
 )
+from forcing_kv.calibration.policy.picture import draw_policies
+from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.cost.devices import Device
 from forcing_kv.export.cost.work import fps_bound, histories, step_cost
 from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.runtime_trt.bundle.files import write_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
@@ -34,6 +38,8 @@ from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 @dataclass(frozen=True)
 class PolicySearch:
     """A model, the dense rollout that is the truth, and the candidates."""
+
+    FILES: ClassVar = ("policy.json", "policy.png")
 
     source: ModelSource
     dense: RolloutConfig
@@ -94,51 +100,62 @@ class PolicySearch:
         )
         return HeadPartition(self.partition.num_heads, tuple(static))
 
-    @property
-    def num_rollouts(self) -> int:
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
         """Videos per policy."""
-        return len(self.source.prompts) * len(self.seeds)
+        return self.source.rollouts(self.seeds)
 
-    def run(
-        self, candidates: Sequence[Candidate], on_chunk: Callable[[], object] | None = None
+    @property
+    def description(self) -> str:
+        """What will run, and a line for each combination that cannot."""
+        told = (
+            f"{self.source.name}: {len(self.candidates())} policies and dense, "
+            f"{len(self.rollouts)} videos of {self.num_chunks} chunks each; "
+            f"{len(self.skipped)} combinations cannot run"
+        )
+        return "\n".join([told, *(f"left out: {reason}" for reason in self.skipped)])
+
+    @property
+    def num_ticks(self) -> int:
+        """Chunks of dense and of every candidate."""
+        return (len(self.candidates()) + 1) * len(self.rollouts) * self.num_chunks
+
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> list[Measurement]:
+        """Generate and compare every candidate; `on_tick` is called after each chunk."""
+        return self.compare(self.candidates(), on_tick)
+
+    def compare(
+        self, candidates: Sequence[Candidate], on_chunk: Callable[[], object] = lambda: None
     ) -> list[Measurement]:
-        """Generate and compare.
-
-        Args:
-            candidates: what `candidates` returned.
-            on_chunk: called after each chunk of the dense and of every candidate's rollouts.
-        """
+        """Compare some candidates with dense attention."""
         dense = self._generate(self.dense, on_chunk)
         return [self._measure(candidate, dense, on_chunk) for candidate in candidates]
 
-    def _generate(
-        self, config: RolloutConfig, on_chunk: Callable[[], object] | None
-    ) -> dict[tuple[str, int], Float32]:
-        """Latents [chunks, F, C, h, w] of every prompt and seed."""
-        videos = {}
+    def write(self, folder: Path, measured: Sequence[Measurement]) -> dict[str, Any]:
+        """Write `policy.json` and `policy.png` to a folder; returns the content of the former."""
+        record = search_record(self, measured)
+        file, picture = self.FILES
+        draw_policies(folder / picture, record)
+        write_json(folder / file, record)
+        return record
+
+    def _generate(self, config: RolloutConfig, on_chunk: Callable[[], object]) -> Float32:
+        """Latents [videos, chunks, F, C, h, w]."""
+        videos = []
         with eager_session(self.source.model, config) as session:
-            for name, embeds in self.source.prompts.items():
-                for seed in self.seeds:
-                    session.reset()
-                    session.set_prompt(embeds)
-                    chunks = []
-                    for chunk in session.stream(self.num_chunks, seed=seed):
-                        chunks.append(chunk.latents)
-                        if on_chunk is not None:
-                            on_chunk()
-                    videos[name, seed] = np.stack(chunks)
-        return videos
+            for rollout in self.rollouts:
+                chunks = []
+                for chunk in rollout.generate(session, self.num_chunks):
+                    chunks.append(chunk.latents)
+                    on_chunk()
+                videos.append(np.stack(chunks))
+        return np.stack(videos)
 
     def _measure(
-        self,
-        candidate: Candidate,
-        dense: Mapping[tuple[str, int], Float32],
-        on_chunk: Callable[[], object] | None,
+        self, candidate: Candidate, wanted: Float32, on_chunk: Callable[[], object]
     ) -> Measurement:
         config = candidate.config
-        made = self._generate(config, on_chunk)
-        wanted = np.stack(list(dense.values()))
-        found = np.stack([made[key] for key in dense])
+        found = self._generate(config, on_chunk)
         parts = step_cost(config, histories(config, self.num_chunks))
         return Measurement(
             candidate,

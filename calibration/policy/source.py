@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.export.checkpoint.origin import Origin
@@ -49,9 +48,8 @@ def load_search(
     if heads_path is None:
         raise InputError("a policy search needs --heads; make the file with `fkv calibrate heads`")
     found = read_heads(heads_path, preset.model)
-    source = load_source(options, options.prompt, options.prompt_embeds)
+    source = load_source(options)
     origin = Origin(heads_path, "heads", found.model_sha256)
     origin.warn_of_other(checkpoint.path, lambda: source.sha256)
-    window = window_frames or num_chunks * preset.chunk_frames
-    dense = dense_config(source.model, source.chunk, window, 0, source.schedule, options.dtype)
+    dense = source.dense_config(num_chunks, window_frames, options.dtype)
     return LoadedSearch(source, dense, preset.policy, found.scores, found.partition)

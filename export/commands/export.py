@@ -56,7 +56,7 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
 def describe(name: str, config: RolloutConfig) -> str:
     """One paragraph on what a configuration is, for people."""
     model, chunk, policy = config.model, config.chunk, config.policy
-    static = sum(len(heads) for heads in config.partition.static_heads)
+    static = config.partition.num_static_heads
     total = model.num_layers * model.num_heads
     kept = (
         f"sink {policy.num_sink_frames}, static heads keep {policy.num_static_frames}, dynamic "

@@ -234,6 +234,11 @@ class HeadPartition:
     def num_layers(self) -> int:
         return len(self.static_heads)
 
+    @property
+    def num_static_heads(self) -> int:
+        """Static heads of all layers together."""
+        return sum(map(len, self.static_heads))
+
     def dynamic_heads(self, layer: int) -> tuple[int, ...]:
         """Dynamic heads of `layer`, ascending."""
         static = set(self.static_heads[layer])

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="needs PyTorch: pip install 'forcing-kv[expo
 from forcing_kv.export.request.presets import load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
-from forcing_kv.tools.op_workload import compressed_layer
+from forcing_kv.tools.bench.kernels.layer import compressed_layer
 
 
 def test_the_layer_of_the_published_model():

@@ -14,7 +14,7 @@ from forcing_kv.export.request.flags import Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
-from forcing_kv.tools.op_workload import LayerOptions
+from forcing_kv.tools.bench.kernels.layer import LayerOptions
 
 if TYPE_CHECKING:
     from forcing_kv.tools.bench.report.rows import Row

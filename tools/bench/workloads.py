@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -26,8 +25,6 @@ from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 if TYPE_CHECKING:
-    import torch
-
     from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.tools.bench.pixel_decoders import PixelDecoder
 
@@ -151,15 +148,11 @@ def with_fp8(plain: Workload) -> Workload:
     """The same workload with linear layers in FP8, by scales measured on one chunk of its own."""
 
     def load(device: str) -> CausalWanModel:
-        from forcing_kv.calibration.fp8.recorder import measure_amax
-        from forcing_kv.calibration.heads.rollouts import Rollout
-        from forcing_kv.export.model.fp8_layers import quantize_, scales_for
-        from forcing_kv.export.verify.eager import EagerBackend
+        from forcing_kv.calibration.fp8.recorder import scales_of_one_chunk
+        from forcing_kv.export.model.fp8_layers import quantize_
 
         model = plain.load(device)
-        with closing(EagerBackend(model, plain.config, device)) as backend:
-            amax = measure_amax(backend, [Rollout("", plain.prompt(), 0)], 1)
-        return quantize_(model, scales_for(model, amax))
+        return quantize_(model, scales_of_one_chunk(model, plain.config, plain.prompt(), device))
 
     return replace(plain, load=load, fp8=True)
 
@@ -257,7 +250,8 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
     def load(device: str) -> CausalWanModel:
         from forcing_kv.export.checkpoint.load import load_model
 
-        return _on(load_model(shipped.CHECKPOINT, shipped.MODEL), device)
+        model: CausalWanModel = load_model(shipped.CHECKPOINT, shipped.MODEL).to(device)
+        return model
 
     from forcing_kv.tools.digits.codec import decode
 
@@ -272,7 +266,3 @@ def _digits(policy: PolicyName, dtype: DType) -> Workload:
         pixel_frames_per_latent=1,
         decode=decode,
     )
-
-
-def _on(model: CausalWanModel, device: torch.device | str) -> CausalWanModel:
-    return model.to(device)

@@ -75,11 +75,10 @@ def demo(*, options: DemoOptions) -> None:
         _calibrate(work, options.num_chunks, bar)
         _export(work, bar)
         clips = []
-        for name, label in zip(BUNDLES, ("dense, 21 frames", "Forcing-KV"), strict=True):
-            bar.describe(f"generating with {label}")
+        for name in BUNDLES:
             with Session.open(work / name, "onnxruntime", num_threads=threads) as session:
                 session.set_prompt(embeds)
-                clips.append(_generate(session, label, options, bar))
+                clips.append(_generate(session, options, bar))
         bar.describe("drawing")
         _draw(work, options, clips)
         bar.advance()
@@ -127,14 +126,15 @@ def _export(work: Path, bar: Task) -> None:
         )  # fmt: skip
 
 
-def _generate(session: Session, label: str, options: DemoOptions, bar: Task) -> Clip:
+def _generate(session: Session, options: DemoOptions, bar: Task) -> Clip:
     from forcing_kv.tools.demo.pictures import Clip
 
-    chunks = []
+    clip = Clip(session.config, [])
+    bar.describe(f"generating with {clip.label}")
     for chunk in session.stream(options.num_chunks, seed=options.seed):
-        chunks.append(chunk)
+        clip.chunks.append(chunk)
         bar.advance()
-    return Clip(label, session.config, chunks)
+    return clip
 
 
 def _draw(work: Path, options: DemoOptions, clips: Sequence[Clip]) -> None:

@@ -32,9 +32,17 @@ KIND_COLOURS = {
 class Clip:
     """One generated clip of the comparison."""
 
-    label: str
     config: RolloutConfig
-    chunks: Sequence[Chunk]
+    chunks: list[Chunk]
+
+    @property
+    def label(self) -> str:
+        """The cache in a word or two."""
+        policy = self.config.policy
+        if policy.num_dynamic_frames:
+            return "Forcing-KV"
+        past = policy.num_sink_frames + policy.warmup_frames
+        return f"dense, {past + self.config.chunk.num_frames} frames"
 
     @property
     def video(self) -> NDArray[np.float32]:

@@ -64,7 +64,7 @@ def summary_rows(clips: Sequence[Clip]) -> list[list[str]]:
     rows = []
     for clip in clips:
         error = float(np.sqrt(np.mean((clip.video - reference) ** 2)))
-        static = sum(len(heads) for heads in clip.config.partition.static_heads)
+        static = clip.config.partition.num_static_heads
         total = clip.config.model.num_layers * clip.config.model.num_heads
         compressed = clip.config.policy.num_dynamic_frames > 0
         rows.append([

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import erf, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,13 +139,21 @@ class Motion:
     velocity: tuple[int, int]
     """(x, y) pixels per frame before the first bounce."""
 
-    def positions(self, frames: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Corners [F, 2] as (x, y) at the given frame indices."""
+    @classmethod
+    def along(cls, direction: str, offset: int, lane: int) -> Motion:
+        """`offset` pixels from the wall behind, `lane` pixels across."""
+        velocity, start = VELOCITY[direction], [lane, lane]
+        axis = 0 if velocity[0] else 1
+        start[axis] = offset if velocity[axis] > 0 else TRAVEL - offset
+        return cls((start[0], start[1]), velocity)
+
+    def positions(self, frames: NDArray[Any]) -> NDArray[Any]:
+        """Corners [F, 2] as (x, y) at the given frame indices, which need not be whole."""
         free = np.asarray(self.start) + np.asarray(frames)[:, None] * np.asarray(self.velocity)
         return bounce(free)
 
 
-def bounce(free: NDArray[np.int64]) -> NDArray[np.int64]:
+def bounce(free: NDArray[Any]) -> NDArray[Any]:
     """Fold positions of free motion into 0..TRAVEL by reflection at both walls."""
     phase = np.mod(free, 2 * TRAVEL)
     return np.where(phase > TRAVEL, 2 * TRAVEL - phase, phase)
@@ -152,13 +161,8 @@ def bounce(free: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def motion_of(direction: str, style: NDArray[np.float64]) -> Motion:
     """The motion that a direction and the first two numbers of a style stand for."""
-    velocity = VELOCITY[direction]
-    axis = 0 if velocity[0] else 1
-    offset = _quantile_index(style[0], NUM_STARTS)
     lane = TRAVEL // 2 + _quantile_index(style[1], NUM_LANES) - NUM_LANES // 2
-    start = [lane, lane]
-    start[axis] = offset if velocity[axis] > 0 else TRAVEL - offset
-    return Motion((start[0], start[1]), velocity)
+    return Motion.along(direction, _quantile_index(style[0], NUM_STARTS), lane)
 
 
 def render(image: Float32, positions: NDArray[np.int64]) -> Float32:

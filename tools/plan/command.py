@@ -68,5 +68,5 @@ def _headline(name: str, plan: Plan) -> str:
         f"{name} at {config.chunk.latent_height}x{config.chunk.latent_width} latents, "
         f"{config.dtype}{', linear layers in FP8' if plan.fp8 else ''}, "
         f"{config.schedule.num_steps} steps and a clean pass a chunk; "
-        f"{plan.num_static_heads} static heads of {total} ({plan.heads_source})"
+        f"{config.partition.num_static_heads} static heads of {total} ({plan.heads_source})"
     )

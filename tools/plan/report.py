@@ -62,11 +62,6 @@ class Plan:
         """The mean step of the first chunks."""
         return step_cost(self.config, histories(self.config, self.num_chunks), self.fp8)
 
-    @property
-    def num_static_heads(self) -> int:
-        """Static heads of all layers."""
-        return sum(len(heads) for heads in self.config.partition.static_heads)
-
     def warmup_nbytes(self) -> dict[str, int]:
         """Bytes of the K/V pools with either kind of warm-up."""
         policy = self.config.policy
@@ -92,7 +87,7 @@ class Plan:
             "device": {**asdict(device), "sustained_tflops": device.sustained_tflops(config.dtype)},
             "policy": asdict(config.policy),
             "heads": {
-                "static": self.num_static_heads,
+                "static": config.partition.num_static_heads,
                 "total": config.model.num_layers * config.model.num_heads,
                 "source": self.heads_source,
             },

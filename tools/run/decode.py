@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,59 +40,35 @@ class DecodeOptions:
     with onnxruntime-gpu."""
 
 
-class FrameDecoder(Protocol):
+@dataclass(frozen=True)
+class FrameDecoder:
     """Decodes one video after another."""
 
     name: str
     """Kind, for people."""
-    backend_name: str | None
-    """What runs it; None for what is no graph."""
+    decoder: VideoDecoder | None = None
+    """The bundle's; None for the small model's codec, which keeps and holds nothing."""
+
+    @property
+    def backend_name(self) -> str | None:
+        """What runs it; None for what is no graph."""
+        return None if self.decoder is None else self.decoder.backend_name
 
     def decode(self, latents: Float32) -> Uint8:
         """Latents [F, C, h, w] to frames [F', height, width, 3]."""
+        if self.decoder is None:
+            return gray_to_rgb(codec.decode(latents))
+        return to_rgb8(self.decoder.decode(latents))
 
     def reset(self) -> None:
         """Begin another video."""
+        if self.decoder is not None:
+            self.decoder.reset()
 
     def close(self) -> None:
         """Release everything; may be called twice."""
-
-
-class CodecDecoder:
-    """The small model's space-to-depth codec."""
-
-    name = "digits codec"
-    backend_name: str | None = None
-
-    def decode(self, latents: Float32) -> Uint8:
-        """See `FrameDecoder`."""
-        return gray_to_rgb(codec.decode(latents))
-
-    def reset(self) -> None:
-        """Nothing is kept from frame to frame."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class BundleDecoder:
-    """A decoder that was exported into the bundle."""
-
-    def __init__(self, decoder: VideoDecoder, name: str) -> None:
-        self._decoder, self.name = decoder, name
-        self.backend_name: str | None = decoder.backend_name
-
-    def decode(self, latents: Float32) -> Uint8:
-        """See `FrameDecoder`."""
-        return to_rgb8(self._decoder.decode(latents))
-
-    def reset(self) -> None:
-        """See `FrameDecoder`."""
-        self._decoder.reset()
-
-    def close(self) -> None:
-        """See `FrameDecoder`."""
-        self._decoder.close()
+        if self.decoder is not None:
+            self.decoder.close()
 
 
 @dataclass(frozen=True)
@@ -118,16 +94,15 @@ class DecoderChoice:
             ForcingKvError: see `VideoDecoder.open` and `follow_session`.
         """
         if self.kind == DIGITS:
-            return CodecDecoder()
+            return FrameDecoder("digits codec")
         which = (self.bundle, self.manifest, self.kind)
         options: dict[str, Any] = {"num_threads": num_threads, "use_graphs": use_graphs}
         if self.backend != "auto":
-            decoder = VideoDecoder.open(*which, self.backend, **options)
-            return BundleDecoder(decoder, self.kind)
+            return FrameDecoder(self.kind, VideoDecoder.open(*which, self.backend, **options))
         decoder = follow_session(*which, session_backend, **options)
         if decoder.backend_name != session_backend:
             talk(f"{self.kind} runs on {decoder.backend_name}; {decoder.chosen_because}")
-        return BundleDecoder(decoder, self.kind)
+        return FrameDecoder(self.kind, decoder)
 
 
 def choose_decoder(

@@ -107,3 +107,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
 def test_half_a_model_is_refused(tmp_path, options, words):
     with pytest.raises(InputError, match=words):
         run("--out", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("command", ["heads", "fp8", "policy"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--chunk-frames", 2), ("--latent-size", "4x4"), ("--weights", "ema"), ("--lora-alpha", 2)],
+)
+def test_the_shipped_model_keeps_its_own_size_and_weights(tmp_path, command, option, value):
+    with pytest.raises(InputError, match=f"{option} belong to --checkpoint"):
+        fkv("calibrate", command, "--out", tmp_path / "out", option, value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_model_keeps_its_own_schedule(tmp_path):
+    with pytest.raises(InputError, match="--chunk-frames, --denoise-steps belong to --checkpoint"):
+        run("--out", tmp_path / "out", "--denoise-steps", "1000,500", "--chunk-frames", 2)

@@ -47,7 +47,8 @@ def test_pooled_scores_are_those_of_the_mean_map():
 
 def test_a_single_sample_has_the_published_score():
     profile = make_profile(1)
-    scores = [[HeadRule().score(head) for head in layer] for layer in profile.maps[0]]
+    masses = [[HeadRule().masses(head) for head in layer] for layer in profile.maps[0]]
+    scores = [[last / whole for last, whole in layer] for layer in masses]
     assert profile.pooled_LH.tolist() == scores == profile.scores_SLH[0].tolist()
 
 
@@ -66,7 +67,7 @@ def test_stability_against_plain_loops(num_samples, seed):
     unanimous = [len(set(column)) == 1 for column in zip(*classes, strict=True)]
     assert found.unanimous_heads == pytest.approx(np.mean(unanimous))
     np.testing.assert_allclose(found.score_std, profile.scores_SLH.std(0))
-    for step, share in found.by_group["step"].items():
+    for step, share in found.agreement_by["step"].items():
         maps = [
             m for m, s in zip(profile.maps, profile.samples, strict=True) if s.step == int(step)
         ]

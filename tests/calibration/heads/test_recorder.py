@@ -9,8 +9,9 @@ import torch
 
 from forcing_kv.calibration.heads.head_profile import HeadProfile
 from forcing_kv.calibration.heads.recorder import HeadRecorder, num_key_frames, widest_chunks
-from forcing_kv.calibration.heads.rollouts import ProfilePlan, Rollout, dense_config, profile_heads
+from forcing_kv.calibration.heads.rollouts import ProfilePlan, profile_heads
 from forcing_kv.calibration.heads.rule import HeadRule
+from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden import GoldenCase

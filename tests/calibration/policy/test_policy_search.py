@@ -9,8 +9,8 @@ import pytest
 import torch
 from command_line import fkv
 
-from forcing_kv.calibration.heads.rollouts import dense_config
 from forcing_kv.calibration.model_source import ModelSource
+from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.policy.measures import (
     Candidate,
     Measurement,
@@ -20,10 +20,10 @@ from forcing_kv.calibration.policy.measures import (
 )
 from forcing_kv.calibration.policy.picture import best_by_size
 from forcing_kv.calibration.policy.search import PolicyGrid, PolicySearch, search_record
-from forcing_kv.calibration.policy.source import SearchRequest, load_search
+from forcing_kv.calibration.policy.source import load_search
+from forcing_kv.calibration.rollouts import dense_config
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.request.request import ExportRequest
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -85,7 +85,7 @@ def test_combinations_that_keep_the_same_rows_are_tried_once(search):
                 num_temporal_frames=2), partition=HeadPartition.uniform(2, 2, static=False))
         for frames in (1, 2)
     ]  # fmt: skip
-    first, second = search.run([Candidate(None, config) for config in same])
+    first, second = search.compare([Candidate(None, config) for config in same])
     assert first.psnr_by_chunk == second.psnr_by_chunk
     assert first.nbytes_kv == second.nbytes_kv
 
@@ -98,7 +98,7 @@ def test_a_policy_that_keeps_everything_equals_dense(search):
         *replace(search, grid=PolicyGrid((None,), (1,), (2,), (1,), (1,))).candidates(),
     ]
     ticks = []
-    equal, small = search.run(candidates, lambda: ticks.append(1))
+    equal, small = search.compare(candidates, lambda: ticks.append(1))
     assert len(ticks) == 3 * 3
     assert math.isinf(equal.psnr_db)
     assert equal.boundary_ratio == 1
@@ -117,8 +117,7 @@ def test_heads_of_another_checkpoint_are_warned_of(tmp_path, caplog, own):
     if not own:
         content["model"]["sha256"] = "ab" * 32
     (tmp_path / "heads.json").write_text(json.dumps(content))
-    request = ExportRequest(heads=tmp_path / "heads.json")
-    loaded = load_search(SearchRequest(request, None, (), None, 3))
+    loaded = load_search(SourceOptions(), tmp_path / "heads.json", 3, None)
     assert len(loaded.scores) == 4
     assert ["fkv calibrate heads" in record.getMessage() for record in caplog.records] == (
         [] if own else [True]

@@ -19,7 +19,7 @@ from forcing_kv.tools.bench.kernels.grouped_attention import (
     extract_join_scatter,
     same_key_count,
 )
-from forcing_kv.tools.op_workload import compressed_layer
+from forcing_kv.tools.bench.kernels.layer import compressed_layer
 
 CASE = attention_case("two groups", 20, 32, [(12, 12)] * 3 + [(18, 18)] * 2)
 APART = attention_case("room behind the history", 20, 32, [(16, 4)] * 3 + [(24, 24)] * 2)

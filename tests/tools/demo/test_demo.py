@@ -18,7 +18,7 @@ from forcing_kv.tools.digits import codec
 from forcing_kv.tools.digits.shipped import CHUNK, MODEL, POLICY, SCHEDULE
 
 
-def clip(label, policy, brightness):
+def clip(policy, brightness):
     partition = HeadPartition(MODEL.num_heads, ((0, 1),) * MODEL.num_layers)
     config = RolloutConfig(MODEL, CHUNK, policy, partition, SCHEDULE)
     latents = codec.encode(np.full((3, 32, 32), brightness, np.float32))
@@ -27,12 +27,17 @@ def clip(label, policy, brightness):
         Chunk(i, latents, {"steps": 3.0, "clean": 1.0}, None, kept if i > 1 else None)
         for i in range(4)
     ]
-    return Clip(label, config, chunks)
+    return Clip(config, chunks)
 
 
 @pytest.fixture
 def clips():
-    return [clip("dense", CachePolicy.dense(21, 3), 0.2), clip("Forcing-KV", POLICY, 0.5)]
+    return [clip(CachePolicy.dense(21, 3), 0.2), clip(POLICY, 0.5)]
+
+
+def test_a_clip_is_named_by_its_cache(clips):
+    assert [made.label for made in clips] == ["dense, 21 frames", "Forcing-KV"]
+    assert clip(CachePolicy.dense(16, 3, 1), 0.2).label == "dense, 16 frames"
 
 
 def test_side_by_side_places_each_clip_in_its_column(clips):

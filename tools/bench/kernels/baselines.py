@@ -55,7 +55,8 @@ def baselines(case: OpCase, inputs: Sequence[Tensor]) -> Iterator[Baseline]:
     reference in plain PyTorch.
     """
     if case.spec is not HEAD_INDEXED_ATTENTION:
-        yield Baseline("torch", case, inputs, partial(_reference_call, case, inputs))
+        reference = partial(reference_outputs, case.spec, inputs, case.attributes)
+        yield Baseline("torch", case, inputs, lambda: reference)
         return
     dense = same_key_count(case)
     dense_inputs = dense.build(inputs[0].dtype, device=str(inputs[0].device))
@@ -68,7 +69,8 @@ def baselines(case: OpCase, inputs: Sequence[Tensor]) -> Iterator[Baseline]:
         yield Baseline(f"join-varlen-{name}", case, inputs, partial(call, join=True))
     yield Baseline("flex", case, inputs, partial(_compiled_flex_call, case, inputs))
     for name, backend in BACKENDS.items():
-        prepare = partial(_extract_call, backend, case, inputs)
+        extract = partial(extract_join_scatter, case, inputs)
+        prepare = partial(_with_backend, backend, extract)
         yield Baseline(f"extract-join-scatter-{name}", case, inputs, prepare)
 
 
@@ -79,16 +81,8 @@ def baseline_errors(baseline: Baseline, result: Any) -> tuple[OutputError, ...]:
     return output_errors(case.spec, baseline.inputs, case.attributes, outputs)
 
 
-def _reference_call(case: OpCase, inputs: Sequence[Tensor]) -> Call:
-    return partial(reference_outputs, case.spec, inputs, case.attributes)
-
-
 def _dense_call(backend: SDPBackend, case: OpCase, inputs: Sequence[Tensor]) -> Call:
     return _with_backend(backend, dense_attention(case, inputs))
-
-
-def _extract_call(backend: SDPBackend, case: OpCase, inputs: Sequence[Tensor]) -> Call:
-    return _with_backend(backend, partial(extract_join_scatter, case, inputs))
 
 
 def _compiled_flex_call(case: OpCase, inputs: Sequence[Tensor]) -> Call:

@@ -22,7 +22,9 @@ from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.compile.tuning import TunedTactic
 from forcing_kv.runtime_trt.console import talk, track
 from forcing_kv.tools.bench.kernels.baselines import baseline_errors, baselines
+from forcing_kv.tools.bench.kernels.checks import device_tactics, poison
 from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
+from forcing_kv.tools.bench.kernels.layer import CompressedLayer
 from forcing_kv.tools.bench.kernels.timing import (
     DeviceBounds,
     measure_bounds,
@@ -32,7 +34,6 @@ from forcing_kv.tools.bench.kernels.timing import (
 from forcing_kv.tools.bench.measure.summary import summary
 from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import Row
-from forcing_kv.tools.op_workload import CompressedLayer
 
 
 class OpBench:
@@ -111,8 +112,7 @@ class OpBench:
         from triton.runtime.errors import OutOfResources
 
         spec = case.spec
-        major, minor = torch.cuda.get_device_capability()
-        tactics = [t for t in spec.module("kernel").TACTICS if t.runs_on(10 * major + minor)]
+        _, tactics = device_tactics(spec)
         outputs = empty_outputs(spec, inputs, case.attributes)
         calls = [
             (spec, inputs, case.attributes, outputs, tactic, multiprocessors(0))
@@ -121,8 +121,7 @@ class OpBench:
         compile_together(calls)
         for tactic, arguments in zip(tactics, calls, strict=True):
             name = f"triton {tactic.name}"
-            for output in outputs:
-                output.fill_(float("nan") if output.is_floating_point() else -1)
+            poison(outputs)
             call = partial(run_kernel, *arguments)
             try:
                 call()

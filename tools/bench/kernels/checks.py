@@ -7,7 +7,7 @@ graph and replayed, which must give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from forcing_kv.plugins.bind.triton_run import (
 from forcing_kv.plugins.check.accuracy import output_errors
 from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.compile.launch import Tactic, default_tactic
+from forcing_kv.plugins.op_spec import OpSpec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -79,12 +80,17 @@ def _name(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> str:
     return f"{case.spec.torch_name}, {case.name}, {dtype}, {tactic.name}".replace("torch.", "")
 
 
-def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
+def device_tactics(spec: OpSpec) -> tuple[int, list[Tactic]]:
+    """Compute capability of this GPU, and an operator's tactics that run on it."""
     major, minor = torch.cuda.get_device_capability()
     device_sm = 10 * major + minor
+    return device_sm, [t for t in spec.module("kernel").TACTICS if t.runs_on(device_sm)]
+
+
+def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
     every = []
     for case in CASES:
-        tactics = [t for t in case.spec.module("kernel").TACTICS if t.runs_on(device_sm)]
+        device_sm, tactics = device_tactics(case.spec)
         default = default_tactic(tactics, device_sm)
         every += [
             (rank, tactic is not default, case, dtype, tactic)
@@ -105,13 +111,13 @@ def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
     call = _call(case, dtype, tactic)
     inputs, outputs = call[1], call[3]
     run = partial(run_kernel, *call)
-    _poison(outputs)
+    poison(outputs)
     run()
     errors = output_errors(case.spec, inputs, case.attributes, outputs)
     found = [f"{e.name} is off by {e.error:.3g}, allowed {e.allowed:.3g}" for e in errors
              if not e.passed]  # fmt: skip
     first = [output.clone() for output in outputs]
-    _poison(outputs)
+    poison(outputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -122,6 +128,7 @@ def _check(case: OpCase, dtype: torch.dtype, tactic: Tactic) -> KernelCheck:
     return KernelCheck(_name(case, dtype, tactic), not found, "; ".join(found))
 
 
-def _poison(outputs: tuple[Tensor, ...]) -> None:
+def poison(outputs: Sequence[Tensor]) -> None:
+    """Fill outputs with what no kernel writes."""
     for output in outputs:
         output.fill_(float("nan") if output.is_floating_point() else -1)

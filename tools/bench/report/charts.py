@@ -16,26 +16,21 @@ def draw_charts(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         rows: the last of every key.
         folder: existing directory that receives the charts.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     good = [row for row in rows if row.status == "ok"]
     groups = dict.fromkeys(row.group for row in good if row.kind == "chunk")
     for group in groups:
         own = [row for row in good if row.group == group]
         name = "-".join(group).replace("/", "_").replace(" ", "_")
-        yield _fps_chart(pyplot, own, folder / f"fps-{name}.png")
+        yield _fps_chart(own, folder / f"fps-{name}.png")
         for kind, title in (("rollout", "latency"), ("growth", "growth")):
             lines = [row for row in own if row.kind == kind]
             if lines:
-                yield _latency_chart(pyplot, lines, folder / f"{title}-{name}.png")
+                yield _latency_chart(lines, folder / f"{title}-{name}.png")
 
 
-def _fps_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
+def _fps_chart(rows: Sequence[Row], path: Path) -> Path:
     chunks = [row for row in rows if row.kind == "chunk"]
-    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.4 * len(chunks)))
+    figure, axes = _figure(7, 0.9 + 0.4 * len(chunks))
     axes.barh([row.subject for row in chunks], [r.metrics["denoiser_fps"] for r in chunks])
     axes.invert_yaxis()
     axes.set_xlabel("denoiser FPS (steps + clean pass + eviction + commit)")
@@ -47,12 +42,15 @@ def _fps_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
         axes.text(fps, place, label, va="center")
     # Room for the longest bar's label.
     axes.set_xlim(right=1.35 * max(row.metrics["denoiser_fps"] for row in chunks))
-    return _save(pyplot, figure, path)
+    return _save(figure, path)
 
 
-def _latency_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = pyplot.subplots(figsize=(9, 3.5))
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+def _latency_chart(rows: Sequence[Row], path: Path) -> Path:
+    from matplotlib import colormaps
+
+    figure, axes = _figure(9, 3.5)
+    colours: Any = colormaps["tab20"]
+    axes.set_prop_cycle(color=colours.colors)
     for row in rows:
         axes.plot(row.metrics["chunk_ms"], label=row.subject, linewidth=1)
     axes.set_ylim(bottom=0)
@@ -60,11 +58,18 @@ def _latency_chart(pyplot: Any, rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("ms a chunk, denoiser")
     axes.set_title(rows[0].label)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _save(pyplot, figure, path)
+    return _save(figure, path)
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # A figure made without pyplot needs no display and leaves no global state behind.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,12 +21,12 @@ def describe_environment(device: str, commit: str | None = None) -> dict[str, An
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or _commit(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": installed_versions(_PACKAGES),
         "load_average": [round(value, 2) for value in os.getloadavg()],
     }
-    if device == "cuda":
-        import torch
+    import torch
 
+    if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "gpu": properties.name,
@@ -35,8 +36,6 @@ def describe_environment(device: str, commit: str | None = None) -> dict[str, An
             **_driver(),
         }
     else:
-        import torch
-
         found |= {
             "cpu": _cpu_name(),
             "cpu_count": os.cpu_count(),
@@ -45,9 +44,10 @@ def describe_environment(device: str, commit: str | None = None) -> dict[str, An
     return found
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
     versions = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

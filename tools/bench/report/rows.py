@@ -117,7 +117,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 def describe_workload(workload: Workload) -> dict[str, Any]:
     """What a row says about its workload."""
     config = workload.config
-    static = sum(len(heads) for heads in config.partition.static_heads)
+    static = config.partition.num_static_heads
     total = config.model.num_layers * config.model.num_heads
     return {
         "model": workload.model,

@@ -11,13 +11,13 @@ from pathlib import Path
 from forcing_kv.export.request.presets import load_preset
 from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
+from forcing_kv.tools.bench.kernels.layer import compressed_layer
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure
 from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import Row, append_row, describe_workload
 from forcing_kv.tools.bench.subjects import subject
 from forcing_kv.tools.bench.suite.items import SuiteItem
-from forcing_kv.tools.op_workload import compressed_layer
 
 TACTICS = "tactics.json"
 """File of the suite's folder with the tactics that it measured."""

@@ -143,19 +143,14 @@ class VariantResult:
 
     variant: Variant
     clips: Sequence[metrics.ClipMeasures]
-    digit_right: NDArray[np.bool_]
-    """[clips, F]."""
-    position_error: NDArray[np.float64]
-    """[clips, F], pixels."""
     latent_distance: NDArray[np.float64]
     """RMS difference of latents from the first variant's on the same noise, [clips, F]."""
-    latents: Float32
-    """[clips, F, C, h, w]."""
 
     def by_clip(self) -> dict[str, NDArray[np.float64]]:
         """Every measure of each clip, [clips]."""
         clips = [asdict(clip) for clip in self.clips]
-        values = {name: np.array([clip[name] for clip in clips]) for name in clips[0]}
+        names = [name for name, value in clips[0].items() if np.ndim(value) == 0]
+        values = {name: np.array([clip[name] for clip in clips]) for name in names}
         return values | {"latent_distance": self.latent_distance.mean(1)}
 
     def statistics(self) -> dict[str, dict[str, float]]:
@@ -173,35 +168,6 @@ def _statistics(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(values.mean()), "sem": float(error)}
 
 
-def measure_variant(
-    variant: Variant, latents: Float32, clips: Sequence[Clip], reference: Float32 | None
-) -> VariantResult:
-    """Measure the clips of a variant.
-
-    Args:
-        variant: the policy they were generated with.
-        latents: [clips, F, C, h, w].
-        clips: captions and seeds.
-        reference: latents of the dense variant, if this is not it.
-    """
-    videos = codec.decode(latents)
-    by_frame = [
-        metrics.measure_frames(v, clip.caption) for v, clip in zip(videos, clips, strict=True)
-    ]
-    difference = latents - (latents if reference is None else reference)
-    return VariantResult(
-        variant,
-        [
-            metrics.measure_clip(v, clip.caption, CHUNK.num_frames)
-            for v, clip in zip(videos, clips, strict=True)
-        ],
-        np.stack([frames.digit_right for frames in by_frame]),
-        np.stack([frames.position_error for frames in by_frame]),
-        np.sqrt((difference.astype(np.float64) ** 2).mean((2, 3, 4))),
-        latents,
-    )
-
-
 def compare(
     variants: Sequence[Variant], clips: Sequence[Clip], latents: Sequence[Float32]
 ) -> list[VariantResult]:
@@ -212,10 +178,15 @@ def compare(
         clips: captions and seeds.
         latents: [clips, F, C, h, w] of each variant.
     """
-    return [
-        measure_variant(variant, made, clips, None if index == 0 else latents[0])
-        for index, (variant, made) in enumerate(zip(variants, latents, strict=True))
-    ]
+    results = []
+    for variant, made in zip(variants, latents, strict=True):
+        measures = [
+            metrics.measure_clip(video, clip.caption, CHUNK.num_frames)
+            for video, clip in zip(codec.decode(made), clips, strict=True)
+        ]
+        difference = (made - latents[0]).astype(np.float64)
+        results.append(VariantResult(variant, measures, np.sqrt((difference**2).mean((2, 3, 4)))))
+    return results
 
 
 def variant_record(
@@ -224,6 +195,8 @@ def variant_record(
     """A variant as plain data for JSON, with its changes from the dense variant clip by clip."""
     heldout = {text.caption_of(*pair) for pair in HELDOUT_CAPTIONS}
     unseen = [i for i, clip in enumerate(clips) if clip.caption in heldout]
+    digit_right = np.stack([clip.digit_right for clip in result.clips])
+    position_error = np.stack([clip.distance for clip in result.clips])
     return {
         "name": result.variant.name,
         "nbytes_kv": result.variant.config.nbytes_kv,
@@ -231,8 +204,8 @@ def variant_record(
         "static_heads": [list(heads) for heads in result.variant.partition.static_heads],
         "measures": result.statistics(),
         "change_from_dense": result.change_from(dense),
-        "digit_on_untrained_captions": float(result.digit_right[unseen].mean()),
-        "digit_by_frame": result.digit_right.mean(0).round(4).tolist(),
-        "position_error_by_frame": result.position_error.mean(0).round(4).tolist(),
+        "digit_on_untrained_captions": float(digit_right[unseen].mean()),
+        "digit_by_frame": digit_right.mean(0).round(4).tolist(),
+        "position_error_by_frame": position_error.mean(0).round(4).tolist(),
         "latent_distance_by_frame": result.latent_distance.mean(0).round(5).tolist(),
     }

@@ -90,9 +90,7 @@ class BouncingLine:
 
     def positions(self, frames: Float) -> Float:
         """Centres [F, 2] at frame indices that need not be whole."""
-        free = np.asarray(self.motion.start) + frames[:, None] * np.asarray(self.motion.velocity)
-        phase = np.mod(free, 2 * data.TRAVEL)
-        return np.where(phase > data.TRAVEL, 2 * data.TRAVEL - phase, phase) + self.offset
+        return self.motion.positions(frames) + np.asarray(self.offset)
 
 
 def fit_line(path: Float, direction: str) -> BouncingLine:
@@ -104,13 +102,10 @@ def fit_line(path: Float, direction: str) -> BouncingLine:
     early, lowest, best = path[:FIT_FRAMES], np.inf, None
     frames = np.arange(len(early), dtype=np.float64)
     shown = ~np.isnan(early[:, 0])
-    velocity = data.VELOCITY[direction]
-    axis = 0 if velocity[0] else 1
+    axis = 0 if data.VELOCITY[direction][0] else 1
     middle = (data.DIGIT_SIZE - 1) / 2
     for offset in range(data.NUM_STARTS):
-        start = [data.TRAVEL // 2, data.TRAVEL // 2]
-        start[axis] = offset if velocity[axis] > 0 else data.TRAVEL - offset
-        motion = data.Motion((start[0], start[1]), velocity)
+        motion = data.Motion.along(direction, offset, data.TRAVEL // 2)
         line = BouncingLine(motion, (0.0, 0.0)).positions(frames)
         shift = np.median((early - line)[shown], axis=0) if shown.any() else np.full(2, middle)
         shift[axis] = np.clip(shift[axis], middle - FIT_OFFSET, middle + FIT_OFFSET)
@@ -168,6 +163,10 @@ class ClipMeasures:
     """Frames by which the later bounces come early or late, at most 4."""
     shape: float
     """Correlation of the digit's shape with the first frame's, 1 is equal."""
+    digit_right: NDArray[np.bool_]
+    """Whether each frame is read as the asked digit, [F]."""
+    distance: Float
+    """Of each frame from the bouncing line, pixels, [F]."""
 
 
 def _direction_right(path: Float, direction: str) -> float:
@@ -176,43 +175,24 @@ def _direction_right(path: Float, direction: str) -> float:
     return float(np.argmax(np.abs(moved)) == np.argmax(np.abs(velocity)) and moved @ velocity > 0)
 
 
-@dataclass(frozen=True)
-class FrameMeasures:
-    """Measures of every frame of a clip."""
-
-    digit_right: NDArray[np.bool_]
-    """Whether the frame is read as the asked digit, [F]."""
-    position_error: Float
-    """Distance from the bouncing line, pixels, [F]."""
-
-
-def measure_frames(video: Float32, caption: str) -> FrameMeasures:
-    """Measure every frame of a video [F, 32, 32] that a caption asked for."""
-    digit, direction = text.parse_caption(caption)
-    path = centres(video)
-    wanted = fit_line(path, direction).positions(np.arange(len(video), dtype=np.float64))
-    error = np.nan_to_num(np.linalg.norm(path - wanted, axis=1), nan=float(data.TRAVEL))
-    return FrameMeasures(read_digits(video) == digit, error)
-
-
 def measure_clip(video: Float32, caption: str, chunk_frames: int = 3) -> ClipMeasures:
     """Measure a video [F, 32, 32] in 0..1 that a caption asked for.
 
     A blank frame counts as a wrong digit and as a distance of half the frame.
     """
-    _, direction = text.parse_caption(caption)
-    axis = 0 if data.VELOCITY[direction][0] else 1
-    by_frame, path = measure_frames(video, caption), centres(video)
+    digit, direction = text.parse_caption(caption)
+    axis, path = 0 if data.VELOCITY[direction][0] else 1, centres(video)
     line = fit_line(path, direction)
     wanted = line.positions(np.arange(len(video), dtype=np.float64))
-    lost, error = float(data.TRAVEL), by_frame.position_error
+    lost, right = float(data.TRAVEL), read_digits(video) == digit
+    error = np.nan_to_num(np.linalg.norm(path - wanted, axis=1), nan=lost)
     steps, wanted_steps = np.diff(path, axis=0), np.diff(wanted, axis=0)
     step_error = np.nan_to_num(np.linalg.norm(steps - wanted_steps, axis=1), nan=lost)
     across = np.arange(1, len(video)) % chunk_frames == 0
     moving = np.abs(wanted_steps[:, axis]) > 0.5
     agree = steps[moving, axis] * wanted_steps[moving, axis] > 0
     return ClipMeasures(
-        digit=float(by_frame.digit_right.mean()),
+        digit=float(right.mean()),
         direction=_direction_right(path, direction),
         displacement=float(np.nan_to_num(np.abs(steps[:, axis]), nan=lost).mean()),
         step_error_inside=float(step_error[~across].mean()),
@@ -222,4 +202,6 @@ def measure_clip(video: Float32, caption: str, chunk_frames: int = 3) -> ClipMea
         heading=float(agree.mean()),
         phase_error=phase_error(path, line),
         shape=shape_consistency(video),
+        digit_right=right,
+        distance=error,
     )

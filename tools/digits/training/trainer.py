@@ -19,42 +19,11 @@ import torch
 from torch import Tensor, distributed
 
 from forcing_kv.runtime_trt.bundle.files import replaced_file, write_file
+from forcing_kv.tools.digits.training.config import TrainConfig
 from forcing_kv.tools.digits.training.network import build_model
 from forcing_kv.tools.digits.training.objective import Predictor, step_loss
 from forcing_kv.tools.digits.training.optimiser import Average, build_optimisers
 from forcing_kv.tools.digits.training.sequences import COMPRESSED_MIX, DENSE_MIX, make_batch
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. The defaults place its phases where the shipped model had them, in steps."""
-
-    seed: int = 0
-    """Seed of weights, data and noise."""
-    steps: int = 8150
-    """Planned optimiser steps."""
-    budget_minutes: float = 0.0
-    """Wall-clock budget that also drives the decay; 0 means steps alone."""
-    batch: int = 8
-    """Sequences per shard."""
-    shards: int = 2
-    """Batches per step; processes share them."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    warmup: int = 200
-    """Steps of linear warm-up."""
-    average: float = 0.998
-    """Decay of the weights' moving average."""
-    forcing_start: float = 0.29
-    """Progress after which half the steps train on the model's own predictions."""
-    long_start: float = 0.27
-    """Progress after which every third step trains on long sequences."""
-    compressed_start: float = 0.393
-    """Progress after which most samples have a compressed cache."""
-    precision: str = "bfloat16"
-    """Compute dtype of the matrix products: bfloat16 or float32."""
-    compile: bool = True
-    """Whether to compile the forward and backward passes."""
 
 
 @dataclass

@@ -61,7 +61,8 @@ def test_coupled_noise_says_the_style_and_nothing_else_changes() -> None:
 
 
 def _trainer(folder: Path):  # type: ignore[no-untyped-def]
-    from forcing_kv.tools.digits.training.trainer import TrainConfig, Trainer
+    from forcing_kv.tools.digits.training.config import TrainConfig
+    from forcing_kv.tools.digits.training.trainer import Trainer
 
     config = TrainConfig(
         steps=8,

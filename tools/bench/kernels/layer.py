@@ -11,12 +11,7 @@ from cyclopts import Parameter
 from forcing_kv.export.request.flags import Int, flags
 from forcing_kv.export.request.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.rollout.layout import (
-    CachePolicy,
-    ChunkShape,
-    HeadPartition,
-    pool_layouts,
-)
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, pool_layouts
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.check.cases import OpCase
@@ -42,41 +37,41 @@ class LayerOptions:
 class CompressedLayer:
     """A compressed layer of a model at one latent size."""
 
-    label: str
-    """Model, latent size and split, for listings."""
-    num_heads: int
-    """Attention heads, H."""
-    head_dim: int
-    """Head dim, D."""
-    num_dynamic: int
-    """Dynamic heads of the layer."""
+    preset: Preset
+    """The model and its policy."""
     chunk: ChunkShape
     """Frames and latent size of a chunk."""
-    policy: CachePolicy
-    """What each kind of head keeps."""
-    num_layers: int
-    """Blocks of the model, L."""
+    num_dynamic: int
+    """Dynamic heads of the layer."""
+
+    @property
+    def label(self) -> str:
+        """Model, latent size and split, for listings."""
+        size = f"{self.chunk.latent_height}x{self.chunk.latent_width}"
+        split = f"{self.num_static} static + {self.num_dynamic} dynamic heads"
+        return f"{self.preset.name} {size}, {split}"
+
+    @property
+    def num_static(self) -> int:
+        """Static heads of the layer."""
+        return self.preset.model.num_heads - self.num_dynamic
 
     @property
     def num_compressed_layers(self) -> int:
         """Layers that an eviction compacts."""
-        return self.num_layers - (0 if self.policy.compress_first_layer else 1)
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens of a chunk, N."""
-        return self.chunk.num_frames * self.chunk.tokens_per_frame
+        first = 0 if self.preset.policy.compress_first_layer else 1
+        return self.preset.model.num_layers - first
 
     def history(self) -> tuple[tuple[int, int], ...]:
         """(capacity, valid rows) of each head's history in a steady chunk, static heads first."""
-        policy, tokens = self.policy, self.chunk.tokens_per_frame
+        policy, tokens = self.preset.policy, self.chunk.tokens_per_frame
         static_frames = policy.num_sink_frames + policy.num_static_frames
         dynamic_frames = (
             policy.num_sink_frames + policy.num_temporal_frames + policy.num_dynamic_frames
         )
         static = (policy.capacity_frames("static") * tokens, static_frames * tokens)
         dynamic = (policy.capacity_frames("dynamic") * tokens, dynamic_frames * tokens)
-        return (static,) * (self.num_heads - self.num_dynamic) + (dynamic,) * self.num_dynamic
+        return (static,) * self.num_static + (dynamic,) * self.num_dynamic
 
     def cases(self) -> tuple[OpCase, ...]:
         """One call of every operator; without segments, none of the eviction."""
@@ -84,48 +79,35 @@ class CompressedLayer:
         from forcing_kv.plugins.frame_chain.layout import CandidateLayout
         from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
 
-        tokens, dim = self.num_tokens, self.head_dim
+        policy, chunk, num_heads = self.preset.policy, self.chunk, self.preset.model.num_heads
+        tokens, dim = chunk.num_tokens, self.preset.model.head_dim
         calls = [
-            cases.norm_rope_case(self.label, tokens, self.num_heads, dim),
+            cases.norm_rope_case(self.label, tokens, num_heads, dim),
             cases.attention_case(self.label, tokens, dim, self.history()),
         ]
-        static_heads = tuple(range(self.num_heads - self.num_dynamic))
-        partition = HeadPartition(self.num_heads, (static_heads,) * 2)
-        layout = pool_layouts(self.policy, partition, self.chunk.tokens_per_frame)[1]
+        partition = HeadPartition(num_heads, (tuple(range(self.num_static)),) * 2)
+        layout = pool_layouts(policy, partition, chunk.tokens_per_frame)[1]
         group = layout.group("dynamic")
-        if self.policy.num_dynamic_frames == 0 or group is None:
+        if policy.num_dynamic_frames == 0 or group is None:
             return tuple(calls)
         candidates = CandidateLayout(
             first_head=group.first_head,
             row_offset=group.row_offset,
             rows_per_head=group.rows_per_head,
-            sink_rows=self.policy.num_sink_frames * self.chunk.tokens_per_frame,
-            temporal_frames=self.policy.num_temporal_frames,
-            tokens_per_frame=self.chunk.tokens_per_frame,
-            num_segments=self.policy.num_segments,
+            sink_rows=policy.num_sink_frames * chunk.tokens_per_frame,
+            temporal_frames=policy.num_temporal_frames,
+            tokens_per_frame=chunk.tokens_per_frame,
+            num_segments=policy.num_segments,
         )
-        for spec, num_kept in (
-            (SEGMENT_SIMILARITY, None),
-            (SIMILARITY_EVICTION, self.policy.num_kept_segments),
-        ):
-            case = cases.candidate_case(
-                spec,
-                self.label,
-                candidates,
-                num_heads=self.num_heads,
-                num_frames=self.chunk.num_frames,
-                head_dim=dim,
-                num_kept=num_kept,
+        kept = {SEGMENT_SIMILARITY: None, SIMILARITY_EVICTION: policy.num_kept_segments}
+        calls += [
+            cases.candidate_case(
+                spec, self.label, candidates, num_heads=num_heads, num_frames=chunk.num_frames,
+                head_dim=dim, num_kept=num_kept,
             )
-            calls.append(case)
+            for spec, num_kept in kept.items()
+        ]  # fmt: skip
         return tuple(calls)
-
-
-def _published_share() -> float:
-    """Share of dynamic heads in the published Self Forcing partition."""
-    model = PRESETS["self-forcing-1.3b"].model
-    total = model.num_layers * model.num_heads
-    return (total - PUBLISHED_STATIC_HEADS["self-forcing-1.3b"]) / total
 
 
 def compressed_layer(
@@ -136,19 +118,19 @@ def compressed_layer(
     Args:
         preset: the model and its policy.
         latent_size: latent rows and columns.
-        num_dynamic: dynamic heads of the layer; None takes the published share.
+        num_dynamic: dynamic heads of the layer; None takes the share in the published Self Forcing
+            partition.
 
     Raises:
         InputError: more dynamic heads than heads.
     """
     heads = preset.model.num_heads
-    dynamic = round(heads * _published_share()) if num_dynamic is None else num_dynamic
-    if not 0 <= dynamic <= heads:
-        raise InputError(f"{dynamic} dynamic heads asked for; {preset.name} has {heads} heads")
+    if num_dynamic is None:
+        published = PRESETS["self-forcing-1.3b"]
+        total = published.model.num_layers * published.model.num_heads
+        num_dynamic = round(heads * (1 - PUBLISHED_STATIC_HEADS[published.name] / total))
+    if not 0 <= num_dynamic <= heads:
+        raise InputError(f"{num_dynamic} dynamic heads asked for; {preset.name} has {heads} heads")
     rows, columns = latent_size
     chunk = ChunkShape(preset.chunk_frames, rows, columns, preset.model.patch_size)
-    label = f"{preset.name} {rows}x{columns}, {heads - dynamic} static + {dynamic} dynamic heads"
-    model = preset.model
-    return CompressedLayer(
-        label, heads, model.head_dim, dynamic, chunk, preset.policy, model.num_layers
-    )
+    return CompressedLayer(preset, chunk, num_dynamic)
