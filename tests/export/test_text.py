@@ -108,7 +108,7 @@ def test_encode_prompt_writes_a_file(folders, tmp_path):
     [
         (["--out", "p.safetensors"], "no prompt is given"),
         (["a cat", "--out", "p.npz"], "give .safetensors"),
-        (["a cat", "--out", "no/p.safetensors"], "does not exist"),
+        (["a cat", "--out", "no/p.safetensors"], "is no folder; make it first"),
         (["--prompts", "none.txt", "--out", "p.safetensors"], "cannot be read"),
         (["a cat", "--out", "p.safetensors"], "unknown words"),
         (["a cat", "--text-encoder", "none", "--out", "p.safetensors"], "no such folder"),

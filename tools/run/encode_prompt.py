@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits import text as digits
+from forcing_kv.tools.run.video import check_output
 
 
 @flags()
@@ -57,7 +57,7 @@ def encode_prompt(
     texts = [*prompt, *(read_lines(prompts) if prompts else [])]
     if not texts:
         raise InputError("no prompt is given; name some, or a file of them with --prompts")
-    check_file(out, ".safetensors", force=force)
+    check_output(out, [".safetensors"], force=force)
     content = encode_texts(texts, encoder)
     write_prompts(out, content)
     shape = list(content.embeds.shape)
@@ -102,19 +102,3 @@ def read_lines(path: Path) -> list[str]:
     if not lines:
         raise InputError(f"{path}: holds no prompt; write one a line")
     return lines
-
-
-def check_file(path: Path, suffix: str, *, force: bool) -> None:
-    """Refuse an output file that is in the way or cannot be written.
-
-    Raises:
-        InputError: what is wrong.
-    """
-    if path.suffix != suffix:
-        raise InputError(f"{path}: suffix {path.suffix!r}; give {suffix}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: folder {path.parent} does not exist; make it first")
-    if path.exists() and not force:
-        raise InputError(f"{path}: exists already; choose another path or give --force")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written; choose another path")

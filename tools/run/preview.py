@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.errors import require
+from forcing_kv.tools.run.video import check_output
 
 COLUMNS = 4
 """Frames side by side."""
@@ -39,15 +40,8 @@ class Preview:
 
 
 def check_preview(path: Path) -> None:
-    """Refuse a preview that cannot be written.
-
-    Raises:
-        InputError: another suffix, or no such folder.
-    """
-    if path.suffix != ".png":
-        raise InputError(f"--live {path}: suffix {path.suffix!r}; give .png")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--live {path}: folder {path.parent} cannot be written; make it first")
+    """Refuse a preview that cannot be written."""
+    check_output(path, [".png"], "--live")
 
 
 def contact_sheet(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ players can show already; the output itself appears at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,18 +126,29 @@ class LatentWriter:
 SUFFIXES = (*CODECS, ".npz")
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that cannot be written.
+def check_output(
+    path: Path, suffixes: Sequence[str] = SUFFIXES, option: str = "", *, force: bool = True
+) -> None:
+    """Refuse an output file that cannot be written, or that is in the way.
+
+    Args:
+        path: the file.
+        suffixes: those that are allowed.
+        option: the flag that names it, if that is to be told.
+        force: whether it may exist.
 
     Raises:
-        InputError: unknown suffix, missing folder, or no permission.
+        InputError: unknown suffix, missing folder, no permission, or an earlier file.
     """
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: suffix {path.suffix!r}; give one of {list(SUFFIXES)}")
+    where = f"{option} {path}".strip()
+    if path.suffix not in suffixes:
+        raise InputError(f"{where}: suffix {path.suffix!r}; give {' or '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: {path.parent} is no folder; make it first")
+        raise InputError(f"{where}: {path.parent} is no folder; make it first")
+    if path.exists() and not force:
+        raise InputError(f"{where}: exists already; choose another path or give --force")
     if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise InputError(f"{path}: cannot be written; choose another path")
+        raise InputError(f"{where}: cannot be written; choose another path")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forcing_kv.calibration.heads import rule as head_profile
+from forcing_kv.calibration.heads import rule
 from forcing_kv.calibration.heads.rule import frame_mass
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -44,7 +44,7 @@ def test_streaming_equals_dense(
 
 
 def test_keys_are_cut_into_blocks(monkeypatch):
-    monkeypatch.setattr(head_profile, "_MAX_KEY_ROWS", 5)
+    monkeypatch.setattr(rule, "_MAX_KEY_ROWS", 5)
     q, k = torch.randn(2, 6, 8), torch.randn(2, 33, 8)
     frames = torch.arange(33) // 11
     torch.testing.assert_close(

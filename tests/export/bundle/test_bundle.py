@@ -15,7 +15,7 @@ import pytest
 import torch
 from shared_exports import export_once
 
-from forcing_kv.export.bundle import write as bundle_module
+from forcing_kv.export.bundle import write
 from forcing_kv.export.bundle.write import BundleLabels, export_bundle, replaced_directory
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
@@ -240,7 +240,7 @@ def test_a_crash_leaves_nothing(model, tmp_path, monkeypatch, stage, error, rais
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(bundle_module, stage, fail)
+    monkeypatch.setattr(write, stage, fail)
     with pytest.raises(raised):
         export_bundle(model, make_config(), tmp_path / "b", BundleLabels("tiny"))
     assert list(tmp_path.iterdir()) == []
@@ -253,25 +253,25 @@ def test_a_crash_leaves_the_old_bundle(model, bundles, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(bundle_module, "sha256_of", fail)
+    monkeypatch.setattr(write, "sha256_of", fail)
     with pytest.raises(MemoryError):
         export_bundle(model, make_config(), old, BundleLabels("new"), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert sha256_of(old / "manifest.json") == before
 
 
-def write(folder: Path, word: str, **options):
+def write_word(folder: Path, word: str, **options):
     with replaced_directory(folder, **options) as temporary:
         (temporary / "manifest.json").write_text(word)
 
 
 def test_only_force_replaces_and_only_bundles(tmp_path):
     target = tmp_path / "deep" / "b"
-    write(target, "one", force=False)
+    write_word(target, "one", force=False)
     with pytest.raises(InputError, match=r"exists already.*--force"):
-        write(target, "two", force=False)
+        write_word(target, "two", force=False)
     assert (target / "manifest.json").read_text() == "one"
-    write(target, "two", force=True)
+    write_word(target, "two", force=True)
     assert (target / "manifest.json").read_text() == "two"
     assert [path.name for path in target.parent.iterdir()] == ["b"]
     photos = tmp_path / "photos"
@@ -280,16 +280,16 @@ def test_only_force_replaces_and_only_bundles(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(InputError, match="file is not a writable folder"):
-        write(file / "b", "one", force=False)
+        write_word(file / "b", "one", force=False)
     for other in (photos, file):
         with pytest.raises(InputError, match="is not a bundle"):
-            write(other, "three", force=True)
+            write_word(other, "three", force=True)
     assert (photos / "cat.png").exists()
     assert file.read_text() == "x"
 
 
 def test_a_failed_replacement_puts_the_old_bundle_back(tmp_path, monkeypatch):
-    write(tmp_path / "b", "one", force=False)
+    write_word(tmp_path / "b", "one", force=False)
     rename = Path.rename
 
     def fail_on_the_new(path, target):
@@ -299,15 +299,15 @@ def test_a_failed_replacement_puts_the_old_bundle_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fail_on_the_new)
     with pytest.raises(ForcingKvError, match=r"/b: Permission denied$"):
-        write(tmp_path / "b", "two", force=True)
+        write_word(tmp_path / "b", "two", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "manifest.json").read_text() == "one"
 
 
 def test_force_follows_a_link_to_a_bundle(tmp_path):
-    write(tmp_path / "real", "one", force=False)
+    write_word(tmp_path / "real", "one", force=False)
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    write(tmp_path / "link", "two", force=True)
+    write_word(tmp_path / "link", "two", force=True)
     assert (tmp_path / "link" / "manifest.json").read_text() == "two"
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"real", "link"}

@@ -16,11 +16,10 @@ from shared_exports import export_once
 
 from forcing_kv.export.bundle.write import BundleLabels
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.tensorrt import build
-from forcing_kv.export.tensorrt import plan as planning
-from forcing_kv.export.tensorrt import plugins as plugin_setup
+from forcing_kv.export.tensorrt import build, plugins
 from forcing_kv.export.tensorrt.builder import BuildLog, BuiltPlan
 from forcing_kv.export.tensorrt.options import EngineOptions
+from forcing_kv.export.tensorrt.plan import plan_build
 from forcing_kv.export.tensorrt.refit import graph_weights
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
@@ -132,7 +131,7 @@ def trt(request, monkeypatch):
     module = Refittable(BACKENDS[request.param])
     module.backend = request.param
     monkeypatch.setitem(sys.modules, BACKENDS[request.param], module)
-    monkeypatch.setattr(plugin_setup, "register_once", lambda *_: None)
+    monkeypatch.setattr(plugins, "register_once", lambda *_: None)
     monkeypatch.setattr(
         build, "build_plan",
         lambda path, *_: BuiltPlan(json.dumps(hashes(path)).encode(), BuildLog()),
@@ -140,22 +139,22 @@ def trt(request, monkeypatch):
     return module
 
 
-def plan_build(trt, bundle, refit_from=None, force=False, driver="13.0", **options):
+def make_plan(trt, bundle, refit_from=None, force=False, driver="13.0", **options):
     device = replace(HostCuda(sm=89).device, driver=driver)
     options = EngineOptions(trt.backend, **{"refit": True, **options})
-    return planning.plan_build(bundle, options, force=force, device=device, refit_from=refit_from)
+    return plan_build(bundle, options, force=force, device=device, refit_from=refit_from)
 
 
 @pytest.fixture
 def old(trt, bundles):
     """A bundle with refittable engines."""
-    build.run_build(plan_build(trt, bundles[0]))
+    build.run_build(make_plan(trt, bundles[0]))
     return bundles[0]
 
 
 def test_engines_get_the_weights_of_the_other_bundle(trt, old, bundles):
     new = bundles[1]
-    plan = plan_build(trt, new, old, force=True)
+    plan = make_plan(trt, new, old, force=True)
     record, layers = build.run_build(plan)
     assert not layers
     for graph in plan.graphs:
@@ -168,14 +167,14 @@ def test_engines_get_the_weights_of_the_other_bundle(trt, old, bundles):
     before = (old / plan.folder / "step.plan").read_bytes()
     assert (new / plan.folder / "step.plan").read_bytes() != before
     # It is what a build of the same inputs would have made.
-    assert not plan_build(trt, new).to_do
+    assert not make_plan(trt, new).to_do
     assert read_manifest(new).engines[-1].details == record.details
 
 
 @pytest.mark.parametrize("fault", ["fixed", "missing", "not loaded"])
 def test_what_the_engine_does_not_take_is_told(trt, old, bundles, fault):
     new = bundles[1]
-    plan = plan_build(trt, new, old, force=True)
+    plan = make_plan(trt, new, old, force=True)
     (graph,) = (graph for graph in plan.graphs if graph.name == "prompt")
     with build._builder_file(plan, graph) as path:
         name = next(name for name in hashes(path) if name.endswith(".bias"))
@@ -194,7 +193,7 @@ def test_what_the_engine_does_not_take_is_told(trt, old, bundles, fault):
 def test_another_graph_is_no_fine_tune(trt, old, tmp_path):
     other = export(tmp_path / "other", 1, policy=CachePolicy(num_sink_frames=2))
     with pytest.raises(ForcingKvError, match=r"step\.onnx: it differs .* in more than weights"):
-        build.run_build(plan_build(trt, other, old))
+        build.run_build(make_plan(trt, other, old))
     assert not read_manifest(other).engines
 
 
@@ -208,21 +207,21 @@ def test_another_graph_is_no_fine_tune(trt, old, tmp_path):
 )
 def test_sources_that_do_not_fit_are_refused(trt, old, bundles, options, message):
     with pytest.raises(InputError, match=message):
-        plan_build(trt, bundles[1], old, **options)
+        make_plan(trt, bundles[1], old, **options)
     with pytest.raises(InputError, match="itself"):
-        plan_build(trt, old, old)
+        make_plan(trt, old, old)
 
 
 def test_another_driver_needs_no_other_engine(trt, old):
-    assert not plan_build(trt, old, driver="13.1").to_do
+    assert not make_plan(trt, old, driver="13.1").to_do
 
 
 def test_a_version_that_loses_biases_is_refused(trt, bundles):
     trt.__version__ = "11.3.0.99"
     if trt.backend == "tensorrt":
         with pytest.raises(ForcingKvError, match=r"may drop the bias .*leave out --refit"):
-            plan_build(trt, bundles[0])
-    assert plan_build(trt, bundles[0], refit=False).to_do
+            make_plan(trt, bundles[0])
+    assert make_plan(trt, bundles[0], refit=False).to_do
 
 
 def test_the_command_needs_a_gpu_to_say_what_it_would_do(bundles):
@@ -236,7 +235,7 @@ def test_the_parser_names_every_weight_as_the_graph_does(bundles):
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
     logger = rtx.Logger(rtx.Logger.INTERNAL_ERROR)
     builder = rtx.Builder(logger)
-    plan = planning.plan_build(bundles[0], EngineOptions("tensorrt-rtx", target="sm89"))
+    plan = plan_build(bundles[0], EngineOptions("tensorrt-rtx", target="sm89"))
     for graph in plan.graphs:
         with build._builder_file(plan, graph) as path:
             network = builder.create_network(

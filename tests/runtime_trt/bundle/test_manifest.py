@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcing_kv.runtime_trt import Session
-from forcing_kv.runtime_trt import open as backends
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
@@ -123,7 +122,7 @@ def test_an_unknown_backend_lists_the_known(tiny_bundle):
 
 
 def test_a_missing_onnxruntime_is_named(monkeypatch, tiny_bundle):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for backend in ("auto", "onnxruntime"):
         with pytest.raises(BackendUnavailableError, match=r"pip install 'forcing-kv\[onnxruntime"):
             Session.open(tiny_bundle, backend=backend)

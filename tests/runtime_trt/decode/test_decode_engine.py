@@ -23,7 +23,7 @@ from forcing_kv.runtime_trt.errors import (
     ForcingKvError,
     InputError,
 )
-from forcing_kv.runtime_trt.tensorrt import open as open_tensorrt
+from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt_decoder
 
 
 class StrictEngine(HostEngine):
@@ -227,9 +227,7 @@ class Deployment:
     def open(self, kind):
         self._monkeypatch.setitem(sys.modules, "tensorrt", self.modules[kind])
         manifest = read_manifest(self.bundle)
-        runner = open_tensorrt.open_tensorrt_decoder(
-            self.bundle, manifest, kind, "tensorrt", cuda=self.cuda
-        )
+        runner = open_tensorrt_decoder(self.bundle, manifest, kind, "tensorrt", cuda=self.cuda)
         return VideoDecoder(runner, manifest.decoders[kind])
 
 
@@ -297,7 +295,7 @@ def follow(deployment, kind="vae", backend="tensorrt"):
 
 
 def test_auto_follows_the_session_and_says_where_it_does_not(deployment, monkeypatch):
-    monkeypatch.setattr(open_tensorrt, "Cuda", lambda **_: deployment.cuda)
+    monkeypatch.setattr("forcing_kv.runtime_trt.tensorrt.open.Cuda", lambda **_: deployment.cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", deployment.modules["vae"])
     with follow(deployment) as decoder:
         assert (decoder.backend_name, decoder.chosen_because) == ("tensorrt", "as the session")
@@ -310,7 +308,7 @@ def test_auto_follows_the_session_and_says_where_it_does_not(deployment, monkeyp
 
 
 def test_auto_does_not_pass_over_an_engine_of_another_decoder(deployment, monkeypatch):
-    monkeypatch.setattr(open_tensorrt, "Cuda", lambda **_: deployment.cuda)
+    monkeypatch.setattr("forcing_kv.runtime_trt.tensorrt.open.Cuda", lambda **_: deployment.cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", deployment.modules["vae"])
     part = "engines/tensorrt-sm89"
     deployment.change(

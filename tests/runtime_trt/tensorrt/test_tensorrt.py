@@ -17,7 +17,7 @@ from forcing_kv.export.tensorrt.stripped import shared_weights, write_stripped
 from forcing_kv.runtime_trt.bundle.constants import read_constants, read_table, write_table
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest
-from forcing_kv.runtime_trt.cuda import runtime as cuda_module
+from forcing_kv.runtime_trt.cuda.runtime import DRIVER_HINT
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.open import choose_backend, open_backend
 from forcing_kv.runtime_trt.session import Session
@@ -357,7 +357,7 @@ def test_the_driver_is_checked_before_tensorrt_is_touched(deployment, monkeypatc
     assert not hasattr(deployment.trt, "runtime")
     name, why = choose_backend("auto", deployment.bundle)
     assert name == "onnxruntime"
-    assert cuda_module.DRIVER_HINT in why or "GPU" in why or "driver" in why
+    assert DRIVER_HINT in why or "GPU" in why or "driver" in why
 
 
 def test_a_damaged_record_is_named_and_nothing_is_opened(deployment):

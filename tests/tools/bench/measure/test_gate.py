@@ -15,7 +15,7 @@ from forcing_kv.tools.bench.measure.gate import (
     roll_out,
     worst_error,
 )
-from forcing_kv.tools.bench.pytorch import backend as torch_backend
+from forcing_kv.tools.bench.pytorch import backend
 from forcing_kv.tools.bench.pytorch.attention import GroupedHistory
 from forcing_kv.tools.bench.subjects import SUBJECTS, LoadClock
 from forcing_kv.tools.bench.workloads import random_wan, spread_partition, with_fp8, workload
@@ -115,7 +115,7 @@ def test_random_weights_make_the_gate_see_attention(tiny, tmp_path, monkeypatch)
             return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
 
     exact, allowed = references.get("float32"), 2 * references.port_errors()[0]
-    monkeypatch.setitem(torch_backend.HISTORIES, "grouped", OwnRowsAlone)
+    monkeypatch.setitem(backend.HISTORIES, "grouped", OwnRowsAlone)
     wrong = References(workload, "cpu", 4, tmp_path / "wrong").get("float32", dict(exact.kept))
     assert worst_error(wrong.latents, exact.latents) > 4 * allowed
 

@@ -12,8 +12,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plug
 from forcing_kv.plugins.check.accuracy import reference_outputs
 from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.compile import tuning
-from forcing_kv.tools.bench.kernels import bench as op_bench
-from forcing_kv.tools.bench.kernels import checks as kernel_checks
+from forcing_kv.tools.bench.kernels import bench, checks
 from forcing_kv.tools.bench.kernels.baselines import Baseline
 from forcing_kv.tools.bench.kernels.timing import DeviceBounds
 from forcing_kv.tools.bench.report.environment import describe_environment
@@ -63,16 +62,16 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda _: None}))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
-    for module in (kernel_checks, op_bench):
+    for module in (checks, bench):
         monkeypatch.setattr(module, "run_kernel", made.run)
         monkeypatch.setattr(module, "compile_together", made.compile)
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(op_bench, "time_cold", made.time)
-    monkeypatch.setattr(op_bench, "time_graph", made.time)
-    monkeypatch.setattr(op_bench, "measure_bounds", lambda *_, **__: DeviceBounds(1.0, 1.0))
-    monkeypatch.setattr(op_bench, "baselines", lambda *_: iter(()))
+    monkeypatch.setattr(bench, "time_cold", made.time)
+    monkeypatch.setattr(bench, "time_graph", made.time)
+    monkeypatch.setattr(bench, "measure_bounds", lambda *_, **__: DeviceBounds(1.0, 1.0))
+    monkeypatch.setattr(bench, "baselines", lambda *_: iter(()))
     monkeypatch.setattr(
-        op_bench, "describe_environment", lambda _, commit: describe_environment("cpu", commit)
+        bench, "describe_environment", lambda _, commit: describe_environment("cpu", commit)
     )
     # Frames of 6 tokens instead of 1560.
     monkeypatch.setattr(worker, "RESOLUTIONS", {"480p": (4, 6)})
@@ -128,7 +127,7 @@ def test_item_is_not_done_without_a_tactic_of_every_operator(device, tmp_path, m
     def refuse(spec, *_):
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(op_bench, "run_kernel", refuse)
+    monkeypatch.setattr(bench, "run_kernel", refuse)
     *_, last = worker._ops(OPS, tmp_path, "abc")
     assert (last.kind, last.status) == ("tactics", "failed")
     assert "FkHeadIndexedAttention" in last.error
@@ -141,7 +140,7 @@ def test_baseline_that_fails_in_any_way_costs_its_own_row(device, tmp_path, monk
     def one(case, inputs):
         yield Baseline("flex", case, inputs, fail)
 
-    monkeypatch.setattr(op_bench, "baselines", one)
+    monkeypatch.setattr(bench, "baselines", one)
     *rows, last = worker._ops(OPS, tmp_path, "abc")
     failed = [row for row in rows if row.status == "failed"]
     assert [row.error for row in failed] == ["the compiler is confused"] * 4
@@ -163,7 +162,7 @@ def test_command_tells_what_it_measured_before_it_was_stopped(device, monkeypatc
     def stop(case, _):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(op_bench, "baselines", stop)
+    monkeypatch.setattr(bench, "baselines", stop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="the device is gone"):
         fkv("bench", "ops", "--resolution", "4x6")
@@ -174,6 +173,6 @@ def test_checks_go_on_where_kernels_cannot_be_compiled_together(device, monkeypa
     def fail(calls):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(kernel_checks, "compile_together", fail)
+    monkeypatch.setattr(checks, "compile_together", fail)
     (row,) = worker._checks(CHECKS, "abc")
     assert row.metrics["num_checks"] > 3

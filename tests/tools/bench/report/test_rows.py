@@ -17,7 +17,7 @@ from forcing_kv.tools.bench.measure.summary import latency
 from forcing_kv.tools.bench.report import environment
 from forcing_kv.tools.bench.report.rows import append_row, read_rows
 from forcing_kv.tools.bench.report.tables import cells, latest, more_cells, write_report
-from forcing_kv.tools.bench.suite import runner as suite
+from forcing_kv.tools.bench.suite import runner
 from forcing_kv.tools.bench.suite.items import SuiteItem, predict, suite_items
 from forcing_kv.tools.bench.suite.runner import SuiteOptions, run_suite, selected
 from forcing_kv.tools.bench.workloads import step_work, workload
@@ -143,23 +143,23 @@ def test_part_of_no_name_is_refused(tmp_path):
 def test_compilers_keep_their_caches_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/own")
-    environment = suite._environment(SuiteOptions(tmp_path / "rows.jsonl", tmp_path / "folder"))
+    environment = runner._environment(SuiteOptions(tmp_path / "rows.jsonl", tmp_path / "folder"))
     assert environment["TRITON_CACHE_DIR"] == str(tmp_path / "folder/triton")
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/own"
     assert "PATH" in environment
 
 
 def test_item_that_does_not_end_is_stopped(tmp_path, monkeypatch):
-    real = suite.subprocess.Popen
+    real = runner.subprocess.Popen
     monkeypatch.setattr(
-        suite.subprocess, "Popen", lambda command, **options: real(["sleep", "60"], **options)
+        runner.subprocess, "Popen", lambda command, **options: real(["sleep", "60"], **options)
     )
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path, commit="abc")
     item = SuiteItem("digits", "native", "operators", "cpu", "float32", timeout_s=0.2)
     (found,) = run_suite([item], options, lambda _: None)
     assert found.error == "not finished after 0 s"
     assert "cut_off" not in found.run
-    monkeypatch.setattr(suite, "MIN_ITEM_S", 0.0)
+    monkeypatch.setattr(runner, "MIN_ITEM_S", 0.0)
     short = replace(options, budget_s=0.2)
     (found,) = run_suite([replace(item, timeout_s=9.0)], short, lambda _: None)
     assert found.error == "not finished after 0 s, the rest of the budget"
@@ -177,7 +177,7 @@ def test_suite_without_a_gpu_can_only_be_looked_at(tmp_path):
 
 
 def test_crash_of_an_item_is_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "_WORKER", "forcing_kv.tools.bench.no_such_worker")
+    monkeypatch.setattr(runner, "_WORKER", "forcing_kv.tools.bench.no_such_worker")
     options = SuiteOptions(tmp_path / "rows.jsonl", tmp_path)
     items = [SuiteItem("digits", "native", name, "cpu", "float32") for name in
              ("eager-dense", "operators")]  # fmt: skip

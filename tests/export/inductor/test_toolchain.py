@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from forcing_kv.export.inductor import toolchain as cuda_toolchain
+from forcing_kv.export.inductor import toolchain
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 
 
@@ -24,12 +24,12 @@ def toolkit(tmp_path, monkeypatch):
     library = tmp_path / "driver/libcuda.so.1"
     library.parent.mkdir()
     library.touch()
-    monkeypatch.setattr(cuda_toolchain, "_driver_library", lambda: library)
+    monkeypatch.setattr(toolchain, "_driver_library", lambda: library)
     return tmp_path
 
 
 def test_compiler_finds_headers_and_driver_in_the_block_alone(toolkit):
-    with cuda_toolchain.cuda_toolchain():
+    with toolchain.cuda_toolchain():
         assert os.environ["CPATH"] == str(toolkit / "cuda-13/include")
         link, before = os.environ["LIBRARY_PATH"].split(os.pathsep)
         assert before == "/before"
@@ -41,6 +41,6 @@ def test_compiler_finds_headers_and_driver_in_the_block_alone(toolkit):
 
 
 def test_missing_headers_are_named(toolkit, monkeypatch):
-    monkeypatch.setattr(cuda_toolchain, "_toolkits", lambda: iter([toolkit / "missing"]))
+    monkeypatch.setattr(toolchain, "_toolkits", lambda: iter([toolkit / "missing"]))
     with pytest.raises(BackendUnavailableError, match=r"cuda\.h.*missing; set CUDA_HOME"):
-        cuda_toolchain.find_headers()
+        toolchain.find_headers()
