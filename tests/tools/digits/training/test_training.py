@@ -1,5 +1,6 @@
 """The training sequences, the training loop, and that training and inference compute the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ def test_coupled_noise_says_the_style_and_nothing_else_changes() -> None:
     torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)))
 
 
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Trainers train a model of this shape: two layers of two heads."""
+    from forcing_kv.tools.digits.shipped import MODEL
+    from forcing_kv.tools.digits.training import network, trainer
+
+    shape = replace(MODEL, num_layers=2, dim=64, ffn_dim=64, num_heads=2)
+    monkeypatch.setattr(trainer, "build_model", lambda seed: network.build_model(seed, shape))
+    return shape
+
+
 def _trainer(folder: Path):  # type: ignore[no-untyped-def]
     from forcing_kv.tools.digits.training.config import TrainConfig
     from forcing_kv.tools.digits.training.trainer import Trainer
@@ -76,6 +88,7 @@ def _trainer(folder: Path):  # type: ignore[no-untyped-def]
     return Trainer(config, folder)
 
 
+@pytest.mark.usefixtures("small_shape")
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = _trainer(tmp_path / "whole")
     records = [whole.train_step() for _ in range(4)]
@@ -91,7 +104,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(value, second.average.state_dict()[name]), name
 
 
-def test_a_run_ends_saves_and_logs(tmp_path: Path) -> None:
+def test_a_run_ends_saves_and_logs(tmp_path: Path, small_shape) -> None:  # type: ignore[no-untyped-def]
     trainer, reported = _trainer(tmp_path), []
     trainer.run(lambda progress, record: reported.append(record), every=4)
     assert [record["step"] for record in reported] == [4, 8]
@@ -102,9 +115,8 @@ def test_a_run_ends_saves_and_logs(tmp_path: Path) -> None:
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     weights = trainer.average.state_dict()
     from forcing_kv.export.checkpoint.load import load_model
-    from forcing_kv.tools.digits.shipped import MODEL
 
-    loaded = load_model(tmp_path / "average.safetensors", MODEL).state_dict()
+    loaded = load_model(tmp_path / "average.safetensors", small_shape).state_dict()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
