@@ -16,12 +16,11 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.graphs import EvictGraph, PromptGraph, StepGraph
 from forcing_kv.export.model.rewrite import share_weights, sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
-    Backend,
     ChunkPositions,
     Float32,
     StepScalars,
-    copy_rows,
 )
+from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.ports import kv_name, kv_names, pool_ports, ports
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
@@ -51,7 +50,7 @@ SelectSegments = Callable[[Float32], NDArray[np.int32]]
 """scores [F, P] -> kept segments [B * P], ascending; replaces the published selection."""
 
 
-class EagerBackend(Backend):
+class EagerBackend(StepwiseBackend):
     """Runs the exported graphs as plain PyTorch modules.
 
     Args:

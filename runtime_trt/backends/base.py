@@ -1,11 +1,10 @@
-"""What a backend does, and the chunk loop that every backend without a chunk graph shares."""
+"""What a backend does, and what it is given and gives back."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import HeadKind
-from forcing_kv.runtime_trt.rollout.moves import HeadRows, RowMove, moves
-from forcing_kv.runtime_trt.rollout.ports import PARTS, POSITIONS, STEP_SCALARS, kv_name, kv_names
+from forcing_kv.runtime_trt.rollout.ports import POSITIONS, STEP_SCALARS, kv_names
 from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
@@ -81,35 +79,11 @@ class PendingChunk(ABC):
         """Wait for the chunk; may be called again and then returns the same object."""
 
 
-class _DoneChunk(PendingChunk):
-    """A chunk of a backend that works while it is called."""
-
-    def __init__(self, result: ChunkResult) -> None:
-        self._result = result
-
-    def result(self) -> ChunkResult:
-        return self._result
-
-
-class _Clock:
-    """Wall-clock time of the parts of a chunk."""
-
-    def __init__(self) -> None:
-        self.timings_ms: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def mark(self, part: str) -> None:
-        """End of a part, and begin of the next."""
-        now = perf_counter()
-        self.timings_ms[part], self._last = 1e3 * (now - self._last), now
-
-
 class Backend(ABC):
     """Runs prompt, step and evict graphs over buffers that it owns.
 
-    The base class holds the schedule and the order of graph runs within a chunk; a subclass says
-    how one graph runs and how rows are copied. A backend that replays a whole chunk as one CUDA
-    graph overrides `run_chunk`.
+    `StepwiseBackend` runs a chunk call by call, `ChunkGraphBackend` as one CUDA graph; either can
+    run single graphs, for checks.
     """
 
     name: str
@@ -159,6 +133,17 @@ class Backend(ABC):
     def close(self) -> None:
         """Release engines and buffers; may be called twice."""
 
+    @abstractmethod
+    def submit(self, request: ChunkRequest) -> PendingChunk:
+        """Begin a chunk: denoise it, run the clean pass, evict and commit.
+
+        A backend that works beside the host returns before it is done.
+        """
+
+    @abstractmethod
+    def recache(self, request: ChunkRequest) -> None:
+        """Re-encode clean latents at t = 0 with the current prompt, and commit their rows."""
+
     def read_tensor(self, name: str) -> NDArray[Any]:
         """Input or output of a graph by its manifest name, copied to the host (for checks)."""
         raise NotImplementedError(f"{self.name} does not show single tensors")
@@ -194,51 +179,6 @@ class Backend(ABC):
     def reset(self) -> None:  # noqa: B027 - most have nothing to do
         """Forget the video, where a graph touches rows that are not valid (any more)."""
 
-    def submit(self, request: ChunkRequest) -> PendingChunk:
-        """Begin a chunk; a backend that works beside the host returns before it is done."""
-        return _DoneChunk(self.run_chunk(request))
-
-    def run_chunk(self, request: ChunkRequest) -> ChunkResult:
-        """Denoise one chunk, run the clean pass, evict and commit."""
-        plan, clock = request.plan, _Clock()
-        positions = ChunkPositions.of(plan, self.config)
-        x0, x0_steps = self._run_steps(request, positions)
-        latents = self.to_host(x0)
-        clock.mark("steps")
-        self.run_step(x0, None, self.clean_scalars, positions)
-        clock.mark("clean")
-        scores, kept = self.run_evict() if plan.evict else (None, None)
-        clock.mark("evict")
-        self.commit(plan)
-        clock.mark("commit")
-        return ChunkResult(latents, clock.timings_ms, x0_steps, scores, kept)
-
-    def _run_steps(
-        self, request: ChunkRequest, positions: ChunkPositions
-    ) -> tuple[Any, list[Float32] | None]:
-        """Last x0 as the backend's own; and x0 of every step, if the request asks for it."""
-        x: Any = request.noise
-        x0_steps = []
-        for scalars, eps in zip(self.step_scalars, (*request.eps, None), strict=True):
-            x0, x = self.run_step(x, eps, scalars, positions)
-            if request.keep_x0:
-                x0_steps.append(self.to_host(x0))
-        return x0, x0_steps if request.keep_x0 else None
-
-    def pass_inputs(
-        self, x: Any, eps: Any, scalars: StepScalars, positions: ChunkPositions
-    ) -> dict[str, Any]:
-        """What a pass over a chunk reads beside pools and text, by port name."""
-        if eps is None:
-            eps = np.zeros(self.config.latent_shape, np.float32)
-        return {"x": x, "eps": eps, **scalars.arrays, **positions.arrays}
-
-    def recache(self, request: ChunkRequest) -> None:
-        """Re-encode clean latents at t = 0 with the current prompt, and commit their rows."""
-        positions = ChunkPositions.of(request.plan, self.config)
-        self.run_step(request.noise, None, self.clean_scalars, positions)
-        self.commit(request.plan)
-
 
 @dataclass(frozen=True)
 class ChunkPositions:
@@ -270,33 +210,6 @@ class ChunkPositions:
             for group in layout.groups:
                 hist_len[layer, group.heads] = history[group.kind]
         return cls(plan, cos, sin, hist_len, np.asarray([plan.num_frames * tokens], np.int32))
-
-
-def copy_rows(plan: ChunkPlan, config: RolloutConfig, tensors: Mapping[str, Any]) -> None:
-    """Commit with array slices (dense numpy arrays and torch tensors alike).
-
-    Args:
-        tensors: by port name the pools, modified, the chunk's rows and, if the plan evicts, the
-            selected segments.
-    """
-    for move in moves(plan.groups, config):
-        for part in PARTS:
-            source, target = (
-                _rows(tensors[kv_name(rows.family, part, move.layer)], rows, move)
-                for rows in (move.source, move.target)
-            )
-            target[...] = source
-
-
-def _rows(array: Any, rows: HeadRows, move: RowMove) -> Any:
-    """View [heads, rows, D] of what a move reads or writes."""
-    if array.ndim == 2:
-        block = array[rows.first_row : rows.first_row + move.num_heads * rows.pitch]
-        heads = block.reshape(move.num_heads, rows.pitch, -1)
-    else:
-        first = rows.first_row // rows.pitch
-        heads = array[first : first + move.num_heads]
-    return heads[:, rows.offset : rows.offset + move.num_rows]
 
 
 def outputs_of(graphs: Mapping[str, GraphInfo], graph: str) -> Collection[str]:

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.backends.base import (
-    Backend,
     ChunkPositions,
     Float32,
     StepScalars,
-    copy_rows,
 )
+from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.dtypes import DTYPES
@@ -23,7 +22,7 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, 
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
 
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(StepwiseBackend):
     """Runs the bundle's graphs over preallocated numpy buffers, bound once.
 
     Args:

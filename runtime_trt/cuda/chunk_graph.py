@@ -276,9 +276,6 @@ class ChunkGraphBackend(Backend):
             nbytes = self.memory.plan.specs[port.name].nbytes
             self._cuda.fill(self.memory.address(port.name), 0, nbytes, self._stream)
 
-    def run_chunk(self, request: ChunkRequest) -> ChunkResult:
-        return self.submit(request).result()
-
     def recache(self, request: ChunkRequest) -> None:
         self._enter()
         self._upload(self._next_slot(), request)

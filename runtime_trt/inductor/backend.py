@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.backends.base import (
-    Backend,
     ChunkPositions,
     Float32,
     StepScalars,
-    copy_rows,
     outputs_of,
 )
+from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.inductor.package import InductorPackage
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class InductorBackend(Backend):
+class InductorBackend(StepwiseBackend):
     """Runs a package over pools that it owns.
 
     Args:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcing_kv.export.model.graphs import EvictGraph
-from forcing_kv.runtime_trt.backends.base import ChunkPositions, copy_rows
+from forcing_kv.runtime_trt.backends.base import ChunkPositions
+from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 from forcing_kv.runtime_trt.rollout.ports import kv_names

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from host_cuda import HostCuda, HostEngine
 
-from forcing_kv.runtime_trt.backends.base import copy_rows
+from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
 from forcing_kv.runtime_trt.cuda.chunk_program import (

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from forcing_kv.runtime_trt.backends.base import Backend, ChunkPositions
+from forcing_kv.runtime_trt.backends.base import ChunkPositions
+from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import (
     kv_name,
@@ -141,7 +142,7 @@ def test_pools_are_inputs_of_the_step(tiny_config):
 def test_the_host_fills_every_small_input(tiny_config, clean_graph):
     """What a backend computes for a pass has the names, shapes and dtypes that graphs take."""
 
-    class Filled(Backend):
+    class Filled(StepwiseBackend):
         name = "filled"
         set_prompt = run_step = run_evict = commit = close = None
 

@@ -22,14 +22,13 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.graphs import EvictGraph, PromptGraph
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
-    Backend,
     ChunkPositions,
     ChunkRequest,
     ChunkResult,
     Float32,
     StepScalars,
-    copy_rows,
 )
+from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.ports import POSITIONS, kv_names, ports, ports_by_name
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
@@ -54,7 +53,7 @@ class _Inputs:
     """x0 of the last denoise step."""
 
 
-class TorchBackend(Backend):
+class TorchBackend(StepwiseBackend):
     """Runs a model with plain tensors on one device.
 
     Args:
