@@ -30,9 +30,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from forcing_kv.export.request.flags import MANNERS, OPTIONS
 from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
@@ -152,7 +153,7 @@ def _user_message(error: Exception) -> str | None:
     """Returns what to tell a user who made a mistake, None where the mistake is not theirs."""
     if isinstance(error, CycloptsError):
         words = " ".join(("fkv", *(error.command_chain or ())))
-        return f"{error} (`{words} --help` lists what there is)"
+        return f"{_bad_use(error)} (`{words} --help` lists what there is)"
     if isinstance(error, ForcingKvError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -168,6 +169,21 @@ def _user_message(error: Exception) -> str | None:
         # A write names no file.
         return f"{error.strerror}; free some, or choose another disk"
     return None
+
+
+def _bad_use(error: CycloptsError) -> str:
+    """Returns what is wrong with the words of a call."""
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected arguments {list(error.unused_tokens or ())}"
+    if not isinstance(error, MissingArgumentError) or error.argument is None:
+        return str(error)
+    tokens = error.argument.tokens
+    if option := error.keyword or next((t.keyword for t in reversed(tokens) if t.keyword), None):
+        return f"{option} needs a value; one that begins with a dash is given as {option}=-x"
+    unknown = [word for word in error.unused_tokens or () if word.startswith("--")]
+    near = [word for word in unknown if get_close_matches(word, error.argument.names, 1)]
+    found = f", and there is no {near[0]}" if near else ""
+    return f"{error.argument.name} is required{found}"
 
 
 if __name__ == "__main__":

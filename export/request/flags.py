@@ -68,9 +68,10 @@ def flags(group: Group | None = None) -> Callable[[type[C]], type[C]]:
     return decorate
 
 
-def between(least: float | None = None, most: float | None = None) -> Parameter:
-    """The range of a number, both ends included."""
-    return Parameter(validator=Number(gte=least, lte=most))
+def between(least: float, most: float | None = None) -> Parameter:
+    """The range of a whole number, or of a share, both ends included; the help shows it."""
+    shown = f"NUMBER>={least:g}" if most is None else f"{least:g}..{most:g}"
+    return Parameter(validator=Number(gte=least, lte=most), metavar=shown)
 
 
 def _whole(token: Token) -> int:
@@ -117,12 +118,12 @@ def _shown_size(size: tuple[int, int] | None) -> str | None:
 
 Integers = Annotated[
     tuple[int, ...],
-    Parameter(converter=partial(_list_of, int, "integers"), n_tokens=1, metavar="INT,INT"),
+    Parameter(converter=partial(_list_of, int, "integers"), n_tokens=1, metavar="INT,..."),
 ]
 """A list in one word, such as `0,3,5`."""
 Numbers = Annotated[
     tuple[float, ...],
-    Parameter(converter=partial(_list_of, float, "numbers"), n_tokens=1, metavar="FLOAT,FLOAT"),
+    Parameter(converter=partial(_list_of, float, "numbers"), n_tokens=1, metavar="FLOAT,..."),
 ]
 LatentSize = Annotated[
     tuple[int, int],

@@ -93,7 +93,9 @@ def read_manifest(bundle: Path) -> Manifest:
         data = read_json(path, "manifest", _REMEDY)
     except InputError as error:
         raise BundleError(str(error)) from error
-    version = data.pop("schema_version", None) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: is {type(data).__name__}, but must be an object; {_REMEDY}")
+    version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{path}: schema version {version!r} found, this runtime reads {SCHEMA_VERSION}; "

@@ -84,7 +84,11 @@ class Subject:
         if text in known:
             return known[text]
         if text.endswith(".json"):
-            return load_as(CachePolicy, read_json(Path(text), "policy", "give its fields"), text)
+            return load_as(
+                CachePolicy,
+                read_json(Path(text), "policy file", "give FIELD=VALUE of a policy instead"),
+                text,
+            )
         if "=" not in text:
             raise InputError(
                 f"policy {text!r} is unknown; give one of {list(known)}, a .json file, or changes "

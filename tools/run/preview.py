@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.tools.run.video import check_output
 
@@ -31,12 +31,8 @@ class Preview:
     def show(self, frames: NDArray[np.uint8]) -> None:
         """Replace the picture by frames [F, height, width, 3], left to right, top to bottom."""
         sheet = contact_sheet(frames).repeat(self._scale, axis=0).repeat(self._scale, axis=1)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        try:
-            self._image.fromarray(sheet).save(temporary, format="png")
-            temporary.replace(self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced_file(self._path) as file:
+            self._image.fromarray(sheet).save(file, format="png")
 
 
 def check_preview(path: Path) -> None:

@@ -38,7 +38,7 @@ class Switch:
 class PromptSource:
     """How prompts were given; exactly one of the first four is set."""
 
-    prompt: str | None = None
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """What to generate."""
     prompts: Path | None = None
     """Text file: a prompt, and so a video, a line."""
