@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from stand_ins import (
     diffusers_name,
@@ -99,6 +98,8 @@ def write_checkpoint(page: str) -> None:
 def downloads(tmp_path, monkeypatch):
     """A folder with stand-ins for everything that a page downloads."""
     monkeypatch.chdir(tmp_path)
+    from diffusers import AutoencoderKLWan
+
     small = {
         name: replace(preset, model=SHAPE, latent_size=(8, 12))
         for name, preset in presets.PRESETS.items()

@@ -1,22 +1,33 @@
-"""Bundles that several tests use: each is exported once a run, whatever worker asks first.
+"""Bundles and graphs that several tests use: each is exported once a run, by whoever asks first.
 
 What is exported is told by its content: weights, configuration, labels, FP8 scales, the project's
 sources and the versions of the exporter's packages. The same content gives the same bundle, byte by
 byte (tests/export/bundle/test_bundle.py exports twice and compares), so a copy stands for an export
 of its own. Tests of the export itself call `forcing_kv.export.bundle.write.export_bundle`.
+
+Within `shared_graphs`, commands too take each graph that was exported before from the cache.
 """
 
 import hashlib
+import io
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from filelock import FileLock
 
+from forcing_kv.export.bundle import onnx_graph
 from forcing_kv.export.bundle import write as exporter
 from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.decoder import add as decoders
+from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
@@ -25,7 +36,7 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 CACHE_VARIABLE = "FORCING_KV_TEST_CACHE"
 """Environment variable: the folder of the bundles, which tests/conftest.py sets."""
 
-PACKAGES = ("onnx", "onnx-ir", "onnxscript", "torch")
+PACKAGES = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch")
 FOLDERS = ("export", "plugins", "runtime_trt")
 
 
@@ -52,6 +63,51 @@ def key_of(
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+class _ContentPickler(pickle.Pickler):
+    """Writes tensors as what they hold, not as where they lie."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.sha256(content).hexdigest()
+        return repr, ((type(value).__name__, value.dtype, tuple(value.shape), digest),)
+
+
+def key_of_graph(source: GraphSource) -> str:
+    """Names a graph by all that it is made of."""
+    file = io.BytesIO()
+    _ContentPickler(file).dump(source)
+    return hashlib.sha256(hash_of_sources() + file.getvalue()).hexdigest()[:32]
+
+
+def onnx_model_once(source: GraphSource) -> Any:
+    """What `onnx_model` makes of `source`, exported where nobody has done so before."""
+    import onnx
+    import onnx_ir as ir
+
+    file = Path(os.environ[CACHE_VARIABLE]) / f"{key_of_graph(source)}.onnx"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            part = file.with_suffix(".part")
+            onnx.save(ir.to_proto(onnx_graph.onnx_model(source)), part)
+            part.rename(file)
+    return ir.from_proto(onnx.load(file))
+
+
+@contextmanager
+def shared_graphs() -> Iterator[None]:
+    """Within the block, graphs of bundles and of decoders are exported once a run."""
+    with (
+        mock.patch.object(exporter, "onnx_model", onnx_model_once),
+        mock.patch.object(decoders, "onnx_model", onnx_model_once),
+    ):
+        yield
 
 
 def export_once(

@@ -1,25 +1,30 @@
 """Tiny random models written in the exact file formats of the real ones."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from forcing_kv.export import text
 from forcing_kv.export.checkpoint.names import OFFICIAL_OF_MODULE
 from forcing_kv.export.decoder.add import DecoderSource
 from forcing_kv.export.decoder.tae import TinyDecoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs", "on", "grass"]
 
 
 def tiny_umt5() -> UMT5EncoderModel:
     """A UMT5 encoder of width 16."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
     torch.manual_seed(0)
     config = UMT5Config(
         vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
@@ -33,6 +38,9 @@ def tiny_umt5() -> UMT5EncoderModel:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of a few words that ends every text with `</s>`, as UMT5's does."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -83,6 +91,8 @@ def vae_original_name(name: str) -> str:
 
 def tiny_decoder_files(folder: Path, channels: int = 16) -> tuple[Path, Path]:
     """Files of both decoders with random weights, the VAE with two levels less."""
+    from diffusers import AutoencoderKLWan
+
     torch.manual_seed(0)
     vae, tae = folder / "vae", folder / "taew2_1.pth"
     scales = torch.linspace(0.5, 1.5, channels)

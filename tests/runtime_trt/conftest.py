@@ -45,6 +45,7 @@ def decoder_bundle(
     tiny_bundle: Path, tiny_config: RolloutConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The bundle with both decoders; read only."""
+    from shared_exports import shared_graphs
     from stand_ins import tiny_decoder_files
 
     from forcing_kv.export.decoder.add import add_decoder
@@ -55,8 +56,9 @@ def decoder_bundle(
     _, channels, *size = tiny_config.latent_shape
     vae, tae = tiny_decoder_files(folder, channels)
     bundle = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
-    add_decoder(bundle, wan_decoder(vae, (size[0], size[1])))
-    add_decoder(bundle, tiny_decoder(tae, (size[0], size[1])))
+    with shared_graphs():
+        add_decoder(bundle, wan_decoder(vae, (size[0], size[1])))
+        add_decoder(bundle, tiny_decoder(tae, (size[0], size[1])))
     return bundle
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from command_line import fkv
-from shared_exports import export_once
+from shared_exports import export_once, shared_graphs
 from stand_ins import tiny_decoder_files
 
 from forcing_kv.export.bundle.write import BundleLabels
@@ -21,6 +21,13 @@ from forcing_kv.runtime_trt.rollout.schedule import Schedule
 SHAPE = ModelShape(
     2, dim=24, ffn_dim=16, num_heads=2, in_channels=2, text_len=4, text_dim=8, freq_dim=8
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_graphs():
+    """What commands export here, they export once."""
+    with shared_graphs():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from shared_exports import shared_graphs
 from stand_ins import decode_clip, tiny_decoder_files
 
 from forcing_kv.export.decoder.add import add_decoder
@@ -15,6 +16,13 @@ from forcing_kv.export.decoder.vae import wan_decoder
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_graphs():
+    """What commands export here, they export once."""
+    with shared_graphs():
+        yield
 
 
 @pytest.fixture(scope="module")
