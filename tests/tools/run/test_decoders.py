@@ -17,6 +17,8 @@ from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.decoder import VideoDecoder, to_rgb8
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_graphs():

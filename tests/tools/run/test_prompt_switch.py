@@ -20,6 +20,8 @@ from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.digits import shipped
 
+pytestmark = pytest.mark.long
+
 NUM_CHUNKS, SEED = 6, 3
 SCRIPT = (
     (0, "a digit 3 moving left ."),
