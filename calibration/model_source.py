@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.rollouts import Rollout, dense_config
-from forcing_kv.export.checkpoint.files import checkpoint_sha256
+from forcing_kv.export.checkpoint.files import checkpoint_sha256, read_checkpoint
 from forcing_kv.export.checkpoint.load import load_model
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.request.presets import PUBLISHED_THRESHOLD
+from forcing_kv.export.request.presets import PRESETS, PUBLISHED_THRESHOLD
 from forcing_kv.export.request.request import resolve_model
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
+from forcing_kv.runtime_trt.console import talk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -74,9 +75,12 @@ def load_source(options: SourceOptions) -> ModelSource:
         )
     preset, source, _ = resolve_model(options)
     prompts = _named_prompts(options.prompt_embeds, preset.model)
+    checkpoint = read_checkpoint(source.path, source.weights)
+    talk(f"weights: {checkpoint.description}")
+    known = {name: each.model for name, each in PRESETS.items()}
     return ModelSource(
         source.path.stem,
-        load_model(source, preset.model, options.dtype),
+        load_model(source, preset.model, options.dtype, checkpoint=checkpoint, known=known),
         checkpoint_sha256(source.path),
         preset.chunk,
         preset.schedule,

@@ -24,6 +24,7 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
         "cuda": "trt",
         "diffusers": "vae",
         "ftfy": "text",
+        "gguf": "gguf",
         "matplotlib": "calibration",
         "onnx": "export",
         "onnx_ir": "export",

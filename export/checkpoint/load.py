@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from forcing_kv.export.checkpoint.lora import (
     read_adapter,
 )
 from forcing_kv.export.checkpoint.names import Weights
+from forcing_kv.export.checkpoint.quantised import FP8_DTYPES
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType
+from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType, dtype_name
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
+_MAX_COMPARED, _MAX_LENGTH = 2000, 120
+"""Names of a file, and their characters, among which the nearest to a missing one is looked for."""
 _OTHER_MODELS = {
     "img_emb.": "an image-to-video Wan model",
     "vace_blocks.": "a VACE Wan model",
@@ -50,13 +54,20 @@ class CheckpointSource:
 
 
 def load_model(
-    source: Path | CheckpointSource, shape: ModelShape, dtype: DType = "float32"
+    source: Path | CheckpointSource,
+    shape: ModelShape,
+    dtype: DType = "float32",
+    *,
+    checkpoint: RawCheckpoint | None = None,
+    known: Mapping[str, ModelShape] = MappingProxyType({}),
 ) -> CausalWanModel:
     """Load a checkpoint, one tensor at a time: never more than one model in memory.
 
     Args:
         source: checkpoint, with an adapter or not.
         dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
+        checkpoint: the source's file, if it was read before.
+        known: shapes of other models, to say which of them a file of another size is.
 
     Returns:
         The model in eval mode, without gradients. Tensors that the file holds in the wanted dtype
@@ -69,17 +80,19 @@ def load_model(
         raise InputError(f"dtype is {dtype!r}; allowed are {list(COMPUTE_DTYPES)}")
     if isinstance(source, Path):
         source = CheckpointSource(source)
-    checkpoint = read_checkpoint(source.path, source.weights)
+    checkpoint = checkpoint or read_checkpoint(source.path, source.weights)
     adapter, tensors = _adapter(source, checkpoint)
     with torch.device("meta"):
         model = CausalWanModel(shape)
-    check_keys(tensors, model.state_dict(), f"{source.path} ({checkpoint.layout})")
+    tensors = dict(tensors)
+    check_keys(tensors, model.state_dict(), f"{source.path} ({checkpoint.layout})", known)
     _check_dtypes(tensors, str(source.path))
     if adapter is not None:
         check_adapter(adapter, tensors)
     wanted: torch.dtype = getattr(torch, dtype)
     for name in list(tensors):
-        value = tensors[name]
+        compute = checkpoint.packed.get(name)
+        value = tensors[name] if compute is None else compute()
         layer = name.removesuffix(".weight")
         if adapter is not None and name.endswith(".weight") and layer in adapter.down:
             value = value.float() + adapter.delta(layer, source.lora_alpha)
@@ -98,12 +111,22 @@ def _adapter(
             f"{source.path}: holds an adapter already, so {source.lora} cannot be merged too; "
             "leave one of them out"
         )
+    if packed and checkpoint.packed:
+        raise InputError(
+            f"{source.path}: holds an adapter to quantised weights; give the unquantised "
+            "checkpoint and the adapter with --lora"
+        )
     if packed:
         return adapter_from_tensors(checkpoint.tensors, str(source.path))
     return (None if source.lora is None else read_adapter(source.lora)), checkpoint.tensors
 
 
-def check_keys(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], where: str) -> None:
+def check_keys(
+    found: Mapping[str, Tensor],
+    needed: Mapping[str, Tensor],
+    where: str,
+    known: Mapping[str, ModelShape] = MappingProxyType({}),
+) -> None:
     """Refuse a state dict that is not exactly this model's.
 
     Raises:
@@ -111,25 +134,31 @@ def check_keys(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], where:
     """
     missing, extra = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
     lines = []
+    comparable = [key for key in extra if len(key) <= _MAX_LENGTH][:_MAX_COMPARED]
     for key in missing[:5]:
-        near = difflib.get_close_matches(key, extra, 1)
+        near = difflib.get_close_matches(key, comparable, 1)
         lines.append(f"missing {key}" + (f" (nearest in the file: {near[0]})" if near else ""))
-    lines += [f"unknown {key}" for key in extra[:5]]
+    lines += [f"unknown {key[:_MAX_LENGTH]}" for key in extra[:5]]
     shapes = [key for key in needed if key in found and found[key].shape != needed[key].shape]
-    lines += [
-        f"{key} has shape {list(found[key].shape)}, needed {list(needed[key].shape)}"
-        for key in shapes[:5]
-    ]
+    lines += [_of_shape(key, found[key], needed[key]) for key in shapes[:5]]
     if lines:
         counts = f"{len(missing)} missing, {len(extra)} unknown, {len(shapes)} mis-shaped keys"
         raise InputError(
-            f"{where}: not a checkpoint of this model ({counts}{_guess(found, needed)}): "
+            f"{where}: not a checkpoint of this model ({counts}{_guess(found, needed, known)}): "
             + "; ".join(lines)
             + "; check that the model config belongs to this file"
         )
 
 
-def _guess(found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> str:
+def _of_shape(key: str, found: Tensor, needed: Tensor) -> str:
+    turned = found.shape == needed.shape[::-1]
+    note = "; it is transposed, give it as PyTorch's Linear has it, [out, in]" if turned else ""
+    return f"{key} has shape {list(found.shape)}, needed {list(needed.shape)}{note}"
+
+
+def _guess(
+    found: Mapping[str, Tensor], needed: Mapping[str, Tensor], known: Mapping[str, ModelShape]
+) -> str:
     """What the file seems to be instead, for the message; empty where it is not known."""
     for part, model in _OTHER_MODELS.items():
         if any(name.startswith(part) for name in found):
@@ -138,23 +167,25 @@ def _guess(found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> str:
     if width not in found or width not in needed:
         return ""
     sizes = [
-        (len(tensors[width]), len({n.split(".")[1] for n in tensors if n.startswith("blocks.")}))
+        (tensors[width].numel(), len({n.split(".")[1] for n in tensors if n.startswith("blocks.")}))
         for tensors in (found, needed)
     ]
     if sizes[0] == sizes[1]:
         return ""
     (dim, layers), (wanted_dim, wanted_layers) = sizes
+    fits = [name for name, shape in known.items() if (shape.dim, shape.num_layers) == sizes[0]]
     return (
         f"; it is a Wan model of width {dim} with {layers} layers, needed {wanted_dim} with "
-        f"{wanted_layers}"
+        f"{wanted_layers}" + (f"; it fits --model {' or '.join(fits)}" if fits else "")
     )
 
 
 def _check_dtypes(tensors: Mapping[str, Tensor], where: str) -> None:
-    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8_DTYPES)
     wrong = [name for name, value in tensors.items() if value.dtype not in allowed]
     if wrong:
         raise InputError(
-            f"{where}: {len(wrong)} tensors are quantised, such as {wrong[0]} "
-            f"({tensors[wrong[0]].dtype}); give the unquantised checkpoint"
+            f"{where}: {len(wrong)} of {len(tensors)} tensors are quantised or no real numbers, "
+            f"such as {wrong[0]} ({dtype_name(tensors[wrong[0]].dtype)}); wanted are "
+            f"{[dtype_name(dtype) for dtype in allowed]}; give the unquantised checkpoint"
         )

@@ -11,8 +11,17 @@ Weights = Literal["auto", "ema", "plain"]
 
 WRAPPER_PARTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Name parts that FSDP, activation checkpointing and torch.compile leave anywhere in a name."""
-LEADING_PARTS = ("base_model.", "generator.", "module.", "diffusion_model.", "model.")
+EMA_PARTS = ("generator_ema.", "model_ema.", "ema_model.", "ema.")
+"""Names of enclosing modules that hold averaged weights."""
+LEADING_PARTS = (
+    *("base_model.", "generator.", "module.", "diffusion_model.", "model.", "online_model."),
+    *("pipe.dit.", "dit.", *EMA_PARTS),
+)
 """Names of enclosing modules: PEFT, trainers, data parallelism, and the official wrapper."""
+EMA_ENTRIES = ("generator_ema", "ema", "model_ema", "ema_model", "ema_state_dict")
+"""Entries of a file under which trainers save averaged weights."""
+PLAIN_ENTRIES = ("generator", "model", "state_dict", "module", "model_state_dict")
+"""Entries under which they save the weights as trained."""
 
 _LINEAR = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -42,15 +51,23 @@ _BLOCK_NAME = re.compile(r"(blocks\.\d+)\.(.+)")
 
 def strip_wrappers(name: str) -> str:
     """The name of a parameter without what trainers and wrappers put around the model."""
+    return _split_wrappers(name)[1]
+
+
+def is_averaged(name: str) -> bool:
+    """Whether the name of a parameter says that it is an averaged one."""
+    return not set(EMA_PARTS).isdisjoint(_split_wrappers(name)[0])
+
+
+def _split_wrappers(name: str) -> tuple[list[str], str]:
+    """The enclosing modules, outermost first, and the rest of a name."""
     for part in WRAPPER_PARTS:
         name = name.replace(part, "")
-    while True:
-        for part in LEADING_PARTS:
-            if name.startswith(part):
-                name = name.removeprefix(part)
-                break
-        else:
-            return name
+    around: list[str] = []
+    while part := next(filter(name.startswith, LEADING_PARTS), ""):
+        around.append(part)
+        name = name.removeprefix(part)
+    return around, name
 
 
 def is_diffusers(names: Iterable[str]) -> bool:

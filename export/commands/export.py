@@ -34,6 +34,7 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
     resolved, out = resolve(request), output.out
     check_target(out, force=output.force)
     talk(describe(resolved.name, resolved.config))
+    talk(f"weights: {resolved.checkpoint.description}")
     if output.dry_run:
         talk(f"dry run: {out} would be written")
         return

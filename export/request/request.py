@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.export.bundle.write import BundleLabels
-from forcing_kv.export.checkpoint.files import checkpoint_sha256, weight_files
+from forcing_kv.export.checkpoint.files import (
+    RawCheckpoint,
+    checkpoint_sha256,
+    read_checkpoint,
+    weight_files,
+)
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
 from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
 from forcing_kv.export.checkpoint.origin import Origin
@@ -50,9 +55,16 @@ class ResolvedExport:
         return checkpoint_sha256(self.source.path)
 
     @cached_property
+    def checkpoint(self) -> RawCheckpoint:
+        """The checkpoint's tensors, mapped."""
+        return read_checkpoint(self.source.path, self.source.weights)
+
+    @cached_property
     def labels(self) -> BundleLabels:
         """What the bundle says about itself; hashes every input file."""
         provenance = {"checkpoint_sha256": self.checkpoint_sha256}
+        if self.checkpoint.quantisation is not None:
+            provenance["checkpoint_quantisation"] = self.checkpoint.quantisation
         if self.source.lora is not None:
             provenance["lora_sha256"] = sha256_of(self.source.lora)
         if self.heads is not None:
@@ -70,7 +82,9 @@ class ResolvedExport:
 
     def load(self) -> CausalWanModel:
         """Reads the weights; not called by a dry run."""
-        return load_model(self.source, self.config.model, self.config.dtype)
+        known = {name: preset.model for name, preset in PRESETS.items()}
+        parts = (self.source, self.config.model, self.config.dtype)
+        return load_model(*parts, checkpoint=self.checkpoint, known=known)
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:
