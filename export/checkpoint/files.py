@@ -51,14 +51,13 @@ class RawCheckpoint:
     data, on the device `meta`."""
     packed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """What computes a quantised tensor, in float32."""
-    quantisation: str | None = None
-    """What the weights were quantised to, for people; None if they were not."""
+    form: str | None = None
+    """What the weights are stored as and computed back from, for people; None for plain tensors."""
 
     @property
     def description(self) -> str:
         """What is read of the file, for people."""
-        quantised = f"; quantised, computed back: {self.quantisation}" if self.quantisation else ""
-        return f"{self.path.name}: {self.layout}{quantised}"
+        return f"{self.path.name}: {self.layout}" + (f"; {self.form}" if self.form else "")
 
 
 def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
@@ -80,7 +79,7 @@ def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
     suffix = found.files[0].suffix.lower()
     raw: Mapping[str, Any]
     packed: dict[str, Callable[[], Tensor]] = {}
-    container = types = suffix
+    container, types = suffix, ""
     if suffix == GGUF_SUFFIX and len(found.files) == 1:
         raw, packed, types = _guarded(found.files[0], read_gguf)
     elif len(found.files) > 1 or found.index is not None:
@@ -91,9 +90,9 @@ def read_checkpoint(path: Path, weights: Weights = "auto") -> RawCheckpoint:
     nesting, state = _state_dict(raw, weights, path)
     names, key_of = _official_names(state, path)
     content = dequantised({name: state[key] for name, key in key_of.items()}, str(path))
-    if packed:
+    if types:
         computed = {name: packed[key] for name, key in key_of.items() if key in packed}
-        content = Dequantised(content.tensors, computed, f"GGUF: {types}")
+        content = Dequantised(content.tensors, computed, f"GGUF of {types}")
     layout = ", ".join((container, *nesting, names))
     return RawCheckpoint(path, layout, content.tensors, content.packed, content.form)
 

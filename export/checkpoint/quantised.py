@@ -70,7 +70,7 @@ def dequantised(tensors: dict[str, Tensor], where: str) -> Dequantised:
     """
     _refuse_unknown(tensors, where)
     layers = _scaled_layers(tensors, where)
-    codes = {name for name, value in tensors.items() if value.dtype in FP8_DTYPES}
+    codes = {name for name, value in tensors.items() if value.dtype in FP8_DTYPES} - {_MARKER}
     if not layers and not codes:
         return Dequantised(tensors)
     unscaled = sorted(codes - {f"{layer}.weight" for layer in layers})

@@ -63,8 +63,8 @@ class ResolvedExport:
     def labels(self) -> BundleLabels:
         """What the bundle says about itself; hashes every input file."""
         provenance = {"checkpoint_sha256": self.checkpoint_sha256}
-        if self.checkpoint.quantisation is not None:
-            provenance["checkpoint_quantisation"] = self.checkpoint.quantisation
+        if self.checkpoint.form is not None:
+            provenance["checkpoint_format"] = self.checkpoint.form
         if self.source.lora is not None:
             provenance["lora_sha256"] = sha256_of(self.source.lora)
         if self.heads is not None:

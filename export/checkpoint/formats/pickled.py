@@ -99,9 +99,8 @@ class _Machine:
             self.stack.append(self.memo[argument])
         elif name in _TUPLES:
             self.stack.append(tuple(self._last(_TUPLES[name])))
-        elif name in ("GLOBAL", "INST"):
-            named = _named(*argument.split(" ", 1))
-            self.stack.append(self._called(named, self._marked()) if name == "INST" else named)
+        elif name == "GLOBAL":
+            self.stack.append(_named(*argument.split(" ", 1)))
         elif name not in _IGNORED:
             if (method := _METHODS.get(name)) is None:
                 raise ValueError(f"the pickle has opcode {name}, which no weights need")
@@ -126,11 +125,11 @@ class _Machine:
         return taken
 
     def _called(self, function: Any, arguments: Any) -> Any:
-        if isinstance(function, Named):
-            return self.maker.call(function.name, tuple(arguments))
         if isinstance(function, Other):
             return function
-        raise TypeError
+        if not isinstance(function, Named) or not isinstance(arguments, tuple):
+            raise TypeError
+        return self.maker.call(function.name, arguments)
 
     def _put(self, items: list[Any]) -> None:
         """Names and values by turns, into the dict below them."""
@@ -165,7 +164,7 @@ class _Machine:
 
     def call_marked(self) -> None:
         function, *arguments = self._marked()
-        self.stack.append(self._called(function, arguments))
+        self.stack.append(self._called(function, tuple(arguments)))
 
     def set_from_marked(self) -> None:
         self._marked()

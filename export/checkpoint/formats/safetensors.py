@@ -13,6 +13,8 @@ from forcing_kv.runtime_trt.bundle.schema import parse_json
 from forcing_kv.runtime_trt.dtypes import BY_SAFETENSORS
 from forcing_kv.runtime_trt.errors import InputError, require
 
+MAX_HEADER_NBYTES = 32 << 20
+"""Longest header that is read; one of 1,000 tensors has some 100 KB."""
 _LENGTH_NBYTES = 8
 _METADATA = "__metadata__"
 
@@ -25,15 +27,16 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: a dtype that is not known.
-        ValueError: the header is malformed, or has a name twice.
+        ValueError: the header is malformed or too long, or has a name twice.
         SafetensorError: the library finds the header broken, a hole or an overlap among the
             tensors, or the file truncated or continued.
     """
+    content = map_file(path)
+    begin = _LENGTH_NBYTES + int.from_bytes(bytes_of(content, 0, _LENGTH_NBYTES), "little")
+    if begin > MAX_HEADER_NBYTES:
+        raise ValueError(f"its header would have {begin:,} bytes")
     with require("safetensors").safe_open(path, framework="numpy"):
         pass
-    content = map_file(path)
-    begin = _LENGTH_NBYTES
-    begin += int.from_bytes(bytes_of(content, 0, begin), "little")
     # The library keeps the last of several entries of one name; parse_json refuses them.
     header = parse_json(bytes_of(content, _LENGTH_NBYTES, begin))
     header.pop(_METADATA, None)

@@ -22,6 +22,7 @@ RESAVE = (
     'model.state_dict().items()}, "weights.pt")'
 )
 _MAX_DEPTH = 100
+_MAX_DIMENSIONS = 32
 _DENSE = "save it as a plain dense tensor"
 _QUANTISED = "give the unquantised checkpoint"
 _STORAGES = {
@@ -136,8 +137,7 @@ class TensorMaker:
         if function == "_rebuild_from_type_v2":
             return self._of_type(*arguments[:3])
         if function == "OrderedDict":
-            pairs = arguments[0] if arguments else []
-            return {key: value for key, value in pairs if isinstance(key, str)}
+            return Other("a dict of Python 2", RESAVE) if arguments else {}
         return Other(f"a {function}")
 
     def _of_type(self, function: Any, kind: Any, arguments: Any) -> Any:
@@ -154,8 +154,10 @@ class TensorMaker:
             return storage
         if any(metadata):
             return Other("a tensor that is stored conjugated or negated", _DENSE)
-        if not (isinstance(storage, _Storage) and _are_counts([offset, *size, *stride])):
+        if not isinstance(storage, _Storage) or max(len(size), len(stride)) > _MAX_DIMENSIONS:
             raise ValueError("a tensor's storage or shape is damaged")
+        if not _are_counts([offset, *size, *stride]):
+            raise ValueError("a tensor's shape is damaged")
         elements = typed(self.content, storage.begin, storage.end, dtype or storage.dtype)
         span = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
         if math.prod(size) and offset + span > len(elements):

@@ -293,7 +293,7 @@ def test_mapped_safetensors_are_what_the_library_reads(tmp_path):
 def test_truncated_file(tmp_path, weights, write):
     file = write(tmp_path, weights)
     file.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(InputError, match="truncated|download it again"):
+    with pytest.raises(InputError, match="download it again"):
         load_model(file, SHAPE)
 
 
