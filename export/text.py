@@ -146,10 +146,14 @@ def umt5_from_original(state: Mapping[str, Any], dtype: torch.dtype, where: str)
         state: tensors under the names of Wan2.1's `T5Encoder`.
 
     Raises:
-        InputError: not the encoder's names.
+        InputError: not the encoder's names, or quantised.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise InputError(
+                f"{where}: {name} is no tensor of real numbers; give the unquantised encoder"
+            )
         match = _BLOCK.fullmatch(name)
         if match and match[2] in _BLOCK_NAMES:
             renamed[f"encoder.block.{match[1]}.{_BLOCK_NAMES[match[2]]}.weight"] = value.to(dtype)

@@ -50,7 +50,7 @@ class ModelOptions:
         ),
     ] = SHIPPED_DEFAULT
     checkpoint: Path | None = None
-    """Weights: .safetensors or .pt file, index of shards, or folder."""
+    """Weights: .safetensors, .pt or .gguf file, index of shards, or folder."""
     config: Path | None = None
     """Official Wan config.json, for an architecture that --model does not name."""
     weights: Weights | None = None

@@ -119,3 +119,12 @@ def test_mistakes_write_nothing(tmp_path, monkeypatch, options, message):
     with pytest.raises(InputError, match=message):
         fkv("encode-prompt", *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_encoders_are_refused(encoder):
+    state = umt5_original(encoder)
+    state["blocks.0.attn.q.weight"] = state["blocks.0.attn.q.weight"].to(torch.int8)
+    with pytest.raises(
+        InputError, match=r"blocks\.0\.attn\.q\.weight is no tensor of real numbers"
+    ):
+        text.umt5_from_original(state, torch.float32, "encoder.pth")

@@ -10,7 +10,10 @@ from stand_ins import diffusers_name, prefixed, write_sharded
 
 from forcing_kv.export.checkpoint.files import read_checkpoint
 from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
+from forcing_kv.export.commands.export import BundleOutput, export
 from forcing_kv.export.model.denoiser import CausalWanModel
+from forcing_kv.export.request.options import ExportRequest
+from forcing_kv.export.request.request import resolve
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
@@ -290,11 +293,8 @@ def test_gguf_of_a_wrong_shape_or_place(tmp_path, weights):
         read_checkpoint(path)
 
 
-def test_the_format_is_in_the_manifest_and_on_the_console(tmp_path, weights):
+def test_the_format_is_in_the_manifest_and_on_the_console(tmp_path, weights, capsys):
     """Unquantised files leave no trace of the question in a manifest."""
-    from forcing_kv.export.request.options import ExportRequest
-    from forcing_kv.export.request.request import resolve
-
     config = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 1, "in_dim": 4,
               "text_len": 6, "text_dim": 32, "freq_dim": 32, "out_dim": 4}  # fmt: skip
     preset = tmp_path / "tiny.json"
@@ -303,8 +303,12 @@ def test_the_format_is_in_the_manifest_and_on_the_console(tmp_path, weights):
     for state, traced in ((file, True), (meant, False)):
         save_file(state, tmp_path / "w.safetensors")
         parts = {"model": str(preset), "checkpoint": tmp_path / "w.safetensors"}
-        resolved = resolve(ExportRequest(**parts, dense_window=6))
+        request = ExportRequest(**parts, dense_window=6)
+        resolved = resolve(request)
         assert ("checkpoint_format" in resolved.labels.provenance) is traced
-        assert ("scale_weight" in resolved.checkpoint.description) is traced
         found = resolved.load().state_dict()
         assert all(torch.equal(found[name], value) for name, value in meant.items())
+        export(output=BundleOutput(out=tmp_path / "bundle", dry_run=True), request=request)
+        said = capsys.readouterr().err
+        assert "weights: w.safetensors: .safetensors, official names" in said
+        assert ("a scale per tensor (scale_weight)" in said) is traced
