@@ -29,6 +29,7 @@ from forcing_kv.runtime_trt.errors import (
     InputError,
     MissingDependencyError,
     StateGuard,
+    unknown_name,
 )
 from forcing_kv.runtime_trt.rollout.ports import split_name
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
@@ -186,9 +187,7 @@ def check_choice(bundle: Path, manifest: Manifest, kind: str, backend: str) -> N
             f"with `fkv add-decoder {bundle} --{kind} FILE`"
         )
     if backend not in DECODE_BACKENDS:
-        raise InputError(
-            f"decode backend {backend!r} is unknown; choose one of {list(DECODE_BACKENDS)}"
-        )
+        raise unknown_name("decode backend", backend, DECODE_BACKENDS)
 
 
 def follow_session(

@@ -13,8 +13,9 @@ of our own are asserts, and they do show their traceback.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +45,10 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
 """Import name of every optional dependency → the extra of `forcing-kv` that installs it."""
 
 
+_SHOWN = 60
+"""Characters of a wrong value in a message."""
+
+
 class ForcingKvError(Exception):
     """Base of all errors that a user can cause; the message is meant for that user."""
 
@@ -62,6 +67,30 @@ class BackendUnavailableError(ForcingKvError):
 
 class MissingDependencyError(ForcingKvError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def unknown_name(what: str, given: object, known: Collection[str]) -> InputError:
+    """The error for a name that is none of the known ones: the near ones first, then all.
+
+    Args:
+        what: what is named, such as `device`.
+        given: the name that was given; anything, for it may be no text at all.
+        known: every name that there is.
+    """
+    plain = {name.lower(): name for name in known}
+    near = get_close_matches(str(given)[:_SHOWN].lower(), plain, 2)
+    hint = f"did you mean {' or '.join(plain[name] for name in near)}? " if near else ""
+    return InputError(f"{what} {shown(given)} is unknown; {hint}choose one of {list(known)}")
+
+
+def shown(value: object) -> str:
+    """A wrong value as messages show it: on one line, control characters escaped, cut if long."""
+    try:
+        text = repr(value)
+    except Exception:  # A class's own; what is told must not fail.
+        text = f"an object of {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class StateGuard:

@@ -12,8 +12,8 @@ from forcing_kv.runtime_trt.bundle.manifest import Manifest, check_files, read_m
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     ForcingKvError,
-    InputError,
     missing_dependency,
+    unknown_name,
 )
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
 
@@ -54,7 +54,7 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
         BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
     """
     if wanted != "auto" and wanted not in BACKENDS:
-        raise InputError(f"backend {wanted!r} is unknown; choose auto or one of {list(BACKENDS)}")
+        raise unknown_name("backend", wanted, ("auto", *BACKENDS))
     manifest = None if bundle is None else read_manifest(bundle)
     installed = available_backends()
     passed_over: list[str] = []

@@ -129,7 +129,7 @@ LatentSize = Annotated[
     tuple[int, int],
     Parameter(converter=_size, n_tokens=1, metavar="SIZE", show_default=_shown_size),
 ]
-"""A resolution's name, or latent `ROWSxCOLUMNS`."""
+"""The size of a frame, as `parse_latent_size` reads it: latent rows and columns."""
 
 
 def changes_of(cls: type, flag: Callable[[str], str]) -> Any:

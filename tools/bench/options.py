@@ -24,7 +24,8 @@ class BenchRequest:
     model: str = "wan-1.3b"
     """wan-1.3b (random weights), digits or golden."""
     size: str | None = None
-    """480p, 720p or 1080p. Default: 480p, or the model's own."""
+    """480p, 720p, 1080p, pixels: 832x480px, or latent rows x columns. Default: 480p, or the model's
+    own."""
     device: DeviceName = "cuda"
     """Where it runs."""
     dtype: DType | None = None
