@@ -13,6 +13,7 @@ of our own are asserts, and they do show their traceback.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -121,6 +122,39 @@ class StateGuard:
         """Raises `ForcingKvError` where a call failed since the state was made."""
         if not self._valid:
             raise ForcingKvError(self._message)
+
+
+class Turn:
+    """Lets one call at a time in, and tells the others which one that is. Never waits.
+
+    Args:
+        what: what serves one call at a time, such as `session`.
+        remedy: what to do instead, for the message.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self._what, self._remedy = what, remedy
+        self._lock = threading.Lock()
+        self._call, self._thread = "", 0
+
+    @contextmanager
+    def of(self, call: str) -> Iterator[None]:
+        """Holds while `call` runs.
+
+        Raises:
+            ForcingKvError: another call has not returned yet; it is not disturbed.
+        """
+        if not self._lock.acquire(blocking=False):
+            mine = self._thread == threading.get_ident()
+            raise ForcingKvError(
+                f"{'this' if mine else 'another'} thread is in {self._call}, and a {self._what} "
+                f"serves one call at a time; nothing was changed: {self._remedy}"
+            )
+        self._call, self._thread = call, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def missing_dependency(module: str, *, extra: str | None = None) -> MissingDependencyError:

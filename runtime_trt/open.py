@@ -15,6 +15,7 @@ from forcing_kv.runtime_trt.errors import (
     missing_dependency,
     unknown_name,
 )
+from forcing_kv.runtime_trt.rollout.arguments import check_threads, file_path, yes_or_no
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
 
 BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
@@ -53,7 +54,7 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
         InputError: no such backend.
         BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
     """
-    if wanted != "auto" and wanted not in BACKENDS:
+    if not isinstance(wanted, str) or wanted not in ("auto", *BACKENDS):
         raise unknown_name("backend", wanted, ("auto", *BACKENDS))
     manifest = None if bundle is None else read_manifest(bundle)
     installed = available_backends()
@@ -101,14 +102,17 @@ def open_backend(
     Args:
         bundle: directory written by `fkv export`.
         backend: a backend's name, or auto.
-        num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+        num_threads: CPU threads for backends that run there, at most eight for each CPU of the
+            machine; 0 leaves the choice to them.
         use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
     Raises:
+        InputError: an argument of another type or out of range, or no such backend.
         BundleError: the bundle is missing, altered, or of another version.
         BackendUnavailableError: the backend cannot run here.
     """
-    folder = Path(bundle)
+    folder = file_path("bundle", bundle)
+    num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     name, why = choose_backend(backend, folder if backend == "auto" else None)
