@@ -6,6 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,9 +252,10 @@ class Session:
         return _Begun(plan, request, pending)
 
     def _keep(self, begun: _Begun) -> None:
-        """Take what an abandoned stream has begun, unless the video has gone on since."""
-        if self._recent[-1:] == [begun.pending]:
-            self._ahead = begun
+        """Take what an abandoned stream has begun, unless the video has gone on or is going on."""
+        with suppress(ForcingKvError), self._turn.of("the end of a stream"):
+            if self._recent[-1:] == [begun.pending]:
+                self._ahead = begun
 
     def _finish(self, begun: _Begun) -> Chunk:
         self._require_open()
