@@ -220,7 +220,7 @@ def check_choice(bundle: Path, manifest: Manifest, kind: str, backend: str) -> N
     """
     if not isinstance(manifest, Manifest):
         raise InputError(f"manifest is {shown(manifest)}; give that of read_manifest(bundle)")
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) or not kind.isidentifier():
         raise InputError(f"kind is {shown(kind)}; give vae or tae")
     if kind not in manifest.decoders:
         raise InputError(

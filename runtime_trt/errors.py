@@ -79,7 +79,8 @@ def unknown_name(what: str, given: object, known: Collection[str]) -> InputError
         known: every name that there is.
     """
     plain = {name.lower(): name for name in known}
-    near = get_close_matches(str(given)[:_SHOWN].lower(), plain, 2)
+    text = given[:_SHOWN].lower() if isinstance(given, str) else ""
+    near = get_close_matches(text, plain, 2)
     hint = f"did you mean {' or '.join(plain[name] for name in near)}? " if near else ""
     return InputError(f"{what} {shown(given)} is unknown; {hint}choose one of {list(known)}")
 

@@ -54,8 +54,7 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
         InputError: no such backend.
         BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
     """
-    if not isinstance(wanted, str) or wanted not in ("auto", *BACKENDS):
-        raise unknown_name("backend", wanted, ("auto", *BACKENDS))
+    _check_name(wanted)
     manifest = None if bundle is None else read_manifest(bundle)
     installed = available_backends()
     passed_over: list[str] = []
@@ -68,6 +67,11 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
             return name, "; ".join([why, *passed_over])
         passed_over.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(passed_over))
+
+
+def _check_name(wanted: str) -> None:
+    if not isinstance(wanted, str) or wanted not in ("auto", *BACKENDS):
+        raise unknown_name("backend", wanted, ("auto", *BACKENDS))
 
 
 def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
@@ -112,6 +116,7 @@ def open_backend(
         BackendUnavailableError: the backend cannot run here.
     """
     folder = file_path("bundle", bundle)
+    _check_name(backend)
     num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
