@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.calibration.policy.grid import PolicyGrid
 from forcing_kv.export.cost.devices import find_device
-from forcing_kv.export.request.flags import Int, Integers, Natural, between, flags
+from forcing_kv.export.request.flags import Int, Integers, Threads, between, flags
 from forcing_kv.runtime_trt.console import console
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -24,7 +24,7 @@ class PolicyRollouts(RolloutOptions):
     """Seeds, each with every prompt."""
     num_chunks: Annotated[Int, between(2)] = 7
     """Chunks of a rollout."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads of torch; 0: its choice."""
 
 

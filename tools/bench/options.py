@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from forcing_kv.export.request.flags import Computed, Int, Json, PositiveInt, between, flags
+from forcing_kv.export.request.flags import (
+    Computed,
+    Int,
+    Json,
+    PositiveInt,
+    between,
+    flags,
+)
 from forcing_kv.runtime_trt.dtypes import DType
 
 DeviceName = Literal["cuda", "cpu"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from forcing_kv.export.request.flags import Json, Natural, PositiveInt, flags
+from forcing_kv.export.request.flags import Json, PositiveInt, Threads, flags
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
@@ -32,7 +32,7 @@ class EncoderOptions:
     """What the encoder computes in."""
     device: str = "cpu"
     """PyTorch device."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads; 0: automatic."""
 
 
