@@ -5,11 +5,12 @@ What runs the graphs is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv b
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest, check_decoder_files
@@ -29,6 +30,15 @@ from forcing_kv.runtime_trt.errors import (
     InputError,
     MissingDependencyError,
     StateGuard,
+    Turn,
+    shown,
+    unknown_name,
+)
+from forcing_kv.runtime_trt.rollout.arguments import (
+    check_threads,
+    file_path,
+    float_array,
+    yes_or_no,
 )
 from forcing_kv.runtime_trt.rollout.ports import split_name
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
@@ -41,6 +51,10 @@ DECODE_BACKENDS = (*FLAVOURS, "inductor", *_ONNXRUNTIME_DEVICES)
 
 class VideoDecoder:
     """Decodes one video after another with a bundle's decoder.
+
+    One call at a time: a call that comes while another thread is in one raises a `ForcingKvError`
+    that names it, at once and without touching the video. Wait and call again, hold a lock round
+    the decoder, or open one for each thread.
 
     Args:
         runner: what runs its graphs; closed with this decoder.
@@ -55,6 +69,7 @@ class VideoDecoder:
             "the last call failed half-way, so the decoder's state is not valid; call reset to "
             "begin another video"
         )
+        self._turn = Turn("decoder", "wait for that call, or open a decoder for each thread")
         self._closed = False
         self.chosen_because = "asked for"
         """Why this backend is the one."""
@@ -67,7 +82,7 @@ class VideoDecoder:
     @classmethod
     def open(
         cls,
-        bundle: Path,
+        bundle: str | os.PathLike[str],
         manifest: Manifest,
         kind: str,
         backend: str = "onnxruntime",
@@ -78,17 +93,23 @@ class VideoDecoder:
         """Open one of the decoders that a bundle holds; the denoiser is not loaded.
 
         Args:
+            bundle: directory of the bundle.
+            manifest: its manifest, of `read_manifest`.
             kind: vae or tae.
             backend: one of `DECODE_BACKENDS`; `follow_session` chooses.
-            num_threads: CPU threads of ONNX Runtime; 0 leaves the choice to it.
+            num_threads: CPU threads of ONNX Runtime, at most eight for each CPU of the machine; 0
+                leaves the choice to it.
             use_graphs: replay captured CUDA graphs, for backends that can.
 
         Raises:
-            InputError: it holds no decoder of this kind, or there is no such backend.
+            InputError: it holds no decoder of this kind, there is no such backend, or an argument
+                is of another type or out of range.
             BackendUnavailableError: the backend cannot run here, or has no engine of the decoder.
             BundleError: a file is missing or altered, or the engine is of another decoder.
         """
+        bundle = file_path("bundle", bundle)
         check_choice(bundle, manifest, kind, backend)
+        num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
         info = manifest.decoders[kind]
         _check_graphs(info, str(bundle))
         check_decoder_files(bundle, info)
@@ -113,14 +134,20 @@ class VideoDecoder:
         return self._runner.name
 
     def reset(self) -> None:
-        self._require_open()
-        self._first = True
-        self._num_to_trim = self._info.num_trimmed_frames
-        with self._state.changing():
-            self._runner.reset()
-        self._state.renew()
+        """Begin another video.
 
-    def decode(self, latents: Float32) -> Float32:
+        Raises:
+            ForcingKvError: closed, or another thread is in a call.
+        """
+        with self._turn.of("reset"):
+            self._require_open()
+            self._first = True
+            self._num_to_trim = self._info.num_trimmed_frames
+            with self._state.changing():
+                self._runner.reset()
+            self._state.renew()
+
+    def decode(self, latents: ArrayLike) -> Float32:
         """Decode the next latent frames.
 
         Args:
@@ -131,12 +158,17 @@ class VideoDecoder:
             the first latent frame of a video.
 
         Raises:
-            InputError: another shape.
-            ForcingKvError: the backend failed, now or in an earlier call; `reset` begins again.
+            InputError: another shape or dtype.
+            ForcingKvError: the backend failed, now or in an earlier call, and `reset` begins again;
+                or closed; or another thread is in a call.
         """
+        with self._turn.of("decode"):
+            return self._decode(float_array("latents", latents, finite=False))
+
+    def _decode(self, latents: Float32) -> Float32:
         self._require_open()
         self._state.require_valid()
-        if latents.ndim != 4 or latents.shape[1:] != self._frame_shape[1:]:
+        if latents.ndim != 4 or latents.shape[1:] != self._frame_shape[1:] or not len(latents):
             raise InputError(
                 f"latents have shape {list(latents.shape)}; this decoder takes frames of "
                 f"{list(self._frame_shape[1:])}"
@@ -150,22 +182,28 @@ class VideoDecoder:
     def _decode_frame(self, latents: Float32) -> Float32:
         graph = DECODE_FIRST if self._first and DECODE_FIRST in self._info.graphs else DECODE
         self._first = False
-        return self._runner.run(graph, np.ascontiguousarray(latents, np.float32))
+        return self._runner.run(graph, latents)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
         """A copy of every state, by name (for checks)."""
-        self._require_open()
-        names = [info.name for info in state_inputs(self._info.graphs[DECODE])]
-        return {name: self._runner.read_state(name) for name in names}
+        with self._turn.of("read_state"):
+            self._require_open()
+            names = [info.name for info in state_inputs(self._info.graphs[DECODE])]
+            return {name: self._runner.read_state(name) for name in names}
 
     def _require_open(self) -> None:
         if self._closed:
             raise ForcingKvError("the decoder is closed; open it again")
 
     def close(self) -> None:
-        """Release the backend; may be called twice."""
-        self._closed = True
-        self._runner.close()
+        """Release the backend; may be called twice.
+
+        Raises:
+            ForcingKvError: another thread is in a call; the decoder stays open.
+        """
+        with self._turn.of("close"):
+            self._closed = True
+            self._runner.close()
 
     def __enter__(self) -> VideoDecoder:
         return self
@@ -180,15 +218,17 @@ def check_choice(bundle: Path, manifest: Manifest, kind: str, backend: str) -> N
     Raises:
         InputError: the bundle holds no such decoder, or there is no such backend.
     """
+    if not isinstance(manifest, Manifest):
+        raise InputError(f"manifest is {shown(manifest)}; give that of read_manifest(bundle)")
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise InputError(f"kind is {shown(kind)}; give vae or tae")
     if kind not in manifest.decoders:
         raise InputError(
             f"{bundle}: holds no {kind} decoder (it has {list(manifest.decoders)}); add one "
             f"with `fkv add-decoder {bundle} --{kind} FILE`"
         )
-    if backend not in DECODE_BACKENDS:
-        raise InputError(
-            f"decode backend {backend!r} is unknown; choose one of {list(DECODE_BACKENDS)}"
-        )
+    if not isinstance(backend, str) or backend not in DECODE_BACKENDS:
+        raise unknown_name("decode backend", backend, DECODE_BACKENDS)
 
 
 def follow_session(
@@ -208,7 +248,7 @@ def follow_session(
         BundleError: a file is missing or altered, or the engine is of another decoder.
     """
     reason = "as the session"
-    if session_backend in DECODE_BACKENDS:
+    if isinstance(session_backend, str) and session_backend in DECODE_BACKENDS:
         try:
             decoder = VideoDecoder.open(bundle, manifest, kind, session_backend, **options)
         except (BackendUnavailableError, MissingDependencyError) as error:

@@ -13,8 +13,10 @@ of our own are asserts, and they do show their traceback.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +47,10 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
 """Import name of every optional dependency → the extra of `forcing-kv` that installs it."""
 
 
+_SHOWN = 60
+"""Characters of a wrong value in a message."""
+
+
 class ForcingKvError(Exception):
     """Base of all errors that a user can cause; the message is meant for that user."""
 
@@ -63,6 +69,31 @@ class BackendUnavailableError(ForcingKvError):
 
 class MissingDependencyError(ForcingKvError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def unknown_name(what: str, given: object, known: Collection[str]) -> InputError:
+    """The error for a name that is none of the known ones: the near ones first, then all.
+
+    Args:
+        what: what is named, such as `device`.
+        given: the name that was given; anything, for it may be no text at all.
+        known: every name that there is.
+    """
+    plain = {name.lower(): name for name in known}
+    text = given[:_SHOWN].lower() if isinstance(given, str) else ""
+    near = get_close_matches(text, plain, 2)
+    hint = f"did you mean {' or '.join(plain[name] for name in near)}? " if near else ""
+    return InputError(f"{what} {shown(given)} is unknown; {hint}choose one of {list(known)}")
+
+
+def shown(value: object) -> str:
+    """A wrong value as messages show it: on one line, control characters escaped, cut if long."""
+    try:
+        text = repr(value)
+    except Exception:  # A class's own; what is told must not fail.
+        text = f"an object of {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class StateGuard:
@@ -93,6 +124,39 @@ class StateGuard:
         """Raises `ForcingKvError` where a call failed since the state was made."""
         if not self._valid:
             raise ForcingKvError(self._message)
+
+
+class Turn:
+    """Lets one call at a time in, and tells the others which one that is. Never waits.
+
+    Args:
+        what: what serves one call at a time, such as `session`.
+        remedy: what to do instead, for the message.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self._what, self._remedy = what, remedy
+        self._lock = threading.Lock()
+        self._call, self._thread = "", 0
+
+    @contextmanager
+    def of(self, call: str) -> Iterator[None]:
+        """Holds while `call` runs.
+
+        Raises:
+            ForcingKvError: another call has not returned yet; it is not disturbed.
+        """
+        if not self._lock.acquire(blocking=False):
+            mine = self._thread == threading.get_ident()
+            raise ForcingKvError(
+                f"{'this' if mine else 'another'} thread is in {self._call}, and a {self._what} "
+                f"serves one call at a time; nothing was changed: {self._remedy}"
+            )
+        self._call, self._thread = call, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def missing_dependency(module: str, *, extra: str | None = None) -> MissingDependencyError:

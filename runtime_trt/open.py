@@ -12,9 +12,10 @@ from forcing_kv.runtime_trt.bundle.manifest import Manifest, check_files, read_m
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
     ForcingKvError,
-    InputError,
     missing_dependency,
+    unknown_name,
 )
+from forcing_kv.runtime_trt.rollout.arguments import check_threads, file_path, yes_or_no
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
 
 BACKENDS = ("tensorrt", "tensorrt-lean", "tensorrt-rtx", "inductor", "onnxruntime")
@@ -53,8 +54,7 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
         InputError: no such backend.
         BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
     """
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise InputError(f"backend {wanted!r} is unknown; choose auto or one of {list(BACKENDS)}")
+    _check_name(wanted)
     manifest = None if bundle is None else read_manifest(bundle)
     installed = available_backends()
     passed_over: list[str] = []
@@ -67,6 +67,11 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
             return name, "; ".join([why, *passed_over])
         passed_over.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(passed_over))
+
+
+def _check_name(wanted: str) -> None:
+    if not isinstance(wanted, str) or wanted not in ("auto", *BACKENDS):
+        raise unknown_name("backend", wanted, ("auto", *BACKENDS))
 
 
 def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
@@ -101,14 +106,18 @@ def open_backend(
     Args:
         bundle: directory written by `fkv export`.
         backend: a backend's name, or auto.
-        num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+        num_threads: CPU threads for backends that run there, at most eight for each CPU of the
+            machine; 0 leaves the choice to them.
         use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
     Raises:
+        InputError: an argument of another type or out of range, or no such backend.
         BundleError: the bundle is missing, altered, or of another version.
         BackendUnavailableError: the backend cannot run here.
     """
-    folder = Path(bundle)
+    folder = file_path("bundle", bundle)
+    _check_name(backend)
+    num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     name, why = choose_backend(backend, folder if backend == "auto" else None)

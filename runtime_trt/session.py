@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
-from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard, Turn, shown
+from forcing_kv.runtime_trt.rollout.arguments import (
+    check_seed,
+    float_array,
+    whole_number,
+    yes_or_no,
+)
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
@@ -55,18 +62,31 @@ class Chunk:
 class Session:
     """Generates one video, chunk by chunk, on one backend.
 
+    One call at a time: a session may go from thread to thread, but a call that comes while another
+    thread is in one raises a `ForcingKvError` that names it, at once and without touching the video
+    (a stream counts while it makes a chunk, not between). Wait and call again, hold a lock round
+    the session, or give each thread a session of its own (`sibling`, or the bundle opened again).
+
     Args:
         backend: an opened backend; the session closes it.
 
     Use `Session.open` for a bundle on disk.
+
+    Raises:
+        InputError: no backend.
     """
 
     def __init__(self, backend: Backend) -> None:
+        if not isinstance(backend, Backend):
+            raise InputError(f"backend is {shown(backend)}; open a bundle with Session.open")
         self._backend = backend
         self.config: RolloutConfig = backend.config
         self._timeline = Timeline(self.config.policy, self.config.chunk.num_frames)
         self._has_prompt = False
         self._closed = False
+        self._turn = Turn(
+            "session", "wait for that call, or give each thread a session of its own (sibling)"
+        )
         self._cache = StateGuard(
             "the last call failed half-way, so the cache is not valid; call reset and set_prompt "
             "to begin again"
@@ -90,10 +110,12 @@ class Session:
         Args:
             bundle: directory written by `fkv export`.
             backend: a backend's name, or `auto` for the best that is present.
-            num_threads: CPU threads for backends that run there; 0 leaves the choice to them.
+            num_threads: CPU threads for backends that run there, at most eight for each CPU of the
+                machine; 0 leaves the choice to them.
             use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
         Raises:
+            InputError: an argument of another type or out of range, or no such backend.
             BundleError: the bundle is missing, altered, or of another version.
             BackendUnavailableError: the backend cannot run here.
         """
@@ -119,19 +141,22 @@ class Session:
         """Set the prompt before the first chunk, or after `reset`.
 
         Args:
-            prompt_embeds: [text_len, text_dim] float32, padding rows zero.
+            prompt_embeds: [text_len, text_dim] float32, padding rows zero, of
+                `fkv encode-prompt`; other floats are rounded to float32.
 
         Raises:
             InputError: wrong shape, dtype or non-finite values, or chunks already generated.
+            ForcingKvError: closed, a call failed half-way, or another thread is in a call.
         """
-        self._require_open()
-        if self._timeline.next_chunk:
-            raise InputError(
-                "set_prompt after the first chunk would leave the cache with the old prompt; "
-                "call switch_prompt to continue this video, or reset to begin another"
-            )
-        self._require_usable()
-        self._load_prompt(prompt_embeds)
+        with self._turn.of("set_prompt"):
+            self._require_open()
+            if self._timeline.next_chunk:
+                raise InputError(
+                    "set_prompt after the first chunk would leave the cache with the old prompt; "
+                    "call switch_prompt to continue this video, or reset to begin another"
+                )
+            self._require_usable()
+            self._load_prompt(prompt_embeds)
 
     def switch_prompt(self, prompt_embeds: ArrayLike) -> None:
         """Change the prompt at this chunk boundary and re-encode the last frames with it.
@@ -141,7 +166,12 @@ class Session:
 
         Raises:
             InputError: wrong input, or the policy re-encodes more frames than a chunk has.
+            ForcingKvError: see `set_prompt`.
         """
+        with self._turn.of("switch_prompt"):
+            self._switch_prompt(prompt_embeds)
+
+    def _switch_prompt(self, prompt_embeds: ArrayLike) -> None:
         self._require_usable()
         policy = self.config.policy
         if not self.config.switchable:
@@ -173,17 +203,24 @@ class Session:
         Args:
             noise: [F, C, h, w] initial noise; drawn from `seed` if None.
             eps: [n - 1, F, C, h, w] re-noise; drawn from `seed` if None.
-            seed: key of the noise generator.
+            seed: key of the noise generator, 0 to 2**64 - 1.
             keep_x0: return x0 of every denoise step too.
 
         Raises:
             InputError: wrong input, or other noise than that of a chunk which an abandoned
                 `stream(run_ahead=True)` has begun.
+            ForcingKvError: see `set_prompt`.
         """
-        return self._finish(self._begin(noise, eps, seed, keep_x0))
+        shape = self.config.latent_shape
+        draws = self.config.schedule.num_steps - 1
+        seed, keep_x0 = check_seed(seed), yes_or_no("keep_x0", keep_x0)
+        given_noise = None if noise is None else float_array("noise", noise, shape)
+        given_eps = None if eps is None else float_array("eps", eps, (draws, *shape))
+        with self._turn.of("generate_chunk"):
+            return self._finish(self._begin(given_noise, given_eps, seed, keep_x0))
 
     def _begin(
-        self, noise: ArrayLike | None, eps: ArrayLike | None, seed: int, keep_x0: bool = False
+        self, noise: Float32 | None, eps: Float32 | None, seed: int, keep_x0: bool = False
     ) -> _Begun:
         """Hand the next chunk to the backend, or take the one that it was handed before."""
         self._require_usable()
@@ -198,11 +235,9 @@ class Session:
             eps = np.empty((draws, *shape), np.float32)
             for draw in range(draws):
                 eps[draw] = draw_noise(seed, index, draw + 1, shape)
-        request_noise = _checked("noise", noise, shape)
-        request_eps = _checked("eps", eps, (draws, *shape))
         if self._ahead is not None:
             begun = self._ahead
-            if not begun.is_of(ChunkRequest(begun.plan, request_noise, request_eps, keep_x0)):
+            if not begun.is_of(ChunkRequest(begun.plan, noise, eps, keep_x0)):
                 raise InputError(
                     f"chunk {index} was begun by stream(run_ahead=True) with other noise, another "
                     "seed or without keep_x0; ask for it as that stream did, or call reset"
@@ -210,11 +245,17 @@ class Session:
             self._ahead = None
             return begun
         plan = self._timeline.advance()
-        request = ChunkRequest(plan, request_noise, request_eps, keep_x0)
+        request = ChunkRequest(plan, noise, eps, keep_x0)
         with self._cache.changing():
             pending = self._backend.submit(request)
         self._remember(pending)
         return _Begun(plan, request, pending)
+
+    def _keep(self, begun: _Begun) -> None:
+        """Take what an abandoned stream has begun, unless the video has gone on or is going on."""
+        with suppress(ForcingKvError), self._turn.of("the end of a stream"):
+            if self._recent[-1:] == [begun.pending]:
+                self._ahead = begun
 
     def _finish(self, begun: _Begun) -> Chunk:
         self._require_open()
@@ -234,8 +275,8 @@ class Session:
         """Generate chunks one after another; endlessly if `num_chunks` is None.
 
         Args:
-            num_chunks: chunks to generate.
-            seed: key of the noise generator.
+            num_chunks: chunks to generate, at least 1.
+            seed: key of the noise generator, 0 to 2**64 - 1.
             noise: [num_chunks, F, C, h, w] explicit initial noise.
             eps: [num_chunks, n - 1, F, C, h, w] explicit re-noise.
             run_ahead: begin the next chunk before this one is handed out, so that a device computes
@@ -243,34 +284,26 @@ class Session:
                 takes effect one chunk later. The chunks are the same. If the stream is abandoned,
                 the next call hands out the chunk that it had begun.
 
-        Yields:
-            Each chunk as soon as it is ready.
+        Returns:
+            An iterator that yields each chunk as soon as it is ready; its `close` abandons it, as
+            forgetting it does. What it raises leaves it as it was: the next call tries again.
+
+        Raises:
+            InputError: wrong input.
+            ForcingKvError: by the iterator, see `set_prompt`.
         """
-        if num_chunks is not None and num_chunks < 1:
-            raise InputError(f"num_chunks is {num_chunks}; it must be at least 1, or None")
-        given = [np.asarray(array) for array in (noise, eps) if array is not None]
-        for array in given:
-            if num_chunks is None or len(array) != num_chunks:
-                raise InputError(
-                    f"explicit noise is for {len(array)} chunks but num_chunks is {num_chunks}; "
-                    "give one row a chunk"
-                )
-        begun: deque[_Begun] = deque()
-        num_resets = self._num_resets
-        try:
-            for i in itertools.count() if num_chunks is None else range(num_chunks):
-                self._require_not_reset(num_resets)
-                chunk_noise = None if noise is None else np.asarray(noise)[i]
-                chunk_eps = None if eps is None else np.asarray(eps)[i]
-                begun.append(self._begin(chunk_noise, chunk_eps, seed))
-                if len(begun) > run_ahead:
-                    yield self._finish(begun.popleft())
-            while begun:
-                self._require_not_reset(num_resets)
-                yield self._finish(begun.popleft())
-        finally:
-            if begun and self._recent[-1:] == [begun[-1].pending]:
-                self._ahead = begun[-1]
+        shape = self.config.latent_shape
+        draws = self.config.schedule.num_steps - 1
+        if num_chunks is not None:
+            num_chunks = whole_number("num_chunks", num_chunks, 1, hint=", or None for no end")
+        return _Stream(
+            self,
+            num_chunks,
+            check_seed(seed),
+            _noise_by_chunk("noise", noise, num_chunks, shape),
+            _noise_by_chunk("eps", eps, num_chunks, (draws, *shape)),
+            yes_or_no("run_ahead", run_ahead),
+        )
 
     def sibling(self) -> Session:
         """Another session, of another video, on the same loaded weights.
@@ -279,25 +312,38 @@ class Session:
 
         Raises:
             InputError: this backend cannot share its weights.
+            ForcingKvError: closed, or another thread is in a call of this session.
         """
-        self._require_open()
-        return Session(self._backend.sibling())
+        with self._turn.of("sibling"):
+            self._require_open()
+            return Session(self._backend.sibling())
 
     def reset(self) -> None:
-        """Forget every frame and the prompt; buffers stay allocated."""
-        self._require_open()
-        self._num_resets += 1
-        with self._cache.changing():
-            self._timeline.reset()
-            self._recent.clear()
-            self._ahead = None
-            self._has_prompt = False
-            self._backend.reset()
-        self._cache.renew()
+        """Forget every frame and the prompt; buffers stay allocated.
+
+        Raises:
+            ForcingKvError: closed, or another thread is in a call.
+        """
+        with self._turn.of("reset"):
+            self._require_open()
+            self._num_resets += 1
+            with self._cache.changing():
+                self._timeline.reset()
+                self._recent.clear()
+                self._ahead = None
+                self._has_prompt = False
+                self._backend.reset()
+            self._cache.renew()
 
     def close(self) -> None:
-        """Release the backend; may be called twice."""
-        if not self._closed:
+        """Release the backend; may be called twice.
+
+        Raises:
+            ForcingKvError: another thread is in a call; the session stays open.
+        """
+        if self._closed:
+            return
+        with self._turn.of("close"):
             self._closed = True
             self._backend.close()
 
@@ -321,7 +367,12 @@ class Session:
 
     def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
         model = self.config.model
-        embeds = _checked("prompt_embeds", prompt_embeds, (model.text_len, model.text_dim))
+        shape = (model.text_len, model.text_dim)
+        hint = (
+            f" [{shape[0]}, {shape[1]}], an encoded prompt: encode text with `fkv encode-prompt` "
+            "and take `read_prompts(file).embeds[0]` (runtime_trt.bundle.prompt_file)"
+        )
+        embeds = float_array("prompt_embeds", prompt_embeds, shape, hint)
         with self._cache.changing(InputError):  # Raised before anything was changed.
             self._backend.set_prompt(embeds)
         self._has_prompt = True
@@ -333,19 +384,69 @@ class Session:
         del self._recent[: -max(1, chunks)]
 
 
-def _checked(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Float32:
-    """Contiguous float32 array of `shape` with finite values.
+class _Stream(Iterator[Chunk]):
+    """See `Session.stream`; an object, so that an error does not end it as it ends a generator."""
+
+    def __init__(
+        self,
+        session: Session,
+        num_chunks: int | None,
+        seed: int,
+        noise: Float32 | None,
+        eps: Float32 | None,
+        run_ahead: bool,
+    ) -> None:
+        self._session, self._seed, self._run_ahead = session, seed, run_ahead
+        self._noise, self._eps = noise, eps
+        self._num_left = math.inf if num_chunks is None else num_chunks
+        self._num_begun = 0
+        self._begun: deque[_Begun] = deque()
+        self._num_resets = session._num_resets
+
+    def __next__(self) -> Chunk:
+        if not (self._num_left or self._begun):
+            raise StopIteration
+        session = self._session
+        with session._turn.of("stream"):
+            session._require_open()
+            session._require_not_reset(self._num_resets)
+            while self._num_left and len(self._begun) <= self._run_ahead:
+                self._begin_next()
+            return session._finish(self._begun.popleft())
+
+    def _begin_next(self) -> None:
+        index = self._num_begun
+        noise, eps = (None if each is None else each[index] for each in (self._noise, self._eps))
+        self._begun.append(self._session._begin(noise, eps, self._seed))
+        self._num_begun, self._num_left = index + 1, self._num_left - 1
+
+    def close(self) -> None:
+        """Abandon it; the session's next call hands out the chunk that was begun."""
+        self._num_left = 0
+        if self._begun:
+            self._session._keep(self._begun.pop())
+            self._begun.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_begun"):
+            self.close()
+
+
+def _noise_by_chunk(
+    name: str, value: ArrayLike | None, num_chunks: int | None, shape: tuple[int, ...]
+) -> Float32 | None:
+    """Explicit noise of a stream, [num_chunks, *shape].
 
     Raises:
-        InputError: what differs.
+        InputError: another shape, or what `float_array` refuses.
     """
-    array = np.asarray(value)
-    if array.dtype not in (np.float32, np.float64, np.float16):
-        raise InputError(f"{name} has dtype {array.dtype}; give float32")
-    if array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}; this bundle needs {shape}")
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name} holds NaN or infinite values; give finite numbers")
-    return array
+    if value is None:
+        return None
+    array = float_array(name, value)
+    count = len(array) if array.ndim else 0
+    if count != num_chunks:
+        raise InputError(
+            f"explicit {name} is for {count} chunks but num_chunks is {num_chunks}; give one row a "
+            "chunk"
+        )
+    return float_array(name, array, (count, *shape))

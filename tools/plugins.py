@@ -47,7 +47,7 @@ class ListOptions(LayerOptions):
     """Which kernels are listed."""
 
     resolution: LatentSize = RESOLUTIONS["480p"]
-    """480p, 720p, 1080p, or latent rows x columns."""
+    """480p, 720p, 1080p, pixels: 832x480px, or latent rows x columns."""
     dtype: DType = "bfloat16"
     """What the kernels compute in."""
     sm: Ints = ()

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
-
 from forcing_kv.calibration.options import CalibrationOutput, RolloutOptions, SourceOptions
 from forcing_kv.calibration.policy.grid import PolicyGrid
-from forcing_kv.export.cost.devices import DEVICES, find_device
-from forcing_kv.export.request.flags import Int, Integers, Natural, between, flags
+from forcing_kv.export.cost.devices import find_device
+from forcing_kv.export.request.flags import Int, Integers, Threads, between, flags
 from forcing_kv.runtime_trt.console import console
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -26,7 +24,7 @@ class PolicyRollouts(RolloutOptions):
     """Seeds, each with every prompt."""
     num_chunks: Annotated[Int, between(2)] = 7
     """Chunks of a rollout."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads of torch; 0: its choice."""
 
 
@@ -37,8 +35,8 @@ class TargetOptions:
 
     heads: Path | None = None
     """Head partition of `fkv calibrate heads`. Default: the shipped one."""
-    device: Annotated[str, Parameter(choices=tuple(DEVICES))] = "h200"
-    """GPU to predict speed for."""
+    device: str = "h200"
+    """GPU to predict speed for, such as rtx4090 or h100; an unknown name lists them all."""
 
 
 def calibrate_policy(
@@ -58,6 +56,7 @@ def calibrate_policy(
     from forcing_kv.calibration.policy.source import load_search
 
     output.check(PolicySearch.FILES)
+    device = find_device(target.device)
     loaded = load_search(model, target.heads, rollouts.num_chunks, rollouts.window_frames)
     if grid.thresholds and loaded.scores is None:
         raise InputError(
@@ -66,7 +65,7 @@ def calibrate_policy(
         )
     search = PolicySearch(
         loaded.source, loaded.dense, loaded.base, grid, loaded.scores, loaded.partition,
-        find_device(target.device), rollouts.num_chunks, rollouts.seeds,
+        device, rollouts.num_chunks, rollouts.seeds,
     )  # fmt: skip
     if rollouts.num_threads:
         import torch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from forcing_kv.export.request.flags import Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.export.request.flags import Json, PositiveInt, Seed, YesNo, flags
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -25,7 +25,7 @@ class VerifyOptions:
     """Weights to use instead of the case's own."""
     num_chunks: PositiveInt | None = None
     """Chunks of a bundle's rollout."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Key of a bundle's prompt and noise."""
     decoder: str | None = None
     """vae or tae: check this decoder of the bundle, not the denoiser."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, unknown_name
 
 SUSTAINED = 0.8
 """Share of the data sheet's peak that large matrix products reach: 790 of 989 TFLOP/s in bfloat16
@@ -48,15 +49,50 @@ class Device:
         return SUSTAINED * 2 * self.tflops_16bit
 
 
+# GeForce: NVIDIA's GA102, Ada and RTX Blackwell architecture whitepapers, and for the smaller ones
+# the product pages' cores and boost clocks. Their tensor cores sum in float32 at half of the rate
+# that is advertised (which is with sums in float16): 1,024 FLOPs a clock and multiprocessor, twice
+# float32's without tensor cores. Professional and data-centre cards do not halve it.
+# Others: NVIDIA's data sheets (A100, H100, H200, L4, L40S, A10G of AWS's G5, RTX 6000 Ada, GH200,
+# HGX B200 and B300), the RTX PRO 6000 Blackwell's in the RTX Blackwell PRO whitepaper, H20 as its
+# server vendors publish it. All without sparsity. Memory of B200 and B300 is what systems report.
 _DEVICES = (
+    Device("rtx3060", "GeForce RTX 3060", 12, 25.5, 12.7, 360, has_fp8=False),
+    Device("rtx3090", "GeForce RTX 3090", 24, 71.2, 35.6, 936, has_fp8=False),
+    Device("rtx4060", "GeForce RTX 4060", 8, 30.2, 15.1, 272),
+    Device("rtx4060ti-8gb", "GeForce RTX 4060 Ti 8GB", 8, 44.1, 22.1, 288),
+    Device("rtx4060ti", "GeForce RTX 4060 Ti 16GB", 16, 44.1, 22.1, 288),
+    Device("rtx4070", "GeForce RTX 4070", 12, 58.3, 29.1, 504),
+    Device("rtx4070super", "GeForce RTX 4070 SUPER", 12, 71.0, 35.5, 504),
+    Device("rtx4070ti", "GeForce RTX 4070 Ti", 12, 80.2, 40.1, 504),
+    Device("rtx4070tisuper", "GeForce RTX 4070 Ti SUPER", 16, 88.2, 44.1, 672),
     Device("rtx4080", "GeForce RTX 4080", 16, 97.5, 48.7, 717),
+    Device("rtx4080super", "GeForce RTX 4080 SUPER", 16, 104.4, 52.2, 736),
     Device("rtx4090", "GeForce RTX 4090", 24, 165.2, 82.6, 1008),
+    Device("rtx5060", "GeForce RTX 5060", 8, 38.4, 19.2, 448),
+    Device("rtx5060ti-8gb", "GeForce RTX 5060 Ti 8GB", 8, 47.4, 23.7, 448),
+    Device("rtx5060ti", "GeForce RTX 5060 Ti 16GB", 16, 47.4, 23.7, 448),
+    Device("rtx5070", "GeForce RTX 5070", 12, 61.7, 30.9, 672),
+    Device("rtx5070ti", "GeForce RTX 5070 Ti", 16, 87.9, 43.9, 896),
+    Device("rtx5080", "GeForce RTX 5080", 16, 112.6, 56.3, 960),
     Device("rtx5090", "GeForce RTX 5090", 32, 209.5, 104.8, 1792),
+    Device("rtx6000ada", "RTX 6000 Ada Generation", 48, 364.2, 91.1, 960),
+    Device("rtxpro6000", "RTX PRO 6000 Blackwell", 96, 503.8, 126.0, 1792),
+    Device("a10g", "A10G", 24, 70, 35, 600, has_fp8=False),
+    Device("l4", "L4", 24, 121, 30.3, 300),
     Device("l40s", "L40S", 48, 362, 91.6, 864),
+    Device("a100-40gb", "A100 40GB", 40, 312, 19.5, 1555, has_fp8=False),
+    Device("a100-pcie", "A100 80GB PCIe", 80, 312, 19.5, 1935, has_fp8=False),
     Device("a100", "A100 80GB SXM", 80, 312, 19.5, 2039, has_fp8=False),
+    Device("h20", "H20", 96, 148, 44, 4000),
+    Device("h100-pcie", "H100 80GB PCIe", 80, 756, 51, 2000),
+    Device("h100-nvl", "H100 NVL", 94, 835, 60, 3900),
     Device("h100", "H100 80GB SXM", 80, 989, 67, 3350),
+    Device("gh200", "GH200 96GB", 96, 989, 67, 4000),
+    Device("gh200-144gb", "GH200 144GB", 144, 989, 67, 4900),
     Device("h200", "H200 SXM", 141, 989, 67, 4800),
     Device("b200", "B200", 180, 2250, 75, 7700),
+    Device("b300", "B300", 268, 2250, 75, 8000),
 )
 DEVICES: Mapping[str, Device] = MappingProxyType({device.name: device for device in _DEVICES})
 """Every known device by name."""
@@ -72,11 +108,17 @@ MEMORY_SIZES_GIB = (16, 24, 32, 80, 141)
 
 
 def find_device(name: str) -> Device:
-    """A device by name.
+    """A device by name, as listed or as its maker calls it, such as `NVIDIA GeForce RTX 4090`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; suggests near names and lists all.
     """
-    if name not in DEVICES:
-        raise InputError(f"device {name!r} is unknown; choose one of {list(DEVICES)}")
-    return DEVICES[name]
+    for device in _DEVICES:
+        if _plain(name) in (_plain(device.name), _plain(device.title)):
+            return device
+    raise unknown_name("device", _plain(name) or name, DEVICES)
+
+
+def _plain(name: str) -> str:
+    """A name without its maker, its family, and how it is set."""
+    return re.sub(r"nvidia|geforce|[ _-]", "", name.lower())

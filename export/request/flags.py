@@ -24,6 +24,7 @@ from cyclopts.validators import Number
 from docstring_parser import parse_from_object
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.arguments import check_seed, check_threads
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS, parse_latent_size
 
 C = TypeVar("C")
@@ -88,6 +89,12 @@ Ints = Annotated[tuple[int, ...], Parameter(converter=lambda _, tokens: tuple(ma
 """A flag to be repeated."""
 PositiveInt = Annotated[Int, between(1)]
 Natural = Annotated[Int, between(0)]
+Seed = Annotated[Int, Parameter(validator=lambda _, seed: check_seed(seed), metavar="0..2**64-1")]
+"""A key of the noise generator."""
+Threads = Annotated[
+    Int, Parameter(validator=lambda _, count: check_threads(count, "it"), metavar="NUMBER>=0")
+]
+"""CPU threads; 0 is an automatic choice."""
 YesNo = Annotated[bool, Parameter(negative_bool="no-")]
 """A flag with a `--no-` form."""
 Json = Annotated[bool, Parameter(name="--json")]
@@ -129,7 +136,7 @@ LatentSize = Annotated[
     tuple[int, int],
     Parameter(converter=_size, n_tokens=1, metavar="SIZE", show_default=_shown_size),
 ]
-"""A resolution's name, or latent `ROWSxCOLUMNS`."""
+"""The size of a frame, as `parse_latent_size` reads it: latent rows and columns."""
 
 
 def changes_of(cls: type, flag: Callable[[str], str]) -> Any:

@@ -62,7 +62,8 @@ class ModelOptions:
     latent_size: Annotated[
         LatentSize | None,
         Parameter(
-            help=f"{', '.join(RESOLUTIONS)}, or latent rows x columns. Default: the model's own."
+            help=f"{', '.join(RESOLUTIONS)}, pixels: 832x480px, or latent rows x columns: 60x104. "
+            "Default: the model's own."
         ),
     ] = None
     chunk_frames: PositiveInt | None = None

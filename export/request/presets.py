@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from forcing_kv.export.request.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, unknown_name
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
@@ -163,8 +163,7 @@ def load_preset(name: str) -> Preset:
         return PRESETS[name]
     if not name.endswith(".json"):
         raise InputError(
-            f"no model {name!r} is known; there is {list(PRESETS)}; describe another one in a "
-            ".json file"
+            f"{unknown_name('model', name, PRESETS)}, or describe another one in a .json file"
         )
     path = Path(name)
     content = read_json(path, "model description", "its `model` entry is the official config.json")

@@ -8,8 +8,9 @@ texts.
 from __future__ import annotations
 
 import json
+import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.bundle.schema import parse_json
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, shown
+from forcing_kv.runtime_trt.rollout.arguments import file_path, float_array
 
 Float32 = NDArray[np.float32]
 
@@ -42,14 +44,27 @@ class PromptFile:
     """Kind of encoder that made them, such as umt5-xxl."""
 
 
-def write_prompts(path: Path, content: PromptFile) -> None:
+def write_prompts(path: str | os.PathLike[str], content: PromptFile) -> None:
     """Write encoded prompts, whole or not at all.
 
     Args:
         path: `.safetensors` file; replaced if it exists.
         content: what to write, as float32.
+
+    Raises:
+        InputError: the content is none that `read_prompts` would read.
     """
-    embeds = np.ascontiguousarray(content.embeds, "<f4")
+    path = file_path("path", path)
+    if not isinstance(content, PromptFile):
+        raise InputError(f"content is {shown(content)}; give a PromptFile")
+    embeds = float_array("embeds", content.embeds).astype("<f4", copy=False)
+    _check_array(embeds, "embeds", None)
+    if embeds.ndim != 3:
+        raise InputError(f"embeds has shape {embeds.shape}; give [prompts, text_len, text_dim]")
+    texts = content.prompts
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"prompts is {shown(texts)}; give a tuple of the texts")
+    _check_count(str(path), embeds, texts, "give one text each")
     metadata = {
         "format": FORMAT,
         "prompts": json.dumps(list(content.prompts)),
@@ -63,7 +78,7 @@ def write_prompts(path: Path, content: PromptFile) -> None:
         file.write(embeds.tobytes())
 
 
-def read_prompts(path: Path, size: tuple[int, int] | None = None) -> PromptFile:
+def read_prompts(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> PromptFile:
     """Read encoded prompts: this project's files, others with `prompt_embeds`, or plain arrays.
 
     Args:
@@ -74,6 +89,7 @@ def read_prompts(path: Path, size: tuple[int, int] | None = None) -> PromptFile:
     Raises:
         InputError: missing, truncated, malformed, of another dtype, rank or size, or not finite.
     """
+    path = file_path("path", path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path, size)
     _check_array(content.embeds, f"{path}: {TENSOR}", size)
     return content
@@ -88,6 +104,11 @@ def _check_array(array: NDArray[Any], name: str, size: tuple[int, int] | None) -
         f"{name} is {array.dtype} of shape {list(array.shape)}; needed are finite floats of shape "
         f"{needed}, or a stack of such; encode the prompts with `fkv encode-prompt`"
     )
+
+
+def _check_count(where: str, embeds: Float32, prompts: Sequence[str], remedy: str) -> None:
+    if len(prompts) != len(embeds):
+        raise InputError(f"{where}: {len(embeds)} embeddings but {len(prompts)} texts; {remedy}")
 
 
 def _read_arrays(path: Path, size: tuple[int, int] | None) -> PromptFile:
@@ -134,8 +155,7 @@ def _read_safetensors(path: Path) -> PromptFile:
     embeds = widened(array, dtype.name).astype(np.float32)
     embeds = embeds[None] if embeds.ndim == 2 else embeds
     prompts = tuple(str(text) for text in texts) or ("",) * len(embeds)
-    if len(prompts) != len(embeds):
-        raise InputError(f"{path}: {len(embeds)} embeddings but {len(prompts)} texts; {remedy}")
+    _check_count(str(path), embeds, prompts, remedy)
     return PromptFile(prompts, embeds, metadata.get("text_encoder", ""))
 
 

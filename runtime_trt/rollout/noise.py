@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.arguments import check_seed
 
 
 def draw_noise(seed: int, chunk: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -17,9 +17,11 @@ def draw_noise(seed: int, chunk: int, draw: int, shape: tuple[int, ...]) -> NDAr
 
     Returns:
         float32 array of `shape`, from a Philox generator keyed by the three numbers.
+
+    Raises:
+        InputError: the seed is no whole number of 64 bits.
     """
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed is {seed}; it must be within 0..2**64-1")
+    seed = check_seed(seed)
     # A list with an entry above 2**63 would pass through float64 and lose its value.
     key, counter = np.array([seed, 0], np.uint64), np.array([0, 0, draw, chunk], np.uint64)
     bits = np.random.Philox(key=key, counter=counter)

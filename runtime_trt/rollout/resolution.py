@@ -1,47 +1,99 @@
-"""Latent sizes: names of the usual ones, and which sizes a policy can run."""
+"""Sizes of a frame: names of the usual ones, how they are written, and which a policy can run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from math import gcd
 from types import MappingProxyType
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, shown
+from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ModelShape
 
+PIXELS_PER_LATENT = 8
+"""Side of a latent pixel, in pixels, of Wan's VAE."""
+MAX_SIDE = 2048
+"""Most latent rows or columns: 16,384 pixels, as far as video encoders and textures go."""
+_AMBIGUOUS_SIDE = 200
+"""From this on a bare number is more likely one of pixels: 200 latents are 1,600 pixels, and 240p
+has 240. The largest usual size below it, 1080p, has a side of 136 latents."""
+
+_LANDSCAPE = {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
 RESOLUTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
+    _LANDSCAPE
+    | {f"{name}-portrait": (columns, rows) for name, (rows, columns) in _LANDSCAPE.items()}
 )
-"""Latent rows and columns; a latent pixel is 8 x 8 pixels, so 1080p is 1088 x 1920."""
+"""Latent rows and columns; 1080p is 1920x1088 pixels."""
 
-
-def parse_size(option: str, text: str) -> tuple[int, int]:
-    """Read `ROWSxCOLUMNS`.
-
-    Raises:
-        InputError: another form.
-    """
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal()):
-        raise InputError(f"{option} is {text!r}; give rows x columns such as 60x104")
-    return int(rows), int(columns)
+_SIZE = re.compile(r"([0-9]{1,6}) *[x×] *([0-9]{1,6}) *(px|pixels|latents)?", re.IGNORECASE)
 
 
 def parse_latent_size(option: str, text: str) -> tuple[int, int]:
-    """Read a resolution's name or `ROWSxCOLUMNS`.
+    """Read the size of a frame.
+
+    Args:
+        option: the flag that it was given with, for messages.
+        text: a resolution's name; latent `ROWSxCOLUMNS`, such as 60x104; or pixels,
+            `WIDTHxHEIGHTpx`, such as 832x480px. Where both numbers are so large that pixels may be
+            meant, latents are written 270x480latents.
+
+    Returns:
+        Latent rows and columns.
 
     Raises:
-        InputError: neither.
+        InputError: another form, pixels that are no whole latents, or numbers without a unit that
+            may be either.
     """
-    if text in RESOLUTIONS:
-        return RESOLUTIONS[text]
-    try:
-        return parse_size(option, text)
-    except InputError as error:
-        raise InputError(f"{error}, or one of {list(RESOLUTIONS)}") from error
+    plain = text.strip().lower()
+    if plain in RESOLUTIONS:
+        return RESOLUTIONS[plain]
+    found = _SIZE.fullmatch(plain)
+    if found is None:
+        raise InputError(
+            f"{option} is {shown(text)}; give latent rows x columns such as 60x104, pixels such as "
+            f"832x480px (width x height), or one of {list(RESOLUTIONS)}"
+        )
+    first, second = int(found[1]), int(found[2])
+    if found[3] not in (None, "latents"):
+        return _latents_of_pixels(option, text, first, second)
+    if found[3] is None and min(first, second) >= _AMBIGUOUS_SIDE:
+        raise InputError(
+            f"{option} is {shown(text)}, which as latents is {pixel_text((first, second))}; for "
+            f"pixels write WIDTHxHEIGHTpx, such as {second}x{first}px or {first}x{second}px; for "
+            f"latents {size_text((first, second))}"
+        )
+    return first, second
+
+
+def _latents_of_pixels(option: str, text: str, width: int, height: int) -> tuple[int, int]:
+    side = PIXELS_PER_LATENT
+    if width % side or height % side:
+        # As the usual models and policies take them: what is proposed is not refused next.
+        patch, segments = ModelShape.patch_size, CachePolicy.num_segments
+        near = nearest_valid_sizes((height // side, width // side), patch, segments)
+        sizes = ", ".join(f"{side * columns}x{side * rows}px" for rows, columns in near)
+        raise InputError(
+            f"{option} is {shown(text)}; both sides must be multiples of {side} pixels; near sizes "
+            f"are {sizes}"
+        )
+    return height // side, width // side
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """A latent size (rows, columns) as `parse_latent_size` reads it."""
+    return f"{size[0]}x{size[1]}" + ("latents" if min(size) >= _AMBIGUOUS_SIDE else "")
+
+
+def pixel_text(size: tuple[int, int]) -> str:
+    """A latent size (rows, columns) in pixels, width first, as people name it."""
+    return f"{size[1] * PIXELS_PER_LATENT}x{size[0] * PIXELS_PER_LATENT} pixels"
 
 
 def is_valid_size(height: int, width: int, patch_size: int, num_segments: int) -> bool:
     """Whether a frame of this latent size cuts into patches, and its tokens into segments."""
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+    if not patch_size <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        return False
+    if height % patch_size or width % patch_size:
         return False
     return (height // patch_size) * (width // patch_size) % num_segments == 0
 
@@ -49,19 +101,24 @@ def is_valid_size(height: int, width: int, patch_size: int, num_segments: int) -
 def nearest_valid_sizes(
     size: tuple[int, int], patch_size: int, num_segments: int
 ) -> list[tuple[int, int]]:
-    """The three valid latent sizes closest to `size` (rows, columns), nearest first."""
+    """The up to three valid latent sizes closest to `size` (rows, columns), nearest first."""
     height, width = size
-    # Rows divisible by patch_size * num_segments are valid with any whole number of patches in a
-    # row, so twice that distance holds several sizes, also where no smaller ones exist.
-    radius = 2 * patch_size * num_segments
-    found = [
-        (rows, columns)
-        for rows in range(max(1, height - radius), height + radius + 1)
-        for columns in range(max(1, width - radius), width + radius + 1)
-        if is_valid_size(rows, columns, patch_size, num_segments)
-    ]
-    found.sort(key=lambda near: (abs(near[0] - height) + abs(near[1] - width), near))
-    return found[:3]
+    found: list[tuple[int, int]] = []
+
+    def distance(near: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        return abs(near[0] - height) + abs(near[1] - width), near
+
+    all_rows = range(patch_size, MAX_SIDE + 1, patch_size)
+    for rows in sorted(all_rows, key=lambda rows: abs(rows - height)):
+        if len(found) == 3 and abs(rows - height) > distance(found[-1])[0]:
+            break
+        # With so many rows, the columns must be a multiple of this.
+        step = patch_size * (num_segments // gcd(rows // patch_size, num_segments))
+        middle = min(width, MAX_SIDE) // step
+        beside = [(rows, step * (middle + i)) for i in range(-2, 4)]
+        found += [near for near in beside if is_valid_size(*near, patch_size, num_segments)]
+        found = sorted(found, key=distance)[:3]
+    return found
 
 
 def check_latent_size(size: tuple[int, int], patch_size: int, num_segments: int) -> None:
@@ -77,8 +134,10 @@ def check_latent_size(size: tuple[int, int], patch_size: int, num_segments: int)
     """
     if is_valid_size(*size, patch_size, num_segments):
         return
-    near = ", ".join(f"{h}x{w}" for h, w in nearest_valid_sizes(size, patch_size, num_segments))
+    near = nearest_valid_sizes(size, patch_size, num_segments)
+    told = ", ".join(map(size_text, near))
     raise InputError(
-        f"latent size {size[0]}x{size[1]}: both sides must be multiples of {patch_size} and the "
-        f"tokens of a frame a multiple of the {num_segments} segments; the nearest sizes are {near}"
+        f"latent size {size[0]}x{size[1]}: both sides must be multiples of {patch_size} up to "
+        f"{MAX_SIDE} and the tokens of a frame a multiple of the {num_segments} segments; "
+        + (f"the nearest sizes are {told}" if near else "no size is; choose fewer segments")
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class LoadedPlans:
         self._bundle = bundle
         self.log = EngineLog(trt)
         self.num_users = 0
+        self.lock = threading.Lock()
+        """Of the number: sibling sessions may come and go in threads of their own."""
         self._runtime = trt.Runtime(self.log.logger)
         if record.options.get("version_compatible"):
             # Such a plan holds its own lean runtime, which is host code.
@@ -183,7 +186,8 @@ class TensorRtEngine:
         self._plans = plans
         self._contexts: dict[str, Any] = {}
         self._bound: dict[str, dict[str, int]] = {}
-        plans.num_users += 1
+        with plans.lock:
+            plans.num_users += 1
         self._jit_cache = JitCache(plans.trt, plans.record.files)
         try:
             for name, engine in plans.engines.items():
@@ -261,8 +265,10 @@ class TensorRtEngine:
             finally:
                 self._contexts.clear()
                 self._contexts = _CLOSED
-                self._plans.num_users -= 1
-                if not self._plans.num_users:
+                with self._plans.lock:
+                    self._plans.num_users -= 1
+                    is_last = not self._plans.num_users
+                if is_last:
                     self._plans.release()
 
 

@@ -220,13 +220,13 @@ def test_debug_shows_the_traceback_of_a_mistake(fkv, monkeypatch):
         (("export", "--fp8"), "--fp8 needs a value; one that begins with a dash is given as"),
         (("build", "b", "--backen", "inductor"), "--backend is required, and there is no --backen"),
         (("inspect", "b", "c"), "unexpected arguments ['c']"),
-        (("run", "b", "--out", "o.mp4", "--seed=-1"), '"-1" for --seed. Must be >= 0.'),
+        (("run", "b", "--out", "o.mp4", "--seed=-1"), "give a whole number from 0 to 2**64 - 1"),
         (
             ("run", "b", "--out", "o.mp4", "--scale", "x"),
             "--scale is 'x'; give a whole number",
         ),
         (("export", "--out", "b", "--warmup", "hot"), 'Choose from: "exact", "steady".'),
-        (("plan", "--latent-size", "9"), "--latent-size is '9'; give rows x columns"),
+        (("plan", "--latent-size", "9"), "--latent-size is '9'; give latent rows x columns"),
     ],
 )
 def test_bad_use_is_one_message_with_a_remedy(run_fkv, words, message):

@@ -26,7 +26,7 @@ class OpsOptions(LayerOptions):
     """How the operators are measured."""
 
     resolution: tuple[str, ...] = ()
-    """480p, 720p, 1080p, or latent rows x columns; repeat it. Default: 480p."""
+    """480p, 720p, 1080p, pixels: 832x480px, or latent rows x columns; repeat it. Default: 480p."""
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
     """What the kernels compute in."""
     warmup: PositiveInt = 10

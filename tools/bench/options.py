@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from forcing_kv.export.request.flags import Computed, Int, Json, PositiveInt, between, flags
+from forcing_kv.export.request.flags import (
+    Computed,
+    Int,
+    Json,
+    PositiveInt,
+    between,
+    flags,
+)
 from forcing_kv.runtime_trt.dtypes import DType
 
 DeviceName = Literal["cuda", "cpu"]
@@ -24,7 +31,8 @@ class BenchRequest:
     model: str = "wan-1.3b"
     """wan-1.3b (random weights), digits or golden."""
     size: str | None = None
-    """480p, 720p or 1080p. Default: 480p, or the model's own."""
+    """480p, 720p, 1080p, pixels: 832x480px, or latent rows x columns. Default: 480p, or the model's
+    own."""
     device: DeviceName = "cuda"
     """Where it runs."""
     dtype: DType | None = None

@@ -12,6 +12,7 @@ import numpy as np
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
+from forcing_kv.runtime_trt.rollout.arguments import check_threads
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 from forcing_kv.tools.bench.measure.options import MeasureOptions
 from forcing_kv.tools.bench.measure.subject import measure
@@ -67,7 +68,7 @@ def _prepare(request: BenchRequest) -> None:
     if request.device == "cpu":
         import torch
 
-        torch.set_num_threads(request.threads)
+        torch.set_num_threads(check_threads(request.threads, "--threads"))
 
 
 def require_device(device: str) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import unknown_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import PolicyName, Workload
 
@@ -75,7 +75,7 @@ def subject(name: str) -> Subject:
         InputError: there is none of this name.
     """
     if name not in SUBJECTS:
-        raise InputError(f"subject {name!r} is unknown; choose one of {list(SUBJECTS)}")
+        raise unknown_name("subject", name, SUBJECTS)
     return SUBJECTS[name]
 
 

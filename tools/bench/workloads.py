@@ -18,10 +18,10 @@ from forcing_kv.export.request.presets import (
     WAN_1_3B,
 )
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, unknown_name
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
-from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
+from forcing_kv.runtime_trt.rollout.resolution import check_latent_size, parse_latent_size
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -122,13 +122,11 @@ def workload(
         check_fp8_dtype(dtype)
         return with_fp8(workload(model, size, policy, dtype))
     if policy not in ("forcing-kv", "dense"):
-        raise InputError(f"policy {policy!r} is unknown; choose forcing-kv or dense")
+        raise unknown_name("policy", policy, ("forcing-kv", "dense"))
     if model == "wan-1.3b":
-        if size not in RESOLUTIONS:
-            raise InputError(f"size {size!r} is unknown; choose one of {list(RESOLUTIONS)}")
         return _wan(size, policy, dtype)
     if model != "digits":
-        raise InputError(f"model {model!r} is unknown; choose one of {list(MODELS)}")
+        raise unknown_name("model", model, MODELS)
     if size != "native":
         raise InputError(f"the digits model has one size, native; found {size!r}")
     return _digits(policy, dtype)
@@ -184,7 +182,9 @@ def _policy(
 
 
 def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
-    chunk = ChunkShape(3, *RESOLUTIONS[size])
+    latent_size = parse_latent_size("--size", size)
+    check_latent_size(latent_size, WAN_1_3B.patch_size, CachePolicy.num_segments)
+    chunk = ChunkShape(3, *latent_size)
     partition = spread_partition(WAN_1_3B, PUBLISHED_STATIC_HEADS["self-forcing-1.3b"], SPREAD_SEED)
     config = RolloutConfig(
         WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
@@ -193,7 +193,7 @@ def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
     def decoders(device: str) -> Iterable[PixelDecoder]:
         from forcing_kv.tools.bench.pixel_decoders import random_decoders
 
-        return random_decoders(WAN_1_3B.in_channels, RESOLUTIONS[size], device)
+        return random_decoders(WAN_1_3B.in_channels, latent_size, device)
 
     return Workload(
         "wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B),

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from forcing_kv.export.request.flags import Int, Json, Natural, between, flags
+from forcing_kv.export.request.flags import Int, Json, Seed, Threads, between, flags
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
@@ -38,9 +39,9 @@ class DemoOptions:
     """What to generate."""
     num_chunks: Annotated[Int, between(3)] = 7
     """Chunks of three frames."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Key of the noise generator."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads; 0: automatic."""
     force: bool = False
     """Replace an earlier demo."""
@@ -146,7 +147,7 @@ def _draw(work: Path, options: DemoOptions, clips: Sequence[Clip]) -> None:
 
     frames = side_by_side(clips)
     for name in ("video.mp4", "video.gif"):
-        with open_writer(work / name, fps=6) as writer:
+        with open_writer(work / name, fps=Fraction(6)) as writer:
             writer.write(np.zeros(0, np.float32), frames)
     draw_kept_segments(clips[1], work / "segments.png")
     draw_cost(clips, work / "cost.png")

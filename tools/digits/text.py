@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, shown
 
 TEXT_LEN = 8
 """Rows of a prompt embedding; a caption has six words, the rest is zero padding as in UMT5's."""
@@ -57,11 +57,12 @@ def encode_prompt(prompt: str) -> NDArray[np.float32]:
     unknown = [word for word in words if word not in WORDS]
     if unknown:
         raise InputError(
-            f"prompt {prompt!r}: unknown words {unknown}; the digits model knows {list(WORDS)}"
+            f"prompt {shown(prompt)}: unknown words {shown(unknown)}; the digits model knows "
+            f"{list(WORDS)}"
         )
     if not 1 <= len(words) <= TEXT_LEN:
         raise InputError(
-            f"prompt {prompt!r} has {len(words)} words; the digits model takes 1 to {TEXT_LEN}"
+            f"prompt {shown(prompt)} has {len(words)} words; the digits model takes 1 to {TEXT_LEN}"
         )
     embeds = np.zeros((TEXT_LEN, TEXT_DIM), np.float32)
     embeds[: len(words)] = word_table()[[WORDS.index(word) for word in words]]

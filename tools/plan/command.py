@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
-from forcing_kv.export.cost.devices import DEVICES, find_device
-from forcing_kv.export.request.flags import Json, PositiveInt, flags
+from forcing_kv.export.cost.devices import find_device
+from forcing_kv.export.request.flags import Int, Json, between, flags
 from forcing_kv.runtime_trt.console import print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.rollout.resolution import pixel_text
 from forcing_kv.tools.plan.report import Plan, draw, print_tables
-from forcing_kv.tools.plan.request import PlanRequest, resolve
+from forcing_kv.tools.plan.request import PlanRequest, Subject, resolve
 
 
 @flags()
@@ -24,9 +23,9 @@ class PlanOptions:
     policy: str = "forcing-kv"
     """forcing-kv (the model's own), dense, a .json file of policy fields, or changes such as
     num_sink_frames=0,num_temporal_frames=2."""
-    device: Annotated[str, Parameter(choices=tuple(DEVICES))] = "h200"
-    """GPU to plan for."""
-    num_chunks: PositiveInt = 7
+    device: str = "h200"
+    """GPU to plan for, such as rtx4090 or h100; an unknown name lists them all."""
+    num_chunks: Annotated[Int, between(1, 10_000)] = 7
     """Chunks that the mean is taken over; 7 make 5 s of video."""
     compare: str | None = None
     """A second policy to show beside, such as dense."""
@@ -41,8 +40,9 @@ def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOpt
     plot = options.plot
     if plot is not None and plot.suffix != ".png":
         raise InputError(f"--plot is {plot}; give a .png file")
-    target, subject = find_device(options.device), resolve(request)
+    target = find_device(options.device)
     policies = [policy for policy in (options.policy, options.compare) if policy is not None]
+    subject = resolve(request, policies)
     plans = [
         Plan(
             policy, subject.config(policy), target, subject.heads_source, options.num_chunks,
@@ -54,18 +54,20 @@ def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOpt
         record, *others = [plan.to_json() for plan in plans]
         print_json(record | ({"compare": others[0]} if others else {}))
     else:
-        talk(_headline(subject.name, plans[0]))
+        talk(_headline(subject, plans[0]))
         print_tables(plans)
     if plot is not None:
         draw(plot, plans)
         talk(f"wrote {plot}")
 
 
-def _headline(name: str, plan: Plan) -> str:
+def _headline(subject: Subject, plan: Plan) -> str:
     config = plan.config
     total = config.model.num_layers * config.model.num_heads
+    rows, columns = config.chunk.latent_height, config.chunk.latent_width
+    pixels = f" ({pixel_text((rows, columns))})" if subject.has_wan_pixels else ""
     return (
-        f"{name} at {config.chunk.latent_height}x{config.chunk.latent_width} latents, "
+        f"{subject.name} at {rows}x{columns} latents{pixels}, "
         f"{config.dtype}{', linear layers in FP8' if plan.fp8 else ''}, "
         f"{config.schedule.num_steps} steps and a clean pass a chunk; "
         f"{config.partition.num_static_heads} static heads of {total} ({plan.heads_source})"

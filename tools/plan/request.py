@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +23,14 @@ from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, unknown_name
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 DEFAULT_MODEL = "self-forcing-1.3b"
+MAX_EXTENT = 1000
+"""Most frames that a policy keeps or a chunk has, and chunks of warm-up, in a plan."""
 
 
 @flags(panel("Model"))
@@ -39,7 +43,8 @@ class PlanRequest:
     bundle: Path | None = None
     """Plan for this bundle's own configuration instead."""
     resolution: Annotated[LatentSize | None, Parameter(alias="--latent-size")] = None
-    """480p, 720p, 1080p, or latent rows x columns: 60x104. Default: the model's own, 480p."""
+    """480p, 720p, 1080p, each also as 480p-portrait, pixels: 832x480px, or latent rows x columns:
+    60x104. Default: the model's own, 480p."""
     heads: Path | None = None
     """Head partition file."""
     static_heads: Int | None = None
@@ -61,6 +66,8 @@ class Subject:
     heads_source: str
     """Where the head partition comes from, for people."""
     fp8: Fp8Counts = field(default_factory=dict)
+    has_wan_pixels: bool = True
+    """Whether a latent is 8 x 8 pixels, as Wan's VAE has it; of a bundle that is not known."""
 
     def config(self, policy: str) -> RolloutConfig:
         """The configuration under a policy.
@@ -72,44 +79,67 @@ class Subject:
         Raises:
             InputError: it is none of them, or does not fit the model.
         """
-        chosen = self._policy(policy)
+        chosen = _read_policy(policy, self.own_policy, self.base.policy)
         chunk = self.base.chunk
-        segments = chosen.num_segments if chosen.num_dynamic_frames else 1
         size = (chunk.latent_height, chunk.latent_width)
-        check_latent_size(size, chunk.patch_size, segments)
+        check_latent_size(size, chunk.patch_size, _segments(chosen))
+        _check_extent(chosen, chunk.num_frames)
         return replace(self.base, policy=chosen)
 
-    def _policy(self, text: str) -> CachePolicy:
-        known = {"forcing-kv": self.own_policy, "dense": self.base.policy}
-        if text in known:
-            return known[text]
-        if text.endswith(".json"):
-            return load_as(
-                CachePolicy,
-                read_json(Path(text), "policy file", "give FIELD=VALUE of a policy instead"),
-                text,
-            )
-        if "=" not in text:
-            raise InputError(
-                f"policy {text!r} is unknown; give one of {list(known)}, a .json file, or changes "
-                "such as num_sink_frames=0"
-            )
-        pairs = [change.partition("=") for change in text.split(",")]
-        changes = {key.strip(): _value(value.strip()) for key, _, value in pairs}
-        allowed = [field.name for field in fields(self.own_policy)]
-        unknown = sorted(set(changes) - set(allowed))
-        if unknown:
-            raise InputError(f"policy: unknown fields {unknown}; allowed are {allowed}")
-        return replace(self.own_policy, **changes)
+
+def _read_policy(text: str, own: CachePolicy, dense: CachePolicy) -> CachePolicy:
+    """See `Subject.config`."""
+    known = {"forcing-kv": own, "dense": dense}
+    if text in known:
+        return known[text]
+    if text.endswith(".json"):
+        return load_as(
+            CachePolicy,
+            read_json(Path(text), "policy file", "give FIELD=VALUE of a policy instead"),
+            text,
+        )
+    if "=" not in text:
+        raise InputError(
+            f"{unknown_name('policy', text, known)}, or give a .json file, or changes such as "
+            "num_sink_frames=0"
+        )
+    pairs = [change.partition("=") for change in text.split(",")]
+    changes = {key.strip(): _value(value.strip()) for key, _, value in pairs}
+    allowed = [field.name for field in fields(own)]
+    unknown = sorted(set(changes) - set(allowed))
+    if unknown:
+        raise InputError(f"policy: unknown fields {unknown}; allowed are {allowed}")
+    return replace(own, **changes)
 
 
 def _value(text: str) -> Any:
     words = {"true": True, "false": False}
-    return int(text) if text.isdecimal() else words.get(text.lower(), text)
+    short = text.isdecimal() and len(text) < 20
+    return int(text) if short else words.get(text.lower(), text)
 
 
-def resolve(request: PlanRequest) -> Subject:
+def _segments(policy: CachePolicy) -> int:
+    """Segments that a frame is cut into; 1 where none is selected."""
+    return policy.num_segments if policy.num_dynamic_frames else 1
+
+
+def _check_extent(policy: CachePolicy, chunk_frames: int) -> None:
+    """Refuse what takes minutes to lay out and fits no GPU."""
+    window = policy.num_sink_frames + policy.warmup_frames
+    for name, count in (
+        ("frames kept", window), ("frames a chunk", chunk_frames),
+        ("chunks of warm-up", policy.last_warmup_chunk),
+    ):  # fmt: skip
+        if count > MAX_EXTENT:
+            raise InputError(f"policy: {count} {name}; plans are for at most {MAX_EXTENT}")
+
+
+def resolve(request: PlanRequest, policies: Sequence[str] = ()) -> Subject:
     """Look up what is asked for; no weights are needed.
+
+    Args:
+        policies: those that `Subject.config` will be asked for, so that a size which is proposed
+            in place of a wrong one serves them all.
 
     Raises:
         InputError: unknown names, wrong files, or options that contradict each other.
@@ -123,9 +153,10 @@ def resolve(request: PlanRequest) -> Subject:
     preset = load_preset(request.model or DEFAULT_MODEL)
     if request.resolution is not None:
         preset = replace(preset, latent_size=request.resolution)
-    check_latent_size(preset.latent_size, preset.model.patch_size, 1)
-    partition, source = _partition(preset, request)
     dense = CachePolicy.dense(preset.dense_window, preset.chunk_frames, preset.dense_sink)
+    chosen = [_read_policy(text, preset.policy, dense) for text in policies]
+    check_latent_size(preset.latent_size, preset.model.patch_size, lcm(*map(_segments, chosen)))
+    partition, source = _partition(preset, request)
     dtype = request.dtype or "bfloat16"
     base = RolloutConfig(preset.model, preset.chunk, dense, partition, preset.schedule, dtype)
     fp8 = all_fp8(preset.model) if request.fp8 else NO_FP8
@@ -139,7 +170,7 @@ def _of_bundle(bundle: Path) -> Subject:
     dense = CachePolicy.dense(max(DENSE_WINDOW_FRAMES, frames), frames)
     base = replace(config, policy=dense)
     fp8 = NO_FP8 if manifest.fp8 is None else manifest.fp8.counts
-    return Subject(manifest.name, base, config.policy, "the bundle's", fp8)
+    return Subject(manifest.name, base, config.policy, "the bundle's", fp8, has_wan_pixels=False)
 
 
 def _partition(preset: Preset, request: PlanRequest) -> tuple[HeadPartition, str]:

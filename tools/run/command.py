@@ -6,13 +6,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.request.flags import Int, Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.export.request.flags import (
+    Int,
+    Json,
+    PositiveInt,
+    Seed,
+    Threads,
+    YesNo,
+    between,
+    flags,
+)
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
@@ -24,9 +34,13 @@ from forcing_kv.tools.run.decode import (
     default_fps,
     pixel_frames_per_latent,
 )
+from forcing_kv.tools.run.frame_rate import FrameRate, check_rate, rate_text
 from forcing_kv.tools.run.preview import Preview, check_preview
 from forcing_kv.tools.run.prompts import PromptSource, Switch
 from forcing_kv.tools.run.video import Writer, check_output, open_writer
+
+MAX_SCALE = 64
+"""The smallest model's 32 pixels are 2,048 then."""
 
 
 @flags()
@@ -38,11 +52,11 @@ class VideoOptions:
     """Video (.mp4, .gif) or latents (.npz); of several prompts, numbered files."""
     num_chunks: PositiveInt = 7
     """Chunks to generate."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Key of the noise generator."""
-    fps: Int | None = None
-    """Frames per second of the video. Default: the model's own."""
-    scale: PositiveInt = 1
+    fps: FrameRate | None = None
+    """Frames per second of the video: 24, 23.976, 30000/1001. Default: the model's own."""
+    scale: Annotated[Int, between(1, MAX_SCALE)] = 1
     """Enlarge pixels by this factor."""
     live: Path | None = None
     """PNG that always shows the latest chunk, while generating."""
@@ -56,6 +70,8 @@ class VideoOptions:
             InputError: what is wrong.
         """
         check_output(self.out)
+        if self.fps is not None:
+            check_rate(self.fps, self.out.suffix)
         if self.live is not None:
             check_preview(self.live)
 
@@ -77,7 +93,7 @@ class SessionOptions:
 
     backend: str = "auto"
     """auto or a backend's name."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads; 0: automatic."""
     cuda_graph: YesNo = True
     """Replay one captured CUDA graph a chunk, where the backend can."""
@@ -146,9 +162,8 @@ class _Job:
         if self.decoder is not None:
             self.decoder.reset()
         self._check_switches(switches)
-        rate = default_fps(self.manifest) if self.options.fps is None else self.options.fps
         with (
-            open_writer(path, rate, self.options.scale) as writer,
+            open_writer(path, self.rate, self.options.scale) as writer,
             progress(f"generating {path.name}", self.options.num_chunks) as bar,
         ):
             self._generate(switches, writer, bar)
@@ -204,6 +219,12 @@ class _Job:
             yield self.session.generate_chunk(seed=self.options.seed)
 
     @property
+    def rate(self) -> Fraction:
+        """Frames per second of the file."""
+        given = self.options.fps
+        return Fraction(default_fps(self.manifest)) if given is None else given
+
+    @property
     def _chunk_pixel_frames(self) -> int:
         num_frames = self.session.config.chunk.num_frames
         return num_frames * pixel_frames_per_latent(self.manifest)
@@ -236,7 +257,7 @@ class _Job:
         decoder, decoding = "latents only", ""
         if self.decoder is not None:
             where = f" on {self.decoder.backend_name}" if self.decoder.backend_name else ""
-            decoder = f"decoded by {self.decoder.name}{where}"
+            decoder = f"decoded by {self.decoder.name}{where}, shown at {rate_text(self.rate)} FPS"
             decoding = f", decoding {np.median(self.decode_ms):.1f} ms"
         return (
             f"{frames} latent frames on {self.session.backend_name}, {decoder}; {self._speeds()} "
@@ -251,6 +272,7 @@ class _Job:
             "prompt": switches[0].text,
             "num_latent_frames": self.session.num_frames,
             "num_pixel_frames": self._num_pixel_frames,
+            "fps_file": None if self.decoder is None else str(self.rate),
             "decoder": None if self.decoder is None else self.decoder.name,
             "decoder_backend": None if self.decoder is None else self.decoder.backend_name,
             "denoiser_chunk_ms": self.chunk_ms,

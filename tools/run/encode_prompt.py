@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 
-from forcing_kv.export.request.flags import Json, Natural, PositiveInt, flags
+from forcing_kv.export.request.flags import Json, PositiveInt, Threads, flags
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, shown
 from forcing_kv.tools.digits import text as digits
 from forcing_kv.tools.run.video import check_output
+
+MAX_NBYTES = 16 << 20
+"""Longest file of prompts that is read."""
+MAX_PROMPT_LENGTH = 1 << 16
+"""Characters of a prompt: text encoders take 512 tokens."""
 
 
 @flags()
@@ -32,7 +39,7 @@ class EncoderOptions:
     """What the encoder computes in."""
     device: str = "cpu"
     """PyTorch device."""
-    num_threads: Natural = 0
+    num_threads: Threads = 0
     """CPU threads; 0: automatic."""
 
 
@@ -69,7 +76,13 @@ def encode_prompt(
 
 
 def encode_texts(texts: Sequence[str], encoder: EncoderOptions) -> PromptFile:
-    """Encode prompts with the encoder in a folder, or with the shipped model's word table."""
+    """Encode prompts with the encoder in a folder, or with the shipped model's word table.
+
+    Raises:
+        InputError: see `check_prompt`; or the encoder does not load, or cannot take a prompt.
+    """
+    for text in texts:
+        check_prompt(text)
     if encoder.text_encoder == "digits":
         embeds = np.stack([digits.encode_prompt(text) for text in texts])
         return PromptFile(tuple(texts), embeds, "digits")
@@ -88,16 +101,51 @@ def encode_texts(texts: Sequence[str], encoder: EncoderOptions) -> PromptFile:
     return PromptFile(tuple(texts), np.stack(rows), "umt5-xxl")
 
 
-def read_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file.
+def check_prompt(text: str) -> None:
+    """Refuse a prompt that is no text.
 
     Raises:
-        InputError: missing, not UTF-8, or empty.
+        InputError: control characters, bytes that were no UTF-8, or longer than any prompt.
+    """
+    if len(text) > MAX_PROMPT_LENGTH:
+        raise InputError(
+            f"prompt {shown(text)} has {len(text)} characters; give at most {MAX_PROMPT_LENGTH}"
+        )
+    for place, character in enumerate(text):
+        wrong = category(character) == "Cs" or (
+            category(character) == "Cc" and not character.isspace()
+        )
+        if wrong:
+            raise InputError(
+                f"prompt {shown(text)} holds U+{ord(character):04X} at character {place + 1}, "
+                "which is no text; save the file as UTF-8, or leave it out"
+            )
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a text file, ended by newlines alone, with CR before them or not.
+
+    A byte-order mark is left out, also within the file, where joining files leaves them.
+
+    Raises:
+        InputError: missing, not UTF-8, longer than any such file, or empty.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_NBYTES + 1)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
+    if len(content) > MAX_NBYTES:
+        raise InputError(f"{path}: longer than {MAX_NBYTES >> 20} MB, so no file of prompts")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        line = content.count(b"\n", 0, error.start) + 1
+        what = "is UTF-16" if utf16 else f"line {line} is not UTF-8 ({error.reason})"
+        raise InputError(f"{path}: cannot be read as text: {what}; save it as UTF-8") from error
+    # `splitlines` would also split at VT, FF, NEL, U+2028 and U+2029, which prompts hold.
+    lines = [line.strip().lstrip("\ufeff").lstrip() for line in text.split("\n")]
     lines = [line for line in lines if line]
     if not lines:
         raise InputError(f"{path}: holds no prompt; write one a line")

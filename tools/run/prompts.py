@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from forcing_kv.export.request.flags import flags, panel
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
+from forcing_kv.runtime_trt.bundle.schema import parse_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.run.encode_prompt import EncoderOptions, encode_texts, read_lines
 
@@ -122,7 +122,7 @@ def _read_script(path: Path) -> list[Mapping[str, Any]]:
     entries: list[Mapping[str, Any]] = []
     for number, line in enumerate(read_lines(path), start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}: entry {number} is not JSON ({error})") from error
         _check_entry(entry, f"{path}: entry {number}")

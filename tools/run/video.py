@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.tools.run.frame_rate import check_rate
 
 Uint8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -43,11 +45,11 @@ class VideoWriter:
 
     Args:
         path: `.mp4` (H.264) or `.gif`.
-        fps: frames per second of the file.
+        fps: frames per second of the file, to which an mp4 holds exactly.
         scale: whole factor by which pixels are enlarged.
     """
 
-    def __init__(self, path: Path, fps: int, scale: int = 1, *, container: str) -> None:
+    def __init__(self, path: Path, fps: Fraction, scale: int = 1, *, container: str) -> None:
         av = require("av")
         codec, pixel_format = CODECS[container]
         self._scale = scale
@@ -152,15 +154,14 @@ def check_output(
 
 
 @contextmanager
-def open_writer(path: Path, fps: int, scale: int = 1) -> Iterator[Writer]:
+def open_writer(path: Path, fps: Fraction, scale: int = 1) -> Iterator[Writer]:
     """A writer whose file appears at `path` only if the block ends well.
 
     Raises:
-        InputError: the path cannot be written, or `fps` is not positive.
+        InputError: the path cannot be written, or cannot show so many frames per second.
     """
     check_output(path)
-    if fps < 1:
-        raise InputError(f"--fps is {fps}; it must be at least 1")
+    check_rate(fps, path.suffix)
     if path.suffix == ".npz":
         collector = LatentWriter()
         yield collector

@@ -273,6 +273,30 @@ def test_fit():
     assert [cost.fits(size) for size in (4, 16, 141)] == [False, True, True]
 
 
+def test_figures_of_devices_are_dense_and_sum_in_float32():
+    for device in DEVICES.values():
+        assert 8 <= device.memory_gib <= 300
+        assert 200 < device.bandwidth_gbps <= 8000
+        if device.title.startswith("GeForce"):  # Twice float32's rate; advertised is four times.
+            assert device.tflops_16bit == pytest.approx(2 * device.tflops_float32, rel=0.01)
+        ampere = ("rtx30", "a10")
+        assert device.has_fp8 is not device.name.startswith(ampere)
+
+
+def test_a_device_goes_by_the_names_that_people_use():
+    for name, wanted in (
+        ("H100", "h100"), ("NVIDIA GeForce RTX 5070 Ti", "rtx5070ti"), ("rtx-4090", "rtx4090"),
+        ("A100 80GB PCIe", "a100-pcie"), ("h100_pcie", "h100-pcie"),
+    ):  # fmt: skip
+        assert find_device(name).name == wanted
+    for name, near in (("5090", "rtx5090"), ("geforce 4070", "rtx4070"), ("h100sxm", "h100")):
+        with pytest.raises(InputError, match=f"did you mean {near}.*choose one of"):
+            find_device(name)
+    for name in ("", " ", "nvidia"):
+        with pytest.raises(InputError, match="choose one of"):
+            find_device(name)
+
+
 def test_an_unknown_device_lists_the_known():
     with pytest.raises(InputError, match=r"tpu.*rtx4090"):
         find_device("tpu")

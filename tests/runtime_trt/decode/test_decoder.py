@@ -2,55 +2,20 @@
 
 import numpy as np
 import pytest
+from fake_backend import LATENTS, CountingRunner, counting_decoder
 
-from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
-from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo
-from forcing_kv.runtime_trt.decode.runner import DecodeRunner
 from forcing_kv.runtime_trt.decoder import VideoDecoder
-from forcing_kv.runtime_trt.errors import ForcingKvError
-
-LATENTS = np.zeros((1, 2, 3, 3), np.float32)
-
-
-class Counting(DecodeRunner):
-    """Its one state counts latent frames; raises `fault` once where one is set."""
-
-    name = "counting"
-
-    def __init__(self):
-        self.count, self.fault, self.closed = 0, None, False
-
-    def _fail(self):
-        fault, self.fault = self.fault, None
-        if fault is not None:
-            raise fault
-
-    def reset(self):
-        self._fail()
-        self.count = 0
-
-    def run(self, graph, latents):
-        self._fail()
-        self.count += 1
-        return np.full((1, 3, 3, 3), self.count, np.float32)
-
-    def read_state(self, name):
-        return np.asarray(self.count)
-
-    def close(self):
-        self.closed = True
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 
 @pytest.fixture
 def runner():
-    return Counting()
+    return CountingRunner()
 
 
 @pytest.fixture
 def decoder(runner):
-    latents = (TensorInfo("latents", LATENTS.shape, "float32"),)
-    graph = GraphInfo("decode.onnx", "0" * 64, latents, ())
-    return VideoDecoder(runner, DecoderInfo({"decode": graph}, "w.bin", "0" * 64, 0))
+    return counting_decoder(runner)
 
 
 @pytest.mark.parametrize("fault", [ForcingKvError("broken"), KeyboardInterrupt()])
@@ -71,3 +36,22 @@ def test_a_decoder_that_cannot_begin_releases_its_backend(runner, decoder):
     with pytest.raises(ForcingKvError, match="broken"):
         VideoDecoder(runner, decoder._info)
     assert runner.closed
+
+
+@pytest.mark.parametrize(
+    ("latents", "told"),
+    [
+        (np.zeros((0, 2, 3, 3), np.float32), "shape"),
+        (np.zeros((2, 3, 3), np.float32), "shape"),
+        (np.zeros((1, 2, 3, 4), np.float32), "shape"),
+        (np.float32(0), "shape"),
+        (np.zeros((1, 2, 3, 3), np.int64), "dtype int64"),
+        (None, "latents is None"),
+        ("video.mp4", "latents is 'video.mp4'"),
+    ],
+)
+def test_wrong_latents_are_refused_and_do_no_harm(decoder, latents, told):
+    decoder.decode(LATENTS)
+    with pytest.raises(InputError, match=told):
+        decoder.decode(latents)
+    assert (decoder.decode(LATENTS.tolist()) == 2).all()

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forcing_kv.export.cost.memory import buffer_nbytes
 from forcing_kv.export.request.presets import PRESETS
@@ -10,8 +12,10 @@ from forcing_kv.export.request.request import ExportRequest, resolve
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
-from forcing_kv.tools.plan.request import spread
+from forcing_kv.tools.plan.request import PlanRequest, spread
+from forcing_kv.tools.plan.request import resolve as resolve_plan
 
 
 def plan(run_fkv, *options):
@@ -130,8 +134,19 @@ def test_bytes_are_those_that_the_chunk_graph_runtime_allocates(run_fkv, digits_
     [
         (("--model", "gpt"), "self-forcing-1.3b"),
         (("--device", "tpu"), "rtx4090"),
+        (("--device", "5090"), "did you mean rtx5090"),
+        (("--model", "self-forcing"), "did you mean self-forcing-1.3b"),
+        (("--policy", "forcing_kv"), "did you mean forcing-kv"),
         (("--resolution", "4k"), "1080p"),
         (("--resolution", "61x104"), "nearest sizes"),
+        (("--resolution", "480x832"), "832x480px"),
+        (("--resolution", "100000x100000px"), "up to 2048"),
+        (("--num-chunks", "1000000000"), "10000"),
+        (("--num-chunks", "0"), "1"),
+        (("--num-chunks", "-3"), "1"),
+        (("--policy", "last_warmup_chunk=1000000000"), "at most 1000"),
+        (("--policy", "num_segments=1000000007"), "fewer segments"),
+        (("--policy", "num_segments=" + "9" * 5000), "num_segments"),
         (("--dtype", "int8"), "bfloat16"),
         (("--policy", "magic"), "dense"),
         (("--policy", "sinks=1"), "num_sink_frames"),
@@ -151,6 +166,38 @@ def test_mistakes_are_named(run_fkv, options, told):
     assert done.code == 2
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+@given(
+    st.integers(1, 199), st.integers(1, 400),
+    st.sampled_from(["forcing-kv", "dense", "num_segments=5", "num_segments=8"]),
+)  # fmt: skip
+def test_a_size_that_is_proposed_is_planned(rows, columns, policy):
+    def subject(text):
+        request = PlanRequest(resolution=parse_latent_size("--resolution", text))
+        resolve_plan(request, [policy, "forcing-kv"]).config(policy)
+
+    try:
+        subject(f"{rows}x{columns}")
+    except InputError as error:
+        told = str(error).partition("nearest sizes are ")[2].split(", ")
+        assert told
+        for text in told:
+            subject(text)
+
+
+def test_sizes_in_pixels_and_portrait(run_fkv):
+    landscape = plan(run_fkv, "--resolution", "832x480px")
+    portrait = plan(run_fkv, "--resolution", "480p-portrait")
+    assert landscape["latent_size"] == [60, 104]
+    assert portrait["latent_size"] == [104, 60]
+    assert portrait["memory_nbytes"] == landscape["memory_nbytes"]
+    assert "60x104 latents (832x480 pixels)" in run_fkv("plan").err
+
+
+def test_a_device_is_found_as_people_write_it(run_fkv):
+    for name in ("RTX4090", "NVIDIA GeForce RTX 4090", "rtx-4090"):
+        assert plan(run_fkv, "--device", name)["device"]["name"] == "rtx4090"
 
 
 def test_a_bundle_has_its_own_model(run_fkv, digits_bundle):

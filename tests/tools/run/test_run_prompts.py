@@ -1,13 +1,18 @@
 """Prompts of `fkv run`: files of them, several videos, prompt switches at chunk boundaries."""
 
 import json
+import re
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.digits.text import encode_prompt
+from forcing_kv.tools.run.encode_prompt import EncoderOptions, encode_texts, read_lines
 
 THREE, FIVE = "a digit 3 moving left .", "a digit 5 moving up ."
 
@@ -82,9 +87,81 @@ def test_live_preview_and_speeds_by_definition(run_fkv, digits_bundle, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"\xef\xbb\xbfa cat\r\n\r\na dog", ["a cat", "a dog"]),
+        ("a cat\n\ufeffa dog\n \ufeff \n".encode(), ["a cat", "a dog"]),
+        (
+            "one\u2028two\u2029three\x0bfour\x0cfive\x85six\rseven\x1ceight\nnext".encode(),
+            ["one\u2028two\u2029three\x0bfour\x0cfive\x85six\rseven\x1ceight", "next"],
+        ),
+        ("  ein Löwe läuft \t\n猫が走る".encode(), ["ein Löwe läuft", "猫が走る"]),
+        (b"a " * 100_000, [("a " * 100_000).strip()]),
+    ],
+)
+def test_lines_end_at_newlines_alone(tmp_path, content, lines):
+    (tmp_path / "p.txt").write_bytes(content)
+    assert read_lines(tmp_path / "p.txt") == lines
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n\ufeff", codec="utf-8"))))
+def test_any_text_is_as_many_prompts_as_lines(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("prompts") / "p.txt"
+    file.write_bytes("\n".join(texts).encode())
+    wanted = [text.strip() for text in texts if text.strip()]
+    if wanted:
+        assert read_lines(file) == wanted
+    else:
+        with pytest.raises(InputError, match="holds no prompt"):
+            read_lines(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "holds no prompt"),
+        (b"\xef\xbb\xbf", "holds no prompt"),
+        (b" \r\n\t\n", "holds no prompt"),
+        ("a cat".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a cat\nein Löwe".encode("latin-1"), "line 2 is not UTF-8"),
+        (b"a" * ((16 << 20) + 1), "longer than 16 MB"),
+    ],
+)
+def test_files_that_are_no_text_are_refused(tmp_path, content, told):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        read_lines(tmp_path / "p.txt")
+    for other in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="cannot be read as text"):
+            read_lines(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a\0cat", "U+0000 at character 2"),
+        ("a cat".encode("utf-16-le").decode(), "U+0000"),
+        ("\x1b[31ma cat", "U+001B"),
+        ("a cat\x7f", "U+007F"),
+        ("a \udcff cat", "U+DCFF"),
+        ("a " * (1 << 16), "at most 65536"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused_before_it_is_encoded(tmp_path, text, told):
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        encode_texts([THREE, text], EncoderOptions(text_encoder="nowhere"))
+    assert len(str(error.value)) < 250
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "holds no prompt"),
+        ("[" * 100_000, "entry 1 is not JSON"),
+        ('{"frame": 0, "frame": 3, "prompt": "x"}', "stands twice"),
+        ('{"frame": 0, "prompt": "a \\u0000 digit"}', "U+0000"),
+        ('{"frame": ' + "9" * 5000 + ', "prompt": "x"}', "beyond 64 bits"),
         ("{", "entry 1 is not JSON"),
         ('{"frame": 3, "prompt": "a digit 3 moving left ."}', "must begin with 0"),
         ('{"frame": 0, "text": "x"}', "write"),
@@ -116,7 +193,7 @@ def test_broken_scripts_are_named_and_leave_nothing(
         (("--prompt-file", "absent.npz"), "cannot be read as .safetensors, .npz or .npy"),
         (("--prompt", THREE, "--live", "x.jpg"), "--live x.jpg"),
         (("--prompt", THREE, "--decode", "vae"), "fkv add-decoder"),
-        (("--prompt", THREE, "--fps", -1), "--fps is -1"),
+        (("--prompt", THREE, "--fps", -1), "--fps is '-1'"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(run_fkv, digits_bundle, tmp_path, options, message):

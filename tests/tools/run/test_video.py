@@ -1,10 +1,15 @@
 """Writers: a growing file can be watched, the finished one is whole, a failed one is not there."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.tools.run.frame_rate import LEAST, MOST, parse_rate, rate_text
 from forcing_kv.tools.run.preview import Preview, contact_sheet
 from forcing_kv.tools.run.video import open_writer
 
@@ -34,6 +39,76 @@ def test_frames_can_be_watched_while_they_are_written(tmp_path):
     assert count_frames(out) == 36
     with av.open(str(out)) as video:
         assert float(video.duration / av.time_base) == pytest.approx(36 / 16, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "rate", ["24", "23.976", "30000/1001", "31/2", "1000", "0.1", "999983/99991"]
+)
+def test_an_mp4_holds_its_rate_exactly(tmp_path, rate):
+    wanted = parse_rate("--fps", rate)
+    with open_writer(tmp_path / "v.mp4", wanted) as writer:
+        for value in range(4):  # More than a fragment, which is joined afterwards.
+            writer.write(LATENTS, frames(12, value))
+    with av.open(str(tmp_path / "v.mp4")) as video:
+        assert video.streams.video[0].average_rate == wanted
+        times = [frame.pts * frame.time_base for frame in video.decode(video=0)]
+    assert times == [place / wanted for place in range(48)]
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "shown"),
+    [
+        ("24", Fraction(24), "24"),
+        (" 24/1 ", Fraction(24), "24"),
+        ("25.00", Fraction(25), "25"),
+        ("23.976", Fraction(24000, 1001), "23.976 (24000/1001)"),
+        ("23.98", Fraction(24000, 1001), "23.976 (24000/1001)"),
+        ("23.976024", Fraction(24000, 1001), "23.976 (24000/1001)"),
+        ("29.97", Fraction(30000, 1001), "29.97 (30000/1001)"),
+        ("59.94", Fraction(60000, 1001), "59.94 (60000/1001)"),
+        ("119.88", Fraction(120000, 1001), "119.88 (120000/1001)"),
+        ("12.5", Fraction(25, 2), "12.5 (25/2)"),
+        ("16.6667", Fraction(50, 3), "16.667 (50/3)"),
+        ("29.9", Fraction(299, 10), "29.9 (299/10)"),
+        (".5", Fraction(1, 2), "0.5 (1/2)"),
+    ],
+)
+def test_rates_are_read_and_shown_as_people_write_them(text, rate, shown):
+    assert parse_rate("--fps", text) == rate
+    assert rate_text(rate) == shown
+    assert parse_rate("--fps", str(rate)) == rate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0", "-1", "-24", "nan", "inf", "3e9", "1e1", "3000000000", "1001", "0.01", "1/0", "0/1",
+        "9999999/999999", "24/", "24fps", "", "٢٤", "9" * 5000, "24\x00", "0x18",
+    ],
+)  # fmt: skip
+def test_other_rates_are_refused_with_the_range(text):
+    with pytest.raises(
+        InputError, match=r"--fps is .*; give 0\.1 to 1000 frames .*30000/1001"
+    ) as e:
+        parse_rate("--fps", text)
+    assert len(str(e.value)) < 200
+    assert str(e.value).isprintable()
+
+
+@given(st.fractions(LEAST, MOST, max_denominator=1001).filter(lambda rate: rate.numerator < 10**6))
+def test_a_rate_that_is_written_out_is_itself(rate):
+    assert parse_rate("--fps", str(rate)) == rate
+    if round(rate, 1) == rate:
+        assert parse_rate("--fps", str(float(rate))) == rate
+
+
+def test_a_gif_is_not_made_faster_than_it_plays(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"at most 50 frames per second.*mp4"),
+        open_writer(tmp_path / "v.gif", Fraction(60)),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v.npz"])

@@ -12,6 +12,7 @@ from forcing_kv.export.request.flags import Int, flags
 from forcing_kv.export.request.presets import PRESETS, PUBLISHED_STATIC_HEADS, Preset, load_preset
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, pool_layouts
+from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 if TYPE_CHECKING:
     from forcing_kv.plugins.check.cases import OpCase
@@ -122,7 +123,7 @@ def compressed_layer(
             partition.
 
     Raises:
-        InputError: more dynamic heads than heads.
+        InputError: more dynamic heads than heads, or a size that cannot be cut into segments.
     """
     heads = preset.model.num_heads
     if num_dynamic is None:
@@ -132,5 +133,7 @@ def compressed_layer(
     if not 0 <= num_dynamic <= heads:
         raise InputError(f"{num_dynamic} dynamic heads asked for; {preset.name} has {heads} heads")
     rows, columns = latent_size
+    segments = preset.policy.num_segments if preset.policy.num_dynamic_frames else 1
+    check_latent_size((rows, columns), preset.model.patch_size, segments)
     chunk = ChunkShape(preset.chunk_frames, rows, columns, preset.model.patch_size)
     return CompressedLayer(preset, chunk, num_dynamic)

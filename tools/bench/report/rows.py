@@ -100,7 +100,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     if not path.is_file():
         return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
