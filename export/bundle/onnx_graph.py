@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,9 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
+from onnxscript import rewriter
 from onnxscript.optimizer import fold_constants_ir
-from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.fp8 import onnx_decomposition as fp8_decomposition
@@ -32,6 +33,13 @@ ALIGNMENT = 4096
 
 _OPTIMIZER_ROUNDS = 2
 """Folding makes rewrites possible and the other way round; as often as the exporter's default."""
+
+_REWRITE_RULES = [
+    rule for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()) if rule is not slice_split_rule
+] or None
+"""ONNX Script's default rules but the one that tries every pair of slices of the graph for every
+slice: half of the time of all rules at four layers, growing with the square of the layers; no graph
+of this project has such a pair. Where the private name is gone, the default rules."""
 
 _NOT_FOLDED = ("Cast", "Transpose", "DequantizeLinear")
 """Folding these would copy weights under new names: unshared, and lost to who reads them back."""
@@ -85,21 +93,38 @@ def _quiet_exporter() -> Iterator[None]:
 def _parse_functions_once() -> None:
     """Keep what the exporter reads of ONNX's 557 functions for the next graph.
 
-    That is 0.5 to 0.7 s of processor time a graph (torch 2.13 on one core of a server). The name
-    is private to PyTorch: in a release without it, each graph reads them again.
+    That is 0.7 to 1 s of processor time a graph (torch 2.13 on one core of a server). The names
+    are private to PyTorch: in a release without them, each graph reads them again.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+        from torch.onnx._internal.exporter import _schemas
 
         onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+        _schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)
+
+
+class _Captured(torch.export.ExportedProgram):
+    """A captured program that takes this project's operators along in any decomposition.
+
+    The exporter decomposes what it is given: a decomposition of one's own before that would trace
+    the whole graph once more.
+    """
+
+    def run_decompositions(
+        self, decomp_table: dict[Any, Callable[..., Any]] | None = None, **options: Any
+    ) -> torch.export.ExportedProgram:
+        own = onnx_decompositions() | fp8_decomposition()
+        table = torch.export.default_decompositions() if decomp_table is None else decomp_table
+        return super().run_decompositions({**table, **own}, **options)
 
 
 def onnx_model(source: GraphSource) -> ir.Model:
     """Translate one graph: custom nodes with function bodies attached, constants folded."""
     _parse_functions_once()
     with _quiet_exporter():
-        decompositions = onnx_decompositions() | fp8_decomposition()
-        program = source.capture().run_decompositions(decompositions)
+        program = source.capture()
+        program.__class__ = _Captured
         exported = torch.onnx.export(
             program,
             (),
@@ -135,7 +160,10 @@ def _optimize(model: ir.Model, parameters: Collection[str]) -> None:
             onnx_shape_inference=True,
             should_fold=lambda node: False if node.op_type in _NOT_FOLDED else None,
         )
-        rewrite(model)
+        before = list(model.graph)
+        rewriter.rewrite(model, _REWRITE_RULES)
+        if list(model.graph) == before:
+            break
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_equal_constants(model.graph, parameters)
     passes.CommonSubexpressionEliminationPass()(model)
