@@ -34,6 +34,8 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
     resolved, out = resolve(request), output.out
     check_target(out, force=output.force)
     talk(describe(resolved.name, resolved.config))
+    for line in (line for adapter in resolved.adapters for line in adapter.describe()):
+        talk(line)
     if output.dry_run:
         talk(f"dry run: {out} would be written")
         return
