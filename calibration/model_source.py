@@ -13,8 +13,7 @@ from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.rollouts import Rollout, dense_config
 from forcing_kv.export.checkpoint.adapter.names import ModelNames
 from forcing_kv.export.checkpoint.adapter.read import read_adapters
-from forcing_kv.export.checkpoint.load import load_model
-from forcing_kv.export.checkpoint.origin import model_sha256
+from forcing_kv.export.checkpoint.load import load_model, model_sha256
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.presets import PUBLISHED_THRESHOLD
 from forcing_kv.export.request.request import resolve_model

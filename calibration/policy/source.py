@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forcing_kv.calibration.model_source import ModelSource, load_source
 from forcing_kv.calibration.options import SourceOptions
-from forcing_kv.export.checkpoint.origin import Origin, name_of
+from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.request.request import resolve_model
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
@@ -50,6 +50,6 @@ def load_search(
     found = read_heads(heads_path, preset.model)
     source = load_source(options)
     origin = Origin(heads_path, "heads", found.model_sha256)
-    origin.warn_of_other(name_of(checkpoint), lambda: source.sha256)
+    origin.warn_of_other(checkpoint.label, lambda: source.sha256)
     dense = source.dense_config(num_chunks, window_frames, options.dtype)
     return LoadedSearch(source, dense, preset.policy, found.scores, found.partition)

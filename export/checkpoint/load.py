@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,7 +19,12 @@ from forcing_kv.export.checkpoint.adapter.file import AdapterFile, RawAdapter
 from forcing_kv.export.checkpoint.adapter.merge import Merge
 from forcing_kv.export.checkpoint.adapter.names import ModelNames, is_factor
 from forcing_kv.export.checkpoint.adapter.read import adapter_of, read_adapters
-from forcing_kv.export.checkpoint.files import RawCheckpoint, read_checkpoint, weight_file
+from forcing_kv.export.checkpoint.files import (
+    RawCheckpoint,
+    checkpoint_sha256,
+    read_checkpoint,
+    weight_file,
+)
 from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType
@@ -50,6 +57,29 @@ class CheckpointSource:
     """What to merge, in whichever order."""
     alpha: AlphaRule = field(default_factory=AlphaRule)
     """What is said of the adapters' alpha outside of their files."""
+
+    @property
+    def label(self) -> str:
+        """The checkpoint and what is merged into it, for messages."""
+        adapters = ", ".join(f"{file.path}:{file.strength:g}" for file in self.adapters)
+        return f"{self.path} with {adapters}" if adapters else str(self.path)
+
+
+def model_sha256(source: CheckpointSource, adapters: Sequence[Adapter]) -> str:
+    """Hash of what a source loads as, hexadecimal: the checkpoint's own if nothing is merged.
+
+    Args:
+        adapters: those of the source, in any order.
+    """
+    checkpoint = checkpoint_sha256(source.path)
+    merged = [adapter.identity for adapter in adapters]
+    if source.alpha.option is not None and not merged:
+        # Of an adapter that is saved in the checkpoint.
+        merged.append({"alpha": source.alpha.option})
+    if not merged:
+        return checkpoint
+    parts = [checkpoint, *sorted(json.dumps(each, sort_keys=True) for each in merged)]
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_model(

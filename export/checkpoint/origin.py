@@ -1,49 +1,21 @@
 """Whether a calibration file was measured on the model that it is used with.
 
-A calibration records `model_sha256`: the hash of the checkpoint's weight files, or, where adapters
-are merged, one of theirs too and of how strongly they are applied. Partitions in the published
-forms record none, and are taken as they are.
+A calibration records `model_sha256` (`load`): the hash of the checkpoint's weight files, or, where
+adapters are merged, one of theirs too and of how strongly they are applied. Partitions in the
+published forms record none, and are taken as they are.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from forcing_kv.export.checkpoint.adapter.adapter import Adapter
-from forcing_kv.export.checkpoint.files import checkpoint_sha256
-from forcing_kv.export.checkpoint.load import CheckpointSource
 from forcing_kv.runtime_trt.errors import InputError
 
 _log = logging.getLogger(__name__)
-
-
-def model_sha256(source: CheckpointSource, adapters: Sequence[Adapter]) -> str:
-    """Hash of what a source loads as, hexadecimal: the checkpoint's own if nothing is merged.
-
-    Args:
-        adapters: those of the source, in any order.
-    """
-    checkpoint = checkpoint_sha256(source.path)
-    merged = [adapter.identity for adapter in adapters]
-    if source.alpha.option is not None and not merged:
-        # Of an adapter that is saved in the checkpoint.
-        merged.append({"alpha": source.alpha.option})
-    if not merged:
-        return checkpoint
-    parts = [checkpoint, *sorted(json.dumps(each, sort_keys=True) for each in merged)]
-    return sha256("\n".join(parts).encode()).hexdigest()
-
-
-def name_of(source: CheckpointSource) -> str:
-    """The checkpoint and what is merged into it, for messages."""
-    adapters = [f"{file.path}:{file.strength:g}" for file in source.adapters]
-    return f"{source.path}{' with ' if adapters else ''}{', '.join(adapters)}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +41,7 @@ class Origin:
         """Say on stderr if the file belongs to another model, and go on.
 
         Args:
-            model: its name, for the message (`name_of`).
+            model: its name, for the message.
             sha256: gives its hash; called where there is one to compare with.
         """
         if message := self._mismatch(model, sha256):

@@ -15,8 +15,8 @@ from forcing_kv.export.checkpoint.adapter.names import ModelNames
 from forcing_kv.export.checkpoint.adapter.read import read_adapters
 from forcing_kv.export.checkpoint.files import checkpoint_sha256, weight_files
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
-from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
-from forcing_kv.export.checkpoint.origin import Origin, model_sha256, name_of
+from forcing_kv.export.checkpoint.load import CheckpointSource, load_model, model_sha256
+from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import scales_for
 from forcing_kv.export.request.model_config import model_shape_from_official
@@ -126,7 +126,7 @@ def _check_origins(resolved: ResolvedExport, *, allow_other: bool) -> None:
 
     Heads often fit a fine-tune too; scales that are too small cut its activations off.
     """
-    name, model = name_of(resolved.source), resolved.config.model
+    name, model = resolved.source.label, resolved.config.model
     fp8 = None if resolved.fp8 is None else read_fp8(resolved.fp8, model)
     if allow_other:
         return
