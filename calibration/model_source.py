@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.calibration.rollouts import Rollout, dense_config
-from forcing_kv.export.checkpoint.files import checkpoint_sha256, read_checkpoint
-from forcing_kv.export.checkpoint.load import load_model
+from forcing_kv.export.checkpoint.adapter.names import ModelNames
+from forcing_kv.export.checkpoint.adapter.read import read_adapters
+from forcing_kv.export.checkpoint.files import read_checkpoint
+from forcing_kv.export.checkpoint.load import load_model, model_sha256
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.presets import PRESETS, PUBLISHED_THRESHOLD
 from forcing_kv.export.request.request import resolve_model
@@ -34,7 +36,7 @@ class ModelSource:
     name: str
     model: CausalWanModel
     sha256: str
-    """Hash of the checkpoint file, hexadecimal."""
+    """Hash of the checkpoint with its adapters, hexadecimal (`model_sha256`)."""
     chunk: ChunkShape
     schedule: Schedule
     prompts: Mapping[str, NDArray[np.float32]]
@@ -77,11 +79,14 @@ def load_source(options: SourceOptions) -> ModelSource:
     prompts = _named_prompts(options.prompt_embeds, preset.model)
     checkpoint = read_checkpoint(source.path, source.weights)
     talk(f"weights: {checkpoint.description}")
+    adapters = read_adapters(source.adapters, source.alpha, ModelNames.of(preset.model))
+    for line in (line for adapter in adapters for line in adapter.describe()):
+        talk(line)
     known = {name: each.model for name, each in PRESETS.items()}
     return ModelSource(
         source.path.stem,
         load_model(source, preset.model, options.dtype, checkpoint=checkpoint, known=known),
-        checkpoint_sha256(source.path),
+        model_sha256(source, adapters),
         preset.chunk,
         preset.schedule,
         prompts,
@@ -92,7 +97,7 @@ def _refuse_checkpoint_options(options: SourceOptions) -> None:
     """A shipped model has its own weights, size, schedule and text encoder."""
     names = ("config", "weights", "lora", "lora_alpha", "latent_size", "chunk_frames",
              "prompt_embeds")  # fmt: skip
-    wrong = [name.replace("_", "-") for name in names if getattr(options, name) is not None]
+    wrong = [name.replace("_", "-") for name in names if getattr(options, name) not in (None, ())]
     wrong += ["denoise-steps"] * (options.schedule is not None)
     if wrong:
         raise InputError(

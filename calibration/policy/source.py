@@ -50,6 +50,6 @@ def load_search(
     found = read_heads(heads_path, preset.model)
     source = load_source(options)
     origin = Origin(heads_path, "heads", found.model_sha256)
-    origin.warn_of_other(checkpoint.path, lambda: source.sha256)
+    origin.warn_of_other(checkpoint.label, lambda: source.sha256)
     dense = source.dense_config(num_chunks, window_frames, options.dtype)
     return LoadedSearch(source, dense, preset.policy, found.scores, found.partition)

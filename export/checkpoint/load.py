@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from forcing_kv.export.checkpoint.files import RawCheckpoint, read_checkpoint
-from forcing_kv.export.checkpoint.lora import (
-    Adapter,
-    adapter_from_tensors,
-    check_adapter,
-    read_adapter,
+from forcing_kv.export.checkpoint.adapter.adapter import Adapter
+from forcing_kv.export.checkpoint.adapter.alpha import AlphaRule
+from forcing_kv.export.checkpoint.adapter.file import AdapterFile, RawAdapter
+from forcing_kv.export.checkpoint.adapter.merge import Merge
+from forcing_kv.export.checkpoint.adapter.names import ModelNames, is_factor
+from forcing_kv.export.checkpoint.adapter.read import adapter_of, read_adapters
+from forcing_kv.export.checkpoint.files import (
+    RawCheckpoint,
+    checkpoint_sha256,
+    read_checkpoint,
+    weight_file,
 )
 from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.checkpoint.quantised import FP8_DTYPES
@@ -27,6 +35,8 @@ from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 _MAX_COMPARED, _MAX_LENGTH = 2000, 120
 """Names of a file, and their characters, among which the nearest to a missing one is looked for."""
+_log = logging.getLogger(__name__)
+
 _OTHER_MODELS = {
     "img_emb.": "an image-to-video Wan model",
     "vace_blocks.": "a VACE Wan model",
@@ -47,10 +57,33 @@ class CheckpointSource:
     """File, index or folder; see `read_checkpoint`."""
     weights: Weights = "auto"
     """Which state dict, where a trainer saved several."""
-    lora: Path | None = None
-    """Adapter to merge."""
-    lora_alpha: float | None = None
-    """Alpha of an adapter whose file does not state it; None for its rank (a scale of 1)."""
+    adapters: tuple[AdapterFile, ...] = ()
+    """What to merge, in whichever order."""
+    alpha: AlphaRule = field(default_factory=AlphaRule)
+    """What is said of the adapters' alpha outside of their files."""
+
+    @property
+    def label(self) -> str:
+        """The checkpoint and what is merged into it, for messages."""
+        adapters = ", ".join(f"{file.path}:{file.strength:g}" for file in self.adapters)
+        return f"{self.path} with {adapters}" if adapters else str(self.path)
+
+
+def model_sha256(source: CheckpointSource, adapters: Sequence[Adapter]) -> str:
+    """Hash of what a source loads as, hexadecimal: the checkpoint's own if nothing is merged.
+
+    Args:
+        adapters: those of the source, in any order.
+    """
+    checkpoint = checkpoint_sha256(source.path)
+    merged = [adapter.identity for adapter in adapters]
+    if source.alpha.option is not None and not merged:
+        # Of an adapter that is saved in the checkpoint.
+        merged.append({"alpha": source.alpha.option})
+    if not merged:
+        return checkpoint
+    parts = [checkpoint, *sorted(json.dumps(each, sort_keys=True) for each in merged)]
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_model(
@@ -81,44 +114,59 @@ def load_model(
     if isinstance(source, Path):
         source = CheckpointSource(source)
     checkpoint = checkpoint or read_checkpoint(source.path, source.weights)
-    adapter, tensors = _adapter(source, checkpoint)
+    names = ModelNames.of(shape)
+    adapters, tensors = _adapters(source, checkpoint, names)
     with torch.device("meta"):
         model = CausalWanModel(shape)
     tensors = dict(tensors)
     check_keys(tensors, model.state_dict(), f"{source.path} ({checkpoint.layout})", known)
     _check_dtypes(tensors, str(source.path))
-    if adapter is not None:
-        check_adapter(adapter, tensors)
+    merged = Merge(adapters)
     wanted: torch.dtype = getattr(torch, dtype)
     for name in list(tensors):
         compute = checkpoint.packed.get(name)
-        value = tensors[name] if compute is None else compute()
-        layer = name.removesuffix(".weight")
-        if adapter is not None and name.endswith(".weight") and layer in adapter.down:
-            value = value.float() + adapter.delta(layer, source.lora_alpha)
+        value = merged(name, tensors[name] if compute is None else compute())
         tensors[name] = value.to(torch.float32 if model.is_island(name) else wanted)
+    merged.finish()
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def _adapter(
-    source: CheckpointSource, checkpoint: RawCheckpoint
-) -> tuple[Adapter | None, dict[str, Tensor]]:
-    """The adapter to merge, if any, and the base weights."""
-    packed = any(".lora_A." in name for name in checkpoint.tensors)
-    if packed and source.lora is not None:
+def _adapters(
+    source: CheckpointSource, checkpoint: RawCheckpoint, names: ModelNames
+) -> tuple[Sequence[Adapter], dict[str, Tensor]]:
+    """The adapters to merge and the base weights.
+
+    Raises:
+        InputError: the checkpoint holds an adapter and another is given, or `--lora-alpha` is
+            given without any.
+    """
+    factors = {name: value for name, value in checkpoint.tensors.items() if is_factor(name)}
+    if not factors and not source.adapters and source.alpha.option is not None:
         raise InputError(
-            f"{source.path}: holds an adapter already, so {source.lora} cannot be merged too; "
-            "leave one of them out"
+            f"--lora-alpha is of an adapter, but {source.path} holds none and --lora names none"
         )
-    if packed and checkpoint.packed:
+    if factors and checkpoint.packed:
         raise InputError(
             f"{source.path}: holds an adapter to quantised weights; give the unquantised "
             "checkpoint and the adapter with --lora"
         )
-    if packed:
-        return adapter_from_tensors(checkpoint.tensors, str(source.path))
-    return (None if source.lora is None else read_adapter(source.lora)), checkpoint.tensors
+    if not factors:
+        return read_adapters(source.adapters, source.alpha, names), checkpoint.tensors
+    others = {name: value for name, value in checkpoint.tensors.items() if name not in factors}
+    if source.adapters or not others:
+        raise InputError(
+            f"{source.path}: holds an adapter already, so {source.adapters[0].path} cannot be "
+            "merged too; leave one of them out"
+            if source.adapters
+            else f"{source.path}: is an adapter; give its base model with --checkpoint, and this "
+            "with --lora"
+        )
+    file = AdapterFile(weight_file(source.path))
+    adapter = adapter_of(RawAdapter(factors, {}), file, source.alpha, names)
+    for line in adapter.describe():
+        _log.warning("%s", line)
+    return [adapter], {name.replace(".base_layer.", "."): value for name, value in others.items()}
 
 
 def check_keys(

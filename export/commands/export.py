@@ -35,6 +35,8 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
     check_target(out, force=output.force)
     talk(describe(resolved.name, resolved.config))
     talk(f"weights: {resolved.checkpoint.description}")
+    for line in (line for adapter in resolved.adapters for line in adapter.describe()):
+        talk(line)
     if output.dry_run:
         talk(f"dry run: {out} would be written")
         return

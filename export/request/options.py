@@ -55,10 +55,11 @@ class ModelOptions:
     """Official Wan config.json, for an architecture that --model does not name."""
     weights: Weights | None = None
     """Which of the weights that a trainer saved side by side. Default: the model's own."""
-    lora: Path | None = None
-    """Adapter to merge."""
+    lora: tuple[str, ...] = ()
+    """FILE[:STRENGTH]: adapter to merge, a file or folder; repeat it for more."""
     lora_alpha: float | None = None
-    """Alpha of the adapter. Default: the model's own, or its rank."""
+    """Alpha of the adapter. Default: what its files state, the model's for its own one, or its
+    rank."""
     latent_size: Annotated[
         LatentSize | None,
         Parameter(

@@ -55,8 +55,10 @@ class Preset:
     """Latent rows and columns."""
     weights: str = "auto"
     """Which state dict of the checkpoint its authors generate with: ema, plain or auto."""
+    lora: tuple[str, ...] = ()
+    """Files of the adapter that goes with the checkpoint: ends of their paths."""
     lora_alpha: float | None = None
-    """Alpha of the adapter that goes with the checkpoint; None for its rank."""
+    """Alpha of that adapter, and of no other; None for its rank."""
     threshold: float = PUBLISHED_THRESHOLD
     """Score from which a head counts as static in the published partition."""
     text_encoder: str = UMT5
@@ -89,6 +91,7 @@ _PRESETS = (
         dense_window=12,
         dense_sink=3,
         weights="plain",
+        lora=("models/lora.pt",),
         lora_alpha=256,
         download=f"{_HUB} Efficient-Large-Model/LongLive-1.3B --local-dir longlive_models",
     ),
@@ -125,6 +128,7 @@ _PRESETS = (
         "RAVEN (Wan2.1-T2V-1.3B)",
         WAN_1_3B,
         schedule=Schedule((1000, 938, 833, 625), warped=False, exact_sigma=True),
+        lora=("cmgrpo_raven_lora.safetensors", "cmgrpo_raven_full.pt"),
         lora_alpha=256,
         download=f"{_HUB} mvp-lab/RAVEN raven_model.pt --local-dir .",
     ),

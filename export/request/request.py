@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.checkpoint.adapter.adapter import Adapter
+from forcing_kv.export.checkpoint.adapter.alpha import AlphaRule, PublishedAlpha
+from forcing_kv.export.checkpoint.adapter.file import adapter_files
+from forcing_kv.export.checkpoint.adapter.names import ModelNames
+from forcing_kv.export.checkpoint.adapter.read import read_adapters
 from forcing_kv.export.checkpoint.files import (
     RawCheckpoint,
     checkpoint_sha256,
@@ -15,7 +20,7 @@ from forcing_kv.export.checkpoint.files import (
     weight_files,
 )
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
-from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
+from forcing_kv.export.checkpoint.load import CheckpointSource, load_model, model_sha256
 from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import scales_for
@@ -60,13 +65,25 @@ class ResolvedExport:
         return read_checkpoint(self.source.path, self.source.weights)
 
     @cached_property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What is merged into the checkpoint, read as far as its tensors' names and shapes."""
+        files = self.source.adapters
+        names = ModelNames.of(self.config.model) if files else ModelNames({})
+        return read_adapters(files, self.source.alpha, names)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of the checkpoint with its adapters, hexadecimal."""
+        return model_sha256(self.source, self.adapters)
+
+    @cached_property
     def labels(self) -> BundleLabels:
         """What the bundle says about itself; hashes every input file."""
-        provenance = {"checkpoint_sha256": self.checkpoint_sha256}
+        provenance: dict[str, Any] = {"checkpoint_sha256": self.checkpoint_sha256}
         if self.checkpoint.form is not None:
             provenance["checkpoint_format"] = self.checkpoint.form
-        if self.source.lora is not None:
-            provenance["lora_sha256"] = sha256_of(self.source.lora)
+        if self.adapters:
+            provenance["adapters"] = [adapter.record for adapter in self.adapters]
         if self.heads is not None:
             provenance["heads_sha256"] = sha256_of(self.heads)
         if self.fp8 is not None:
@@ -113,25 +130,26 @@ def resolve(request: ExportRequest) -> ResolvedExport:
         preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
     resolved = ResolvedExport(preset, config, source, heads, request.fp8)
+    _ = resolved.adapters
     _check_origins(resolved, allow_other=request.allow_other_checkpoint)
     return resolved
 
 
 def _check_origins(resolved: ResolvedExport, *, allow_other: bool) -> None:
-    """Warn of heads and refuse FP8 scales of another checkpoint, unless it is allowed.
+    """Warn of heads and refuse FP8 scales of another model, unless it is allowed.
 
     Heads often fit a fine-tune too; scales that are too small cut its activations off.
     """
-    checkpoint, model = resolved.source.path, resolved.config.model
+    name, model = resolved.source.label, resolved.config.model
     fp8 = None if resolved.fp8 is None else read_fp8(resolved.fp8, model)
     if allow_other:
         return
     if resolved.heads is not None:
         heads = Origin(resolved.heads, "heads", read_heads(resolved.heads).model_sha256)
-        heads.warn_of_other(checkpoint, lambda: resolved.checkpoint_sha256)
+        heads.warn_of_other(name, lambda: resolved.model_sha256)
     if resolved.fp8 is not None and fp8 is not None:
         scales = Origin(resolved.fp8, "fp8", fp8.model_sha256)
-        scales.refuse_other(checkpoint, lambda: resolved.checkpoint_sha256)
+        scales.refuse_other(name, lambda: resolved.model_sha256)
 
 
 def resolve_model(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None]:
@@ -145,8 +163,6 @@ def resolve_model(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path
     """
     preset, source, heads = _shipped(request) if request.checkpoint is None else _given(request)
     weight_files(source.path)
-    if source.lora is not None and not source.lora.is_file():
-        raise InputError(f"{source.lora}: no such adapter file")
     changes = {
         "latent_size": request.latent_size,
         "chunk_frames": request.chunk_frames,
@@ -172,15 +188,21 @@ def _given(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None
             f"--checkpoint needs --model, one of {list(PRESETS)} or a .json file, or --config, "
             "the official config.json of the model"
         )
-    alpha = preset.lora_alpha if request.lora_alpha is None else request.lora_alpha
+    published = preset.lora_alpha and PublishedAlpha(preset.lora_alpha, preset.lora)
+    rule = AlphaRule(request.lora_alpha, published or None)
     weights: Any = request.weights or preset.weights
-    source = CheckpointSource(request.checkpoint, weights, request.lora, alpha)
-    return preset, source, None
+    adapters = adapter_files(request.lora)
+    return preset, CheckpointSource(request.checkpoint, weights, adapters, rule), None
 
 
 def _shipped(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None]:
-    if request.config is not None or request.lora is not None:
-        raise InputError("--config and --lora belong to --checkpoint; give it too, or neither")
+    foreign = {
+        "--config": request.config,
+        "--lora": request.lora or None,
+        "--lora-alpha": request.lora_alpha,
+    }
+    if given := [flag for flag, value in foreign.items() if value is not None]:
+        raise InputError(f"{', '.join(given)} belong to --checkpoint; give it too, or leave it out")
     if request.model not in SHIPPED_MODELS:
         preset = load_preset(request.model)
         hint = f"; download it with: {preset.download}" if preset.download else ""

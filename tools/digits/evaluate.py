@@ -130,7 +130,7 @@ def warn_of_others(checkpoint: Path, sha256: str, heads: Origin) -> None:
     """Say on stderr which of the heads and the shipped FP8 scales are another checkpoint's."""
     fp8 = read_fp8(shipped.FP8, shipped.MODEL)
     for origin in (heads, Origin(shipped.FP8, "fp8", fp8.model_sha256)):
-        origin.warn_of_other(checkpoint, lambda: sha256)
+        origin.warn_of_other(str(checkpoint), lambda: sha256)
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -112,7 +112,13 @@ def test_half_a_model_is_refused(tmp_path, options, words):
 @pytest.mark.parametrize("command", ["heads", "fp8", "policy"])
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--chunk-frames", 2), ("--latent-size", "4x4"), ("--weights", "ema"), ("--lora-alpha", 2)],
+    [
+        ("--chunk-frames", 2),
+        ("--latent-size", "4x4"),
+        ("--weights", "ema"),
+        ("--lora-alpha", 2),
+        ("--lora", "x.safetensors"),
+    ],
 )
 def test_the_shipped_model_keeps_its_own_size_and_weights(tmp_path, command, option, value):
     with pytest.raises(InputError, match=f"{option} belong to --checkpoint"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_ins import diffusers_name, fsdp_names, peft_file, prefixed, write_sharded
+from stand_ins import diffusers_name, fsdp_names, prefixed, write_sharded
 
 from forcing_kv.export.checkpoint.files import read_checkpoint
 from forcing_kv.export.checkpoint.formats.safetensors import map_safetensors
@@ -20,7 +20,6 @@ from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
 SHAPE = ModelShape(2, 24, 40, 2, in_channels=4, text_len=6, text_dim=8, freq_dim=16)
-RANK = 4
 
 
 @pytest.fixture(scope="module")
@@ -147,77 +146,6 @@ def test_diffusers_names_map_both_ways(weights):
     config = json.loads(theirs.to_json_string())
     shape = model_shape_from_official(config, "config.json")
     assert (shape.dim, shape.num_heads, shape.num_layers) == (24, 2, 2)
-
-
-# Adapters ------------------------------------------------------------------------------------
-
-
-ADAPTED = ("blocks.0.self_attn.q", "blocks.1.ffn.2", "text_embedding.0", "head.head")
-
-
-@pytest.fixture(scope="module")
-def factors(weights) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(1)
-    sizes = {layer: weights[f"{layer}.weight"].shape for layer in ADAPTED}
-    return {k: (torch.randn(RANK, n), torch.randn(m, RANK)) for k, (m, n) in sizes.items()}
-
-
-def merged(weights, factors, scale=1.0):
-    out = dict(weights)
-    for layer, (down, up) in factors.items():
-        out[f"{layer}.weight"] = weights[f"{layer}.weight"] + scale * (up @ down)
-    return out
-
-
-def test_longlive_base_and_adapter_merge_exactly(tmp_path, weights, factors):
-    base = causal_forcing(tmp_path, weights)
-    torch.save({"generator_lora": peft_file(factors), "critic_lora": {}}, tmp_path / "lora.pt")
-    source = CheckpointSource(base, lora=tmp_path / "lora.pt")
-    assert_equal(load_model(source, SHAPE), merged(weights, factors))
-    half = CheckpointSource(base, lora=tmp_path / "lora.pt", lora_alpha=RANK / 2)
-    assert_equal(load_model(half, SHAPE), merged(weights, factors, 0.5))
-
-
-def test_the_alpha_of_the_file_wins(tmp_path, weights, factors):
-    base = causal_forcing(tmp_path, weights)
-    stated = dict(list(factors.items())[:2])
-    alphas = {f"base_model.model.{layer}.alpha": torch.tensor(2.0 * RANK) for layer in stated}
-    torch.save(peft_file(factors) | alphas, tmp_path / "lora.pt")
-    unstated = {layer: pair for layer, pair in factors.items() if layer not in stated}
-    for given, scale in ((None, 1.0), (RANK / 2, 0.5)):
-        source = CheckpointSource(base, lora=tmp_path / "lora.pt", lora_alpha=given)
-        wanted = merged(merged(weights, stated, 2.0), unstated, scale)
-        assert_equal(load_model(source, SHAPE), wanted)
-
-
-def test_raven_adapter_files_merge_exactly(tmp_path, weights, factors):
-    base = raven(tmp_path, weights)
-    save_file(peft_file(factors), tmp_path / "cmgrpo_raven_lora.safetensors")
-    source = CheckpointSource(base, lora=tmp_path / "cmgrpo_raven_lora.safetensors")
-    assert_equal(load_model(source, SHAPE), merged(weights, factors))
-
-    full = {
-        f"base_model.model.{name}".replace(
-            f"{layer}.", f"{layer}.base_layer."
-        ) if (layer := name.rpartition(".")[0]) in ADAPTED else f"base_model.model.{name}": value
-        for name, value in weights.items()
-    }  # fmt: skip
-    torch.save(full | peft_file(factors, "default."), tmp_path / "cmgrpo_raven_full.pt")
-    assert_equal(load_model(tmp_path / "cmgrpo_raven_full.pt", SHAPE), merged(weights, factors))
-
-
-def test_adapter_that_does_not_fit_is_refused(tmp_path, weights, factors):
-    base = raven(tmp_path, weights)
-    wrong = {"blocks.7.self_attn.q": factors["blocks.0.self_attn.q"]}
-    save_file(peft_file(wrong), tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match=r"blocks\.7\.self_attn\.q.*no such layer"):
-        load_model(CheckpointSource(base, lora=tmp_path / "lora.safetensors"), SHAPE)
-    with pytest.raises(InputError, match="holds no LoRA factors"):
-        load_model(CheckpointSource(base, lora=base), SHAPE)
-    half = {k: v for k, v in peft_file(factors).items() if "lora_A" in k}
-    save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(InputError, match="without their partner"):
-        load_model(CheckpointSource(base, lora=tmp_path / "half.safetensors"), SHAPE)
 
 
 # Mistakes ------------------------------------------------------------------------------------

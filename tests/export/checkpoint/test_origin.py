@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from command_line import fkv
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stand_ins import write_sharded
 
+from forcing_kv.calibration.model_source import load_source
+from forcing_kv.calibration.options import SourceOptions
 from forcing_kv.export.checkpoint.files import checkpoint_sha256
 from forcing_kv.export.checkpoint.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -61,12 +64,69 @@ def request(folder, checkpoint="tiny.safetensors", **changes):
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny.safetensors", "shards"])
-@pytest.mark.parametrize("lora", [None, "lora.safetensors"])
-def test_files_of_the_same_checkpoint_are_taken_in_silence(model, caplog, checkpoint, lora):
+def test_files_of_the_same_checkpoint_are_taken_in_silence(model, caplog, checkpoint):
     files = calibrated(model, checkpoint_sha256(model / checkpoint))
-    asked = request(model, checkpoint, lora=lora and model / lora, **files)
-    assert resolve(asked).heads == files["heads"]
+    assert resolve(request(model, checkpoint, **files)).heads == files["heads"]
     assert not caplog.records
+
+
+ADAPTED = (
+    {"lora": "lora.safetensors"},
+    {"lora": "lora.safetensors:0.5"},
+    {"lora": "lora.safetensors", "lora_alpha": 4.0},
+    {"lora": "other.safetensors"},
+    {"lora": ("lora.safetensors", "other.safetensors")},
+    {},
+)
+"""Adapters, of which none makes the model that another makes."""
+
+
+def adapted(folder, changes, **files):
+    """A request with paths in the folder."""
+    names = changes.get("lora", ())
+    names = (names,) if isinstance(names, str) else names
+    lora = tuple(str(folder / name) for name in names)
+    return request(folder, **{**changes, "lora": lora}, **files)
+
+
+@pytest.mark.parametrize("made", range(len(ADAPTED)))
+def test_an_adapter_its_strength_and_its_alpha_are_part_of_the_model(model, caplog, made):
+    """Calibrating with one and exporting with another, or without, is noticed."""
+    content = load_file(model / "lora.safetensors")
+    save_file({key: value + 1 for key, value in content.items()}, model / "other.safetensors")
+    sha256 = resolve(adapted(model, ADAPTED[made], dense=True)).model_sha256
+    files = calibrated(model, sha256)
+    assert (sha256 == checkpoint_sha256(model / "tiny.safetensors")) == (ADAPTED[made] == {})
+    for used, changes in enumerate(ADAPTED):
+        caplog.clear()
+        resolve(adapted(model, changes, heads=files["heads"]))
+        assert bool(caplog.records) == (used != made), changes
+        asked = adapted(model, changes, dense=True, fp8=files["fp8"])
+        if used == made:
+            resolve(asked)
+        else:
+            with pytest.raises(InputError, match="with other adapters, strengths or alphas"):
+                resolve(asked)
+
+
+def test_the_order_of_adapters_makes_no_other_model(model):
+    save_file({"blocks.0.norm3.diff": torch.ones(32)}, model / "other.safetensors")
+    names = ("lora.safetensors", "other.safetensors")
+    one, two = (resolve(adapted(model, {"lora": order}, dense=True)) for order in
+                (names, names[::-1]))  # fmt: skip
+    assert one.model_sha256 == two.model_sha256
+    assert [entry["file"] for entry in one.labels.provenance["adapters"]] == list(names)
+
+
+def test_calibrations_record_the_model_with_its_adapters(model):
+    prompts = {"embeds": np.zeros((1, 4, 8), np.float32)}
+    np.savez(model / "prompts.npz", **prompts)
+    asked = adapted(model, ADAPTED[1], dense=True)
+    options = SourceOptions(
+        model=asked.model, checkpoint=asked.checkpoint, lora=asked.lora,
+        prompt_embeds=model / "prompts.npz",
+    )  # fmt: skip
+    assert load_source(options).sha256 == resolve(asked).model_sha256
 
 
 def test_shards_are_one_checkpoint_however_they_are_named(model, caplog):

@@ -1,0 +1,1 @@
+"""Adapters (LoRA and its kin) in the formats that trainers write, merged into the weights."""
