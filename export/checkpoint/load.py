@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forcing_kv.export.checkpoint.files import RawCheckpoint, read_checkpoint
+from forcing_kv.export.checkpoint.finite import IN_FILE, FiniteCheck
 from forcing_kv.export.checkpoint.lora import (
     Adapter,
     adapter_from_tensors,
@@ -50,20 +51,26 @@ class CheckpointSource:
 
 
 def load_model(
-    source: Path | CheckpointSource, shape: ModelShape, dtype: DType = "float32"
+    source: Path | CheckpointSource,
+    shape: ModelShape,
+    dtype: DType = "float32",
+    *,
+    allow_non_finite: bool = False,
 ) -> CausalWanModel:
     """Load a checkpoint, one tensor at a time: never more than one model in memory.
 
     Args:
         source: checkpoint, with an adapter or not.
         dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
+        allow_non_finite: take weights that are NaN or infinite as they are.
 
     Returns:
         The model in eval mode, without gradients. Tensors that the file holds in the wanted dtype
         stay mapped to the file.
 
     Raises:
-        InputError: missing, extra or mis-shaped keys, with the nearest names.
+        InputError: missing, extra or mis-shaped keys, with the nearest names; or weights that are
+            not finite, in the file, with the adapter, or in `dtype`.
     """
     if dtype not in COMPUTE_DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {list(COMPUTE_DTYPES)}")
@@ -78,12 +85,19 @@ def load_model(
     if adapter is not None:
         check_adapter(adapter, tensors)
     wanted: torch.dtype = getattr(torch, dtype)
+    check = FiniteCheck(str(source.path))
     for name in list(tensors):
-        value = tensors[name]
+        given = value = tensors[name]
         layer = name.removesuffix(".weight")
         if adapter is not None and name.endswith(".weight") and layer in adapter.down:
             value = value.float() + adapter.delta(layer, source.lora_alpha)
         tensors[name] = value.to(torch.float32 if model.is_island(name) else wanted)
+        stages = {IN_FILE: given}
+        if adapter is not None:
+            stages[f"once {adapter.where} is merged"] = value
+        check.look(name, tensors[name], stages)
+    if not allow_non_finite:
+        check.refuse()
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -39,6 +39,8 @@ class ResolvedExport:
     """Head partition file; None for a dense export."""
     fp8: Path | None = None
     """Calibration of the layers in FP8; None for none."""
+    allow_non_finite: bool = False
+    """Whether weights may be NaN or infinite."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,8 @@ class ResolvedExport:
 
     def load(self) -> CausalWanModel:
         """Reads the weights; not called by a dry run."""
-        return load_model(self.source, self.config.model, self.config.dtype)
+        parts = (self.source, self.config.model, self.config.dtype)
+        return load_model(*parts, allow_non_finite=self.allow_non_finite)
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:
@@ -98,7 +101,8 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     config = RolloutConfig(
         preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
-    resolved = ResolvedExport(preset, config, source, heads, request.fp8)
+    allowed = request.allow_non_finite
+    resolved = ResolvedExport(preset, config, source, heads, request.fp8, allowed)
     _check_origins(resolved, allow_other=request.allow_other_checkpoint)
     return resolved
 
