@@ -102,12 +102,12 @@ def _verify_decoder(bundle: Path, kind: str, options: VerifyOptions) -> tuple[_R
 
 def _verify_golden(golden: Path, options: VerifyOptions) -> tuple[_Report, str]:
     from forcing_kv.export.verify.golden import (
-        GoldenCase,
         GoldenReport,
         golden_session,
         schedule_error,
         verify_golden,
     )
+    from forcing_kv.export.verify.golden_case import GoldenCase
 
     case = GoldenCase.load(golden)
     with golden_session(case, options.backend or "eager", options.checkpoint) as session:

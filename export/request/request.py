@@ -154,7 +154,10 @@ def _given(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None
         preset = load_preset(request.model)
     if request.config is not None:
         content = read_json(request.config, "model config", "give the official config.json")
-        shape = model_shape_from_official(content.get("model", content), str(request.config))
+        where = str(request.config)
+        if isinstance(content, dict) and "model" in content:
+            content, where = content["model"], f"{where}: model"
+        shape = model_shape_from_official(content, where)
         name = request.checkpoint.stem
         preset = replace(preset, model=shape) if preset else Preset(name, name, shape)
     if preset is None:

@@ -36,8 +36,8 @@ def read_arrays(path: Path, what: str, remedy: str) -> dict[str, NDArray[Any]]:
         remedy: what to do without it.
 
     Returns:
-        Arrays of numbers by name, C-contiguous and in this machine's byte order, maybe read-only;
-        the one of an `.npy` file has an empty name.
+        Arrays of numbers by name, C-contiguous and in this machine's byte order; the one of an
+        `.npy` file has an empty name.
 
     Raises:
         InputError: missing, no file, truncated, too large, or of objects.
@@ -94,4 +94,4 @@ def _array(file: BinaryIO, nbytes: int) -> NDArray[Any]:
         )
     array = np.frombuffer(file.read(claimed), dtype)
     array = array.reshape(shape, order="F" if is_fortran else "C")
-    return np.asarray(array, dtype.newbyteorder("="), order="C")
+    return np.array(array, dtype.newbyteorder("="), order="C")

@@ -7,13 +7,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from forcing_kv.runtime_trt.errors import BundleError
 
 
-def open_regular(path: str | Path, dir_fd: int | None = None) -> BinaryIO:
+def open_regular(path: str | Path, dir_fd: int | None = None) -> BufferedReader:
     """Open a file to read. Never waits, as a named pipe would make one.
 
     Args:

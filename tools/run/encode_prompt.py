@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from forcing_kv.export.request.flags import Json, Natural, PositiveInt, flags
+from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
@@ -95,7 +96,8 @@ def read_lines(path: Path) -> list[str]:
         InputError: missing, not UTF-8, or empty.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        with open_regular(path) as file:
+            lines = [line.strip() for line in file.read().decode("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     lines = [line for line in lines if line]
