@@ -67,6 +67,10 @@ class BackendUnavailableError(ForcingKvError):
     """The chosen backend cannot run here: no driver, no device, no engine, wrong version."""
 
 
+class NonFiniteError(ForcingKvError):
+    """What was computed holds NaN or infinities: nothing that could be shown."""
+
+
 class MissingDependencyError(ForcingKvError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from forcing_kv.export.bundle.onnx_graph import WeightStore, onnx_model, write_onnx
+from forcing_kv.export.checkpoint.finite import FiniteCheck
 from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import quantize_
@@ -82,6 +83,7 @@ def export_bundle(
     fp8: Fp8Scales | None = None,
     force: bool = False,
     consume: bool = False,
+    allow_non_finite: bool = False,
     report: Report = lambda _: None,
 ) -> Manifest:
     """Export every graph of a deployment.
@@ -91,13 +93,14 @@ def export_bundle(
         fp8: layers to round to FP8 (`export.model.fp8.scales_for`); None for none.
         force: replace a bundle that is there.
         consume: rewrite `model` in place instead of copying it (saves its size in memory).
+        allow_non_finite: write weights that are NaN or infinite in the bundle's dtype.
         report: told the name of each part when it begins.
 
     Returns:
         The manifest as written.
 
     Raises:
-        InputError: `target` is in the way.
+        InputError: `target` is in the way, or weights are not finite.
     """
     import torch
 
@@ -106,6 +109,10 @@ def export_bundle(
         model = sort_heads_(model, config.partition).cast_(getattr(torch, config.dtype)).eval()
         if fp8 is not None:
             quantize_(model, fp8)
+        if not allow_non_finite:
+            check = FiniteCheck(labels.name)
+            check.look_at(model)
+            check.refuse()
         graphs = _write_graphs(graph_sources(model, config), folder, report)
         report("manifest")
         weights_path = folder / WEIGHT_FILE

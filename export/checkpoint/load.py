@@ -24,8 +24,9 @@ from forcing_kv.export.checkpoint.files import (
     RawCheckpoint,
     checkpoint_sha256,
     read_checkpoint,
-    weight_file,
+    weight_files,
 )
+from forcing_kv.export.checkpoint.finite import IN_FILE, FiniteCheck
 from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.checkpoint.quantised import FP8_DTYPES
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -93,6 +94,7 @@ def load_model(
     *,
     checkpoint: RawCheckpoint | None = None,
     known: Mapping[str, ModelShape] = MappingProxyType({}),
+    allow_non_finite: bool = False,
 ) -> CausalWanModel:
     """Load a checkpoint, one tensor at a time: never more than one model in memory.
 
@@ -101,13 +103,15 @@ def load_model(
         dtype: dtype of the linear weights; norms, modulation and time embedding stay float32.
         checkpoint: the source's file, if it was read before.
         known: shapes of other models, to say which of them a file of another size is.
+        allow_non_finite: take weights that are NaN or infinite as they are.
 
     Returns:
         The model in eval mode, without gradients. Tensors that the file holds in the wanted dtype
         stay mapped to the file.
 
     Raises:
-        InputError: missing, extra or mis-shaped keys, with the nearest names.
+        InputError: missing, extra or mis-shaped keys, with the nearest names; or weights that are
+            not finite, in the file, with the adapter, or in `dtype`.
     """
     if dtype not in COMPUTE_DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed are {list(COMPUTE_DTYPES)}")
@@ -123,11 +127,20 @@ def load_model(
     _check_dtypes(tensors, str(source.path))
     merged = Merge(adapters)
     wanted: torch.dtype = getattr(torch, dtype)
+    check = FiniteCheck(str(source.path))
     for name in list(tensors):
         compute = checkpoint.packed.get(name)
-        value = merged(name, tensors[name] if compute is None else compute())
+        given = tensors[name] if compute is None else compute()
+        value = merged(name, given)
         tensors[name] = value.to(torch.float32 if model.is_island(name) else wanted)
+        stages = {IN_FILE: given}
+        if adapters:
+            merged_from = " and ".join(str(adapter.path) for adapter in adapters)
+            stages[f"once {merged_from} is merged"] = value
+        check.look(name, tensors[name], stages)
     merged.finish()
+    if not allow_non_finite:
+        check.refuse()
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -162,7 +175,7 @@ def _adapters(
             else f"{source.path}: is an adapter; give its base model with --checkpoint, and this "
             "with --lora"
         )
-    file = AdapterFile(weight_file(source.path))
+    file = AdapterFile(weight_files(source.path)[0])
     adapter = adapter_of(RawAdapter(factors, {}), file, source.alpha, names)
     for line in adapter.describe():
         _log.warning("%s", line)

@@ -26,6 +26,8 @@ class DecoderOptions:
     """What the decoder computes in."""
     force: bool = False
     """Replace a decoder."""
+    allow_non_finite: bool = False
+    """Take weights that are NaN or infinite too."""
     as_json: Json = False
     """Print the decoders' entries."""
 
@@ -52,6 +54,9 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
     for kind, _, _ in loaders:
         check_decoder_target(manifest, bundle, kind, force=force)
     sources = [load(path, size, dtype) for _, path, load in loaders]
+    allowed = options.allow_non_finite
+    for source in sources:
+        source.check(manifest.config.model.in_channels, allow_non_finite=allowed)
     for source in sources:
         with progress(f"exporting {source.kind}", 3) as bar:
 
@@ -59,7 +64,9 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
                 bar.describe(f"exporting {kind}: {part}")
                 bar.advance()
 
-            manifest = export_decoder(bundle, source, force=force, report=report)
+            manifest = export_decoder(
+                bundle, source, force=force, allow_non_finite=allowed, report=report
+            )
         state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
     if options.as_json:

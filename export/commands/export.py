@@ -50,7 +50,10 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
 
         parts = (loaded, resolved.config, out, resolved.labels)
         fp8, force = resolved.fp8_scales(loaded), output.force
-        manifest = export_bundle(*parts, fp8=fp8, force=force, consume=True, report=report)
+        manifest = export_bundle(
+            *parts, fp8=fp8, force=force, consume=True, report=report,
+            allow_non_finite=request.allow_non_finite,
+        )  # fmt: skip
     talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
     if output.as_json:
         print_json(manifest.to_json())

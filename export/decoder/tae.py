@@ -6,7 +6,7 @@ of every such block. Architecture and file format: taehv.py of madebyollin/taehv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forcing_kv.export.checkpoint.files import read_tensor_file
-from forcing_kv.export.decoder.add import DecoderSource, load_strictly
+from forcing_kv.export.decoder.add import DecoderSource, load_strictly, named_tensors
 from forcing_kv.runtime_trt.errors import InputError
 
 WIDTHS = (256, 128, 64, 64)
@@ -64,6 +64,7 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, latent_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
+        self.latent_channels = latent_channels
         layers: list[nn.Module] = [
             nn.Identity(),
             nn.Conv2d(latent_channels, widths[0], 3, padding=1),
@@ -97,7 +98,7 @@ class TinyDecoder(nn.Module):
             state: last input of each memory block.
 
         Returns:
-            Frames [4, 3, 8h, 8w] float32 in 0..1, and the new state.
+            Frames [4, 3, 8h, 8w] float32, of which 0..1 is to be shown, and the new state.
         """
         dtype = state[0].dtype
         x = torch.tanh(latents / LATENT_RANGE).mul(LATENT_RANGE).to(dtype)
@@ -108,7 +109,7 @@ class TinyDecoder(nn.Module):
                 new_state.append(last.clone())
             else:
                 x = layer(x)
-        return x.float().clamp(0, 1), new_state
+        return x.float(), new_state
 
 
 def tiny_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32") -> DecoderSource:
@@ -119,24 +120,33 @@ def tiny_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32
         latent_size: latent rows and columns.
 
     Raises:
-        InputError: unreadable, or another architecture.
+        InputError: unreadable, or not exactly this architecture.
     """
-    state = {k: v for k, v in read_tensor_file(path).items() if k.startswith("decoder.")}
-    first, last = state.get("decoder.1.weight"), state.get("decoder.22.weight")
-    if first is None or last is None:
-        raise InputError(f"{path}: not a TAEHV file of Wan2.1 (taew2_1); its decoder is missing")
-    growing = [state.get(f"decoder.{8 + 6 * level}.weight") for level in range(len(TIME_GROWTH))]
-    widths = [len(first), *(len(weight) for weight in growing if weight is not None)]
-    if len(widths) != len(WIDTHS) or len(last) != 3:
-        raise InputError(f"{path}: a TAEHV file of another model; give taew2_1 for Wan2.1")
-    model = TinyDecoder(first.shape[1], widths)
+    weights = named_tensors(read_tensor_file(path), str(path))
+    state = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
+    model = _model_of(state, str(path))
     # Files made for more growth hold the frames in time order; the last ones are wanted.
     for level in range(len(TIME_GROWTH)):
         key = f"decoder.{7 + 6 * level}.conv.weight"
-        if key in state:
-            state[key] = state[key][-len(model.get_parameter(key)) :]
+        needed = len(model.get_parameter(key))
+        if key in state and state[key].ndim and len(state[key]) % needed == 0:
+            state[key] = state[key][-needed:]
     load_strictly(model, state, str(path))
-    return _source(model, latent_size, dtype, path.name)
+    return _source(model, latent_size, dtype, path, {**weights, **state})
+
+
+def _model_of(state: Mapping[str, Tensor], where: str) -> TinyDecoder:
+    """The decoder of the size that a file has, without weights."""
+    sized = [1, *(8 + 6 * level for level in range(len(TIME_GROWTH))), 22]
+    convs = [state.get(f"decoder.{layer}.weight") for layer in sized]
+    if convs[0] is None or convs[-1] is None:
+        raise InputError(f"{where}: not a TAEHV file of Wan2.1 (taew2_1); its decoder is missing")
+    found = [conv for conv in convs if conv is not None and conv.ndim == 4 and len(conv)]
+    *widths, colours = (len(conv) for conv in found)
+    if len(widths) != len(WIDTHS) or colours != 3 or not found[0].shape[1]:
+        raise InputError(f"{where}: a TAEHV file of another model; give taew2_1 for Wan2.1")
+    with torch.device("meta"):
+        return TinyDecoder(found[0].shape[1], widths)
 
 
 def random_tiny_decoder(
@@ -149,15 +159,26 @@ def random_tiny_decoder(
         widths: channels of the four levels.
         latent_size: latent rows and columns.
     """
-    return _source(TinyDecoder(latent_channels, widths), latent_size, dtype, "random weights")
+    return _source(TinyDecoder(latent_channels, widths), latent_size, dtype)
 
 
 def _source(
-    model: TinyDecoder, latent_size: tuple[int, int], dtype: str, source: str
+    model: TinyDecoder,
+    latent_size: tuple[int, int],
+    dtype: str,
+    path: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> DecoderSource:
     model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     num_trimmed = TIME_GROWTH[0] * TIME_GROWTH[1] * TIME_GROWTH[2] - 1
     states, compute = model.state_shapes(*latent_size), getattr(torch, dtype)
     return DecoderSource(
-        "tae", model, states, compute, num_trimmed_frames=num_trimmed, source=source
+        "tae",
+        model,
+        states,
+        compute,
+        model.latent_channels,
+        num_trimmed_frames=num_trimmed,
+        path=path,
+        weights=weights or {},
     )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcing_kv.export.checkpoint.files import read_tensor_file
-from forcing_kv.export.decoder.add import DecoderSource, frames_from_signed, load_strictly
-from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.export.decoder.add import DecoderSource, frames_from_signed
+from forcing_kv.export.decoder.vae_file import WanVae, load_wan_vae
+from forcing_kv.runtime_trt.errors import require
 
 CACHE_FRAMES = 2
 """Frames that a causal convolution of width 3 keeps."""
@@ -24,20 +24,21 @@ CACHE_FRAMES = 2
 class _WanGraph(nn.Module):
     """What both decode graphs share: scaling, the cache, and which of its slots are in use."""
 
-    mean: Tensor
-    std: Tensor
+    latents_mean: Tensor
+    latents_std: Tensor
 
     def __init__(self, vae: Any, slots: Sequence[int], num_slots: int) -> None:
         super().__init__()
         self.vae = vae
         self._slots, self._num_slots = tuple(slots), num_slots
-        for name, values in (("mean", vae.config.latents_mean), ("std", vae.config.latents_std)):
+        for name in ("latents_mean", "latents_std"):
+            values = vae.config[name]
             scale = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, scale, persistent=False)
 
     def run(self, latents: Tensor, cache: list[Any]) -> Tensor:
         """Decode [1, C, h, w] to pixels [1, 3, k, H, W] in -1..1; `cache` is replaced in place."""
-        z = (latents * self.std + self.mean).unsqueeze(2)
+        z = (latents * self.latents_std + self.latents_mean).unsqueeze(2)
         x = self.vae.post_quant_conv(z.to(next(self.vae.parameters()).dtype))
         return self.vae.decoder(x, feat_cache=cache, feat_idx=[0])
 
@@ -81,13 +82,9 @@ def wan_decoder(path: Path, latent_size: tuple[int, int], dtype: str = "float32"
         latent_size: latent rows and columns.
 
     Raises:
-        InputError: unreadable, or another auto-encoder.
+        InputError: unreadable, or not exactly this auto-encoder.
     """
-    vae = load_wan_vae(path)
-    config = vae.config
-    if config.patch_size is not None or config.is_residual:
-        raise InputError(f"{path}: the VAE of Wan2.2; give Wan2.1's, which these models use")
-    return _source(vae, latent_size, dtype, path.name)
+    return _source(load_wan_vae(path), latent_size, dtype, path)
 
 
 def random_wan_decoder(latent_size: tuple[int, int], dtype: str, **config: Any) -> DecoderSource:
@@ -98,10 +95,13 @@ def random_wan_decoder(latent_size: tuple[int, int], dtype: str, **config: Any) 
         config: entries of diffusers' configuration, where they differ from Wan2.1's.
     """
     vae = require("diffusers").AutoencoderKLWan(**config)
-    return _source(vae, latent_size, dtype, "random weights")
+    return _source(WanVae(vae, {}), latent_size, dtype)
 
 
-def _source(vae: Any, latent_size: tuple[int, int], dtype: str, source: str) -> DecoderSource:
+def _source(
+    loaded: WanVae, latent_size: tuple[int, int], dtype: str, path: Path | None = None
+) -> DecoderSource:
+    vae = loaded.module
     # Not the model's own `to`, which warns of modules that it does not have.
     nn.Module.to(vae.eval().requires_grad_(False), getattr(torch, dtype))
     vae.encoder = nn.Identity()
@@ -116,7 +116,17 @@ def _source(vae: Any, latent_size: tuple[int, int], dtype: str, source: str) -> 
     decode, decode_first = WanDecode(vae, places, num_slots), WanDecodeFirst(vae, begun, num_slots)
     states, compute = tuple(second.values()), getattr(torch, dtype)
     kept = tuple(places.index(slot) for slot in begun)
-    return DecoderSource("vae", decode, states, compute, decode_first, kept, source=source)
+    return DecoderSource(
+        "vae",
+        decode,
+        states,
+        compute,
+        vae.config.z_dim,
+        decode_first,
+        kept,
+        path=path,
+        weights={f"vae.{name}": value for name, value in loaded.weights.items()},
+    )
 
 
 def _cache_shapes(
@@ -135,31 +145,3 @@ def _cache_shapes(
             found.append({i: tuple(value.shape) for i, value in tensors.items()})
     assert all(shape[2] == CACHE_FRAMES for shape in found[1].values())
     return found
-
-
-def load_wan_vae(path: Path) -> Any:
-    """A diffusers `AutoencoderKLWan` from a folder of it, or from Wan2.1's own file.
-
-    Raises:
-        InputError: missing, unreadable, or another auto-encoder.
-    """
-    kind = require("diffusers").AutoencoderKLWan
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        try:
-            return kind.from_pretrained(str(folder), low_cpu_mem_usage=False)
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"{folder}: diffusers cannot load it as a Wan VAE ({reason})"
-            ) from error
-    convert = require("diffusers.loaders.single_file_utils").convert_wan_vae_to_diffusers
-    original = {k: v for k, v in read_tensor_file(path).items() if isinstance(v, Tensor)}
-    if "decoder.conv1.weight" not in original:
-        raise InputError(f"{path}: not a Wan2.1 VAE; give Wan2.1_VAE.pth or a diffusers folder")
-    state = convert(original)
-    vae = kind(
-        base_dim=len(state["encoder.conv_in.weight"]), z_dim=len(state["post_quant_conv.weight"])
-    )
-    load_strictly(vae, state, str(path))
-    return vae

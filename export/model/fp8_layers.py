@@ -13,6 +13,7 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8 import Fp8Linear
 from forcing_kv.export.model.rewrite import linear_of, share_weights
 from forcing_kv.runtime_trt.bundle.fp8 import FP8_MAX, LINEARS, MIN_SCALE, Fp8Scales, LinearScales
+from forcing_kv.runtime_trt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ def block_linears(model: CausalWanModel) -> Iterator[BlockLinear]:
 
 
 def weight_scales(model: CausalWanModel) -> dict[str, float]:
-    """Scale of each weight; q, k and v of one self-attention share theirs, to be one product."""
+    """Scale of each weight; q, k and v of one self-attention share theirs, to be one product.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
     largest = {
         linear.name: float(cast(nn.Linear, linear.module).weight.detach().abs().max())
         for linear in block_linears(model)
@@ -48,6 +53,11 @@ def weight_scales(model: CausalWanModel) -> dict[str, float]:
     for layer in range(len(model.layers)):
         names = [f"blocks.{layer}.self_attn.{part}" for part in "qkv"]
         largest |= dict.fromkeys(names, max(largest[name] for name in names))
+    if bad := sorted(name for name, amax in largest.items() if not math.isfinite(amax)):
+        raise InputError(
+            f"the weights of {len(bad)} layers are NaN or infinite, such as {bad[0]}.weight, so "
+            "there is no scale that FP8 could hold them by; give intact weights, or leave --fp8 out"
+        )
     return {name: scale_of(amax) for name, amax in largest.items()}
 
 

@@ -92,3 +92,5 @@ class ExportRequest(ModelOptions):
     )
     allow_other_checkpoint: bool = False
     """Accept --fp8 scales and --heads that were measured on another checkpoint."""
+    allow_non_finite: bool = False
+    """Export weights that are NaN or infinite too."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.request.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import InputError, unknown_name
@@ -53,7 +54,7 @@ class Preset:
     """Latent frames per chunk."""
     latent_size: tuple[int, int] = RESOLUTIONS["480p"]
     """Latent rows and columns."""
-    weights: str = "auto"
+    weights: Weights = "auto"
     """Which state dict of the checkpoint its authors generate with: ema, plain or auto."""
     lora: tuple[str, ...] = ()
     """Files of the adapter that goes with the checkpoint: ends of their paths."""
@@ -71,6 +72,16 @@ class Preset:
     @property
     def chunk(self) -> ChunkShape:
         return ChunkShape(self.chunk_frames, *self.latent_size, self.model.patch_size)
+
+    def check(self) -> None:
+        """Refuse entries that no export could use.
+
+        Raises:
+            InputError: the first of them.
+        """
+        CachePolicy.dense(self.dense_window, self.chunk.num_frames, self.dense_sink)
+        if self.fps < 1:
+            raise InputError(f"fps is {self.fps}; it must be at least 1")
 
 
 _HUB = "hf download"
@@ -175,4 +186,9 @@ def load_preset(name: str) -> Preset:
         raise InputError(f"{name}: entry 'model' (an official Wan config) is missing")
     model = model_shape_from_official(content["model"], f"{name}: model")
     parts = {"name": path.stem, "title": path.stem, **content, "model": asdict(model)}
-    return load_as(Preset, parts, name)
+    preset = load_as(Preset, parts, name)
+    try:
+        preset.check()
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    return preset

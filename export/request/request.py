@@ -49,6 +49,8 @@ class ResolvedExport:
     """Head partition file; None for a dense export."""
     fp8: Path | None = None
     """Calibration of the layers in FP8; None for none."""
+    allow_non_finite: bool = False
+    """Whether weights may be NaN or infinite."""
 
     @property
     def name(self) -> str:
@@ -100,8 +102,14 @@ class ResolvedExport:
     def load(self) -> CausalWanModel:
         """Reads the weights; not called by a dry run."""
         known = {name: preset.model for name, preset in PRESETS.items()}
-        parts = (self.source, self.config.model, self.config.dtype)
-        return load_model(*parts, checkpoint=self.checkpoint, known=known)
+        return load_model(
+            self.source,
+            self.config.model,
+            self.config.dtype,
+            checkpoint=self.checkpoint,
+            known=known,
+            allow_non_finite=self.allow_non_finite,
+        )
 
 
 def resolve(request: ExportRequest) -> ResolvedExport:
@@ -129,7 +137,8 @@ def resolve(request: ExportRequest) -> ResolvedExport:
     config = RolloutConfig(
         preset.model, preset.chunk, policy, partition, preset.schedule, request.dtype
     )
-    resolved = ResolvedExport(preset, config, source, heads, request.fp8)
+    allowed = request.allow_non_finite
+    resolved = ResolvedExport(preset, config, source, heads, request.fp8, allowed)
     _ = resolved.adapters
     _check_origins(resolved, allow_other=request.allow_other_checkpoint)
     return resolved
@@ -180,7 +189,10 @@ def _given(request: ModelOptions) -> tuple[Preset, CheckpointSource, Path | None
         preset = load_preset(request.model)
     if request.config is not None:
         content = read_json(request.config, "model config", "give the official config.json")
-        shape = model_shape_from_official(content.get("model", content), str(request.config))
+        where = str(request.config)
+        if isinstance(content, dict) and "model" in content:
+            content, where = content["model"], f"{where}: model"
+        shape = model_shape_from_official(content, where)
         name = request.checkpoint.stem
         preset = replace(preset, model=shape) if preset else Preset(name, name, shape)
     if preset is None:

@@ -9,12 +9,16 @@ same dtype has, plus a little of the tensor's largest value. So is one with laye
 reference has the rounded weights but does not round activations, where the last bit of a sum
 decides between values 6% apart, so that no two correct backends agree. Errors are then root mean
 squares, and a free rollout, whose videos drift apart, is judged by all of its chunks so far.
+
+What is not finite, in a weight, in the reference or in the backend, fails and outranks every error:
+of such tensors the first that is computed is the one to look at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from forcing_kv.export.bundle.read import read_bundle_weights
+from forcing_kv.export.checkpoint.finite import FiniteCheck
 from forcing_kv.export.model.fp8_layers import dequantized
 from forcing_kv.export.verify.eager import EagerBackend
 from forcing_kv.runtime_trt.backends.base import (
@@ -68,10 +73,37 @@ class TensorCheck:
     error: float
     """Largest absolute difference from the float32 reference; for FP8 root mean square."""
     allowed: float
+    num_non_finite: int = 0
+    """NaN and infinite values, of the reference or of the backend, whichever has more."""
+
+    @classmethod
+    def of(
+        cls,
+        place: tuple[str, str, int, int | None],
+        arrays: Sequence[NDArray[Any]],
+        dtype: str,
+        *,
+        fp8: bool = False,
+    ) -> TensorCheck:
+        """Compare one output.
+
+        Args:
+            place: its graph, its name, the chunk, the step.
+            arrays: of the reference, of eager in `dtype`, and of the backend.
+        """
+        graph, name, chunk, step = place
+        reference, yardstick, found = (array.astype(np.float64) for array in arrays)
+        with np.errstate(invalid="ignore"):
+            allowed = allowed_error(reference, yardstick, dtype, fp8=fp8)
+            error = error_of(found, reference, fp8=fp8)
+        bad = max(int(np.count_nonzero(~np.isfinite(array))) for array in (reference, found))
+        return cls(graph, name, split_name(name)[1], chunk, step, error, allowed, bad)
 
     @property
     def ratio(self) -> float:
-        """Error as a share of what is allowed."""
+        """Error as a share of what is allowed; infinite where something is not finite."""
+        if self.num_non_finite:
+            return np.inf
         return self.error / self.allowed if self.allowed else float(self.error > 0) * np.inf
 
     @property
@@ -79,13 +111,25 @@ class TensorCheck:
         """Within what is allowed, and finite."""
         return bool(self.ratio <= 1)
 
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """By which checks are sorted, worst first: what is not finite by when it is computed."""
+        if not self.num_non_finite:
+            return (1, -self.ratio)
+        layer = np.inf if self.layer is None else self.layer
+        return (0, self.chunk, _ORDER.get(self.graph, 0), self.step or 0, layer)
+
     def line(self) -> str:
         layer = "" if self.layer is None else f", layer {self.layer}"
         step = "" if self.step is None else f", step {self.step}"
-        return (
-            f"{self.graph}: {self.tensor}{layer} (chunk {self.chunk}{step}): error "
-            f"{self.error:.2e}, allowed {self.allowed:.2e}"
-        )
+        where = f"{self.graph}: {self.tensor}{layer} (chunk {self.chunk}{step})"
+        if self.num_non_finite:
+            return f"{where}: {self.num_non_finite} values are NaN or infinite"
+        return f"{where}: error {self.error:.2e}, allowed {self.allowed:.2e}"
+
+
+_ORDER = {"prompt": 0, "step": 1, "evict": 2}
+"""Graphs of a chunk in the order in which they run."""
 
 
 @dataclass
@@ -103,6 +147,8 @@ class BundleReport:
     """Latents of every chunk of the free rollout."""
     kept_equal: bool = True
     """Whether every selection of the lockstep run equals that of eager in the same dtype."""
+    bad_weights: dict[str, str] = field(default_factory=dict)
+    """What is wrong with each of the bundle's weights that are not finite, by official name."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -118,15 +164,40 @@ class BundleReport:
     def passed(self) -> bool:
         """Everything within what is allowed; in plain float32 the same segments too."""
         checks = all(check.passed for check in (*self.tensors, *self.rollout))
-        return checks and (self.kept_equal or not self.exact)
+        return checks and not self.bad_weights and (self.kept_equal or not self.exact)
 
     @property
     def worst(self) -> TensorCheck:
         """The output that is furthest from what is allowed."""
         return self.tensors[0]
 
+    @property
+    def verdict(self) -> str:
+        """The worst of all, for people: a weight that is not finite before any output."""
+        worst = f"worst tensor: {self.worst.line()}"
+        if not self.bad_weights:
+            return worst
+        name = min(self.bad_weights, key=_natural)
+        more = len(self.bad_weights) - 1
+        others = f" (and {more} other weights)" if more else ""
+        return f"weight {name} holds {self.bad_weights[name]}{others}; {worst}"
+
     def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        return plain({"passed": self.passed, **asdict(self)})
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts names so that layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a report: a number that is not finite is the word `infinite`."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return "infinite" if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def sorted_config(config: RolloutConfig) -> RolloutConfig:
@@ -151,13 +222,16 @@ def verify_bundle(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = read_bundle_weights(bundle, manifest).model
     report = BundleReport(str(bundle), backend.name, config.dtype, manifest.fp8 is not None)
+    weights = FiniteCheck(str(bundle))
+    weights.look_at(model)
+    report.bad_weights = weights.faults
     float32 = replace(config, dtype="float32")
     reference = EagerBackend(dequantized(model).float(), float32, device)
     same_dtype = reference if report.exact else EagerBackend(model, config, device)
     prompt = _prompt(config, seed, backend.num_text_rows)
     backends = (reference, same_dtype, backend)
     report.tensors = _Lockstep(backends, report).run(prompt, num_chunks, seed)
-    sessions = _once_each(backends, Session)
+    sessions = _once_each(backends, partial(Session, allow_non_finite=True))
     report.rollout = list(_rollout(sessions, report, prompt, num_chunks, seed))
     return report
 
@@ -204,7 +278,7 @@ class _Lockstep:
             if plan.evict and not self._evict(plan):
                 break
             _once_each(self._backends, methodcaller("commit", plan))
-        return sorted(self._worst.values(), key=lambda check: check.ratio, reverse=True)
+        return sorted(self._worst.values(), key=lambda check: check.rank)
 
     def _chunk(self, plan: ChunkPlan, seed: int) -> None:
         config = self._backend.config
@@ -278,13 +352,10 @@ class _Lockstep:
     def _note(
         self, graph: str, name: str, chunk: int, step: int | None, arrays: Sequence[NDArray[Any]]
     ) -> None:
-        reference, yardstick, found = (array.astype(np.float64) for array in arrays)
-        allowed = allowed_error(reference, yardstick, self._report.dtype, fp8=self._report.fp8)
-        _, layer = split_name(name)
-        error = error_of(found, reference, fp8=self._report.fp8)
-        check = TensorCheck(graph, name, layer, chunk, step, error, allowed)
+        report, place = self._report, (graph, name, chunk, step)
+        check = TensorCheck.of(place, arrays, report.dtype, fp8=report.fp8)
         before = self._worst.get((graph, name))
-        if before is None or check.ratio > before.ratio:
+        if before is None or check.rank < before.rank:
             self._worst[graph, name] = check
 
 
@@ -321,7 +392,6 @@ def _rollout(
     for chunk in range(num_chunks):
         made.append(_once_each(sessions, latents))
         judged = made if report.fp8 else made[-1:]
-        reference, yardstick, found = (np.stack(arrays) for arrays in zip(*judged, strict=True))
-        allowed = allowed_error(reference, yardstick, report.dtype, fp8=report.fp8)
-        error = error_of(found, reference, fp8=report.fp8)
-        yield TensorCheck("rollout", "latents", None, chunk, None, error, allowed)
+        arrays = [np.stack(each) for each in zip(*judged, strict=True)]
+        place = ("rollout", "latents", chunk, None)
+        yield TensorCheck.of(place, arrays, report.dtype, fp8=report.fp8)

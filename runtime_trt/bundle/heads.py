@@ -6,6 +6,7 @@ the bare list of layers. `fkv calibrate heads` writes the first form with more b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,6 +114,11 @@ def parse_partition(payload: Any, where: str, model: ModelShape | None = None) -
     highest = max((head for lists in heads.values() for head in (*lists[0], *lists[1])), default=0)
     num_layers = counts.num_layers or max(1, len(layers))
     num_heads = counts.num_heads or highest + 1
+    if max(highest, len(layers)) >= _MAX_COUNT:
+        raise InputError(
+            f"{where}: head {highest} and {len(layers)} layers are more than any model has; "
+            f"{_REMEDY}"
+        )
     if model:
         _check_counts(counts, model, where)
         num_layers, num_heads = model.num_layers, model.num_heads
@@ -167,7 +173,7 @@ def _own_entries(
 def _layers_by_index(layers: Any, where: str) -> dict[int, _Layer]:
     """Layers by index; a layer without `layer_idx` has the index of its place."""
     if isinstance(layers, Mapping):
-        places = [(int(key) if str(key).isdecimal() else key, layers[key]) for key in layers]
+        places = [(_place(key), layers[key]) for key in layers]
     elif isinstance(layers, list):
         places = list(enumerate(layers))
     else:
@@ -185,6 +191,11 @@ def _layers_by_index(layers: Any, where: str) -> dict[int, _Layer]:
             raise InputError(f"{where}: layer {index} is listed twice; keep one of them")
         found[index] = layer
     return found
+
+
+def _place(key: str) -> int | str:
+    """The layer that a key names; the key itself if it is no such number."""
+    return int(key) if key.isdecimal() and len(key) < 10 else key
 
 
 def _read_layer(content: Any, place: object, where: str) -> _Layer:
@@ -220,12 +231,12 @@ def _static_heads(
     static: Sequence[int], dynamic: Sequence[int], num_heads: int, index: int, where: str
 ) -> tuple[int, ...]:
     """Sorted static heads, once every head is known to be in exactly one list."""
-    listed, needed = [*static, *dynamic], set(range(num_heads))
+    listed, needed = Counter([*static, *dynamic]), set(range(num_heads))
     problems = {
         "in both lists": set(static) & set(dynamic),
         "in neither list": needed - set(listed),
         f"outside 0 to {num_heads - 1}": set(listed) - needed,
-        "listed twice": {head for head in listed if listed.count(head) > 1},
+        "listed twice": {head for head, count in listed.items() if count > 1},
     }
     for problem, heads in problems.items():
         if heads:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.arrays import MAX_NBYTES, read_arrays
 from forcing_kv.runtime_trt.bundle.files import replaced_file
-from forcing_kv.runtime_trt.bundle.schema import parse_json
+from forcing_kv.runtime_trt.bundle.hashes import open_regular
+from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened
 from forcing_kv.runtime_trt.errors import InputError, shown
 from forcing_kv.runtime_trt.rollout.arguments import file_path, float_array
@@ -30,6 +32,44 @@ TENSOR = "prompt_embeds"
 FORMAT = "forcing_kv.prompts"
 _CODES = {DTYPES[name].safetensors: DTYPES[name] for name in COMPUTE_DTYPES}
 _MAX_HEADER_NBYTES = 1 << 20
+_REMEDY = "encode the prompts again with `fkv encode-prompt`"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def array(self, data: bytes) -> Float32:
+        """The tensor as float32, given all data of the file.
+
+        Raises:
+            ValueError: it is of another type, or its place is not that of so many elements.
+        """
+        if self.dtype not in _CODES:
+            raise ValueError(f"{TENSOR} is {self.dtype}; needed is one of {list(_CODES)}")
+        dtype = _CODES[self.dtype]
+        stored = np.dtype(dtype.numpy).newbyteorder("<")
+        begin, end = self.data_offsets
+        nbytes = prod(self.shape) * stored.itemsize
+        if min(self.shape, default=0) < 0 or not 0 <= begin <= end <= len(data):
+            raise ValueError(f"{self.data_offsets} are no part of {len(data)} bytes")
+        if end - begin != nbytes:
+            raise ValueError(f"{self.shape} has {nbytes} bytes, not {end - begin}")
+        array = np.frombuffer(data[begin:end], stored).reshape(self.shape)
+        return widened(array, dtype.name).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """Our entries of a safetensors header's metadata."""
+
+    prompts: str = "[]"
+    """The texts, a JSON list."""
+    text_encoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +153,7 @@ def _check_count(where: str, embeds: Float32, prompts: Sequence[str], remedy: st
 
 def _read_arrays(path: Path, size: tuple[int, int] | None) -> PromptFile:
     """Prompts of a `.npy` file, without texts, or of a `.npz` file, by the names of its arrays."""
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: cannot be read as .safetensors, .npz or .npy ({error})"
-        ) from error
+    arrays = read_arrays(path, "encoded prompts", _REMEDY)
     prompts: list[str] = []
     embeds: list[Float32] = []
     for name, array in arrays.items():
@@ -127,36 +161,38 @@ def _read_arrays(path: Path, size: tuple[int, int] | None) -> PromptFile:
         stack = array if array.ndim == 3 else array[None]
         many = name and len(stack) > 1
         prompts += [f"{name}[{place}]" if many else name for place in range(len(stack))]
-        embeds += list(stack.astype(np.float32))
+        with np.errstate(over="ignore"):  # The caller finds what is infinite now.
+            embeds += list(stack.astype(np.float32))
     if len({array.shape for array in embeds}) != 1:
-        raise InputError(f"{path}: needed are arrays of one size [text_len, text_dim]")
+        found = sorted({array.shape for array in embeds}) or "no array"
+        raise InputError(
+            f"{path}: holds {found}; needed are arrays of one size [text_len, text_dim]; {_REMEDY}"
+        )
     return PromptFile(tuple(prompts), np.stack(embeds))
 
 
 def _read_safetensors(path: Path) -> PromptFile:
-    remedy = "encode the prompt again with `fkv encode-prompt`"
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read(MAX_NBYTES)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be read ({reason}); {_REMEDY}") from error
     try:
         header, data = _split(content)
-        tensor = header[TENSOR]
-        begin, end = tensor["data_offsets"]
-        dtype = _CODES[tensor["dtype"]]
-        stored = np.frombuffer(data[begin:end], np.dtype(dtype.numpy).newbyteorder("<"))
-        array = stored.reshape(tensor["shape"])
-        metadata: Mapping[str, Any] = header.get("__metadata__", {})
-        texts = parse_json(metadata.get("prompts", "[]"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensor = load_as(_Tensor, header.get(TENSOR), TENSOR)
+        embeds = tensor.array(data)
+        metadata = load_as(_Metadata, header.get("__metadata__", {}), unknown="ignore")
+        texts = load_as(tuple[str, ...], parse_json(metadata.prompts), "prompts")
+    except ValueError as error:
         raise InputError(
-            f"{path}: not a file of encoded prompts, or truncated ({error!r}); {remedy}"
+            f"{path}: not a file of encoded prompts, or truncated ({error}); {_REMEDY}"
         ) from error
-    embeds = widened(array, dtype.name).astype(np.float32)
+    _check_array(embeds, f"{path}: {TENSOR}", None)
     embeds = embeds[None] if embeds.ndim == 2 else embeds
-    prompts = tuple(str(text) for text in texts) or ("",) * len(embeds)
-    _check_count(str(path), embeds, prompts, remedy)
-    return PromptFile(prompts, embeds, metadata.get("text_encoder", ""))
+    prompts = texts or ("",) * len(embeds)
+    _check_count(str(path), embeds, prompts, _REMEDY)
+    return PromptFile(prompts, embeds, metadata.text_encoder)
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], bytes]:

@@ -44,7 +44,7 @@ class DecodeRunner(ABC):
             latents: [1, C, h, w] float32.
 
         Returns:
-            [k, 3, height, width] float32 in 0..1, an array of the caller's.
+            [k, 3, height, width] float32, of which 0..1 is to be shown, an array of the caller's.
         """
 
     @abstractmethod

@@ -80,12 +80,13 @@ class FakeBackend(Backend):
 
 
 class CountingRunner(DecodeRunner):
-    """Its one state counts latent frames; raises `fault` once where one is set."""
+    """Its one state counts latent frames; raises `fault` once and shows `pixel`, where set."""
 
     name = "counting"
 
     def __init__(self):
         self.count, self.fault, self.closed, self.gate = 0, None, False, Gate()
+        self.pixel = None
 
     def _called(self):
         self.gate.pass_through()
@@ -100,7 +101,10 @@ class CountingRunner(DecodeRunner):
     def run(self, graph, latents):
         self._called()
         self.count += 1
-        return np.full((1, 3, 3, 3), self.count, np.float32)
+        frames = np.full((1, 3, 3, 3), self.count, np.float32)
+        if self.pixel is not None:
+            frames[0, 0, 0, 0] = self.pixel
+        return frames
 
     def read_state(self, name):
         return np.asarray(self.count)

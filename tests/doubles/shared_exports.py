@@ -117,6 +117,7 @@ def export_once(
     labels: BundleLabels,
     *,
     fp8: Fp8Scales | None = None,
+    allow_non_finite: bool = False,
 ) -> Manifest:
     """Puts a bundle at `target`, where there is none: a copy, which the test may change.
 
@@ -126,6 +127,8 @@ def export_once(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():  # It appears whole or not at all.
-            exporter.export_bundle(model, config, folder, labels, fp8=fp8)
+            exporter.export_bundle(
+                model, config, folder, labels, fp8=fp8, allow_non_finite=allow_non_finite
+            )
     shutil.copytree(folder, target)
     return read_manifest(target)

@@ -153,7 +153,7 @@ def diffusers_name(name: str) -> str:
 
 
 def decode_clip(source: DecoderSource, latents: torch.Tensor) -> torch.Tensor:
-    """Decode a clip [F, C, h, w] in torch as the graphs do; frames [F', 3, H, W] in 0..1."""
+    """Decode a clip [F, C, h, w] in torch as a decoder does; frames [F', 3, H, W] in 0..1."""
     state, frames = source.new_state(), []
     for i, latent in enumerate(latents.split(1)):
         if i == 0 and source.decode_first is not None:
@@ -163,4 +163,4 @@ def decode_clip(source: DecoderSource, latents: torch.Tensor) -> torch.Tensor:
         else:
             out, state = source.decode(latent, state)
         frames.append(out)
-    return torch.cat(frames)[source.num_trimmed_frames :]
+    return torch.cat(frames)[source.num_trimmed_frames :].clamp(0, 1)

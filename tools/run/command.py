@@ -25,7 +25,7 @@ from forcing_kv.export.request.flags import (
 )
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, NonFiniteError
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.run.decode import (
     DecodeOptions,
@@ -97,6 +97,17 @@ class SessionOptions:
     """CPU threads; 0: automatic."""
     cuda_graph: YesNo = True
     """Replay one captured CUDA graph a chunk, where the backend can."""
+    allow_non_finite: bool = False
+    """Write chunks that hold NaN or infinities too."""
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What a session and a decoder are opened with."""
+        return {
+            "num_threads": self.num_threads,
+            "use_graphs": self.cuda_graph,
+            "allow_non_finite": self.allow_non_finite,
+        }
 
 
 def run(
@@ -120,14 +131,11 @@ def run(
         raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
     videos = prompts.videos(manifest)
     opening = time.perf_counter()
-    threads, graphs = engine.num_threads, engine.cuda_graph
     with ExitStack() as stack:
-        session = stack.enter_context(
-            Session.open(bundle, engine.backend, num_threads=threads, use_graphs=graphs)
-        )
+        session = stack.enter_context(Session.open(bundle, engine.backend, **engine.shared))
         decoder: FrameDecoder | None = None
         if chosen is not None:
-            decoder = chosen.open(session.backend_name, threads, use_graphs=graphs)
+            decoder = chosen.open(session.backend_name, **engine.shared)
             stack.callback(decoder.close)
         shared = {"backend": session.backend_name, "seed": video.seed}
         shared["open_s"] = time.perf_counter() - opening
@@ -189,7 +197,10 @@ class _Job:
         if self.decoder is None:
             return None
         start = time.perf_counter()
-        frames = self.decoder.decode(chunk.latents)
+        try:
+            frames = self.decoder.decode(chunk.latents)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"chunk {chunk.index}: {error}") from error
         self.decode_ms.append(1e3 * (time.perf_counter() - start))
         return frames
 

@@ -82,13 +82,12 @@ class DecoderChoice:
     backend: str
     """`auto`, or one of `DECODE_BACKENDS`."""
 
-    def open(self, session_backend: str, num_threads: int, *, use_graphs: bool) -> FrameDecoder:
+    def open(self, session_backend: str, **options: Any) -> FrameDecoder:
         """Open it, and say where the session's backend was not taken.
 
         Args:
             session_backend: name of the backend that makes the latents, for `auto`.
-            num_threads: CPU threads of ONNX Runtime.
-            use_graphs: replay captured CUDA graphs, for backends that can.
+            options: those of `VideoDecoder.open`.
 
         Raises:
             ForcingKvError: see `VideoDecoder.open` and `follow_session`.
@@ -96,7 +95,6 @@ class DecoderChoice:
         if self.kind == DIGITS:
             return FrameDecoder("digits codec")
         which = (self.bundle, self.manifest, self.kind)
-        options: dict[str, Any] = {"num_threads": num_threads, "use_graphs": use_graphs}
         if self.backend != "auto":
             return FrameDecoder(self.kind, VideoDecoder.open(*which, self.backend, **options))
         decoder = follow_session(*which, session_backend, **options)

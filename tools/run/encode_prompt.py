@@ -11,6 +11,7 @@ from unicodedata import category
 import numpy as np
 
 from forcing_kv.export.request.flags import Json, PositiveInt, Threads, flags
+from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
@@ -131,7 +132,7 @@ def read_lines(path: Path) -> list[str]:
         InputError: missing, not UTF-8, longer than any such file, or empty.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_NBYTES + 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error

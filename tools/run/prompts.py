@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +14,32 @@ from numpy.typing import NDArray
 from forcing_kv.export.request.flags import flags, panel
 from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
-from forcing_kv.runtime_trt.bundle.schema import parse_json
+from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.run.encode_prompt import EncoderOptions, encode_texts, read_lines
 
 Float32 = NDArray[np.float32]
-_SCRIPT_KEYS = {"frame", "prompt", "prompt_file", "index"}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of a script.
+
+    Raises:
+        InputError: it gives no prompt, or two.
+    """
+
+    frame: int
+    prompt: str | None = None
+    prompt_file: str | None = None
+    index: int = 0
+    """Which prompt of the file."""
+
+    def __post_init__(self) -> None:
+        if self.frame < 0 or self.index < 0:
+            raise InputError("frame and index must be integers from 0 on")
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise InputError("give one of prompt and prompt_file")
 
 
 @dataclass(frozen=True)
@@ -70,18 +90,18 @@ class PromptSource:
 
     def _script(self, manifest: Manifest, path: Path) -> list[Switch]:
         entries = _read_script(path)
-        texts = [entry["prompt"] for entry in entries if "prompt" in entry]
+        texts = [entry.prompt for entry in entries if entry.prompt is not None]
         encoded = iter(self._encode(manifest, texts)) if texts else iter(())
         switches = []
         for entry in entries:
-            if "prompt" in entry:
-                switches.append(Switch(entry["frame"], entry["prompt"], next(encoded)))
+            if entry.prompt is not None:
+                switches.append(Switch(entry.frame, entry.prompt, next(encoded)))
                 continue
-            file, index = path.parent / entry["prompt_file"], entry.get("index", 0)
+            file, index = path.parent / (entry.prompt_file or ""), entry.index
             names, embeds = _fitting_embeds(file, manifest)
             if not 0 <= index < len(names):
                 raise InputError(f"{path}: {file} holds {len(names)} prompts; index is {index}")
-            switches.append(Switch(entry["frame"], names[index], embeds[index]))
+            switches.append(Switch(entry.frame, names[index], embeds[index]))
         return switches
 
     def _encode(self, manifest: Manifest, texts: Sequence[str]) -> Float32:
@@ -117,17 +137,16 @@ def _fitting_embeds(path: Path, manifest: Manifest) -> tuple[tuple[str, ...], Fl
     return content.prompts, content.embeds
 
 
-def _read_script(path: Path) -> list[Mapping[str, Any]]:
+def _read_script(path: Path) -> list[_Entry]:
     """Entries of a script, checked, in order of frames."""
-    entries: list[Mapping[str, Any]] = []
+    entries: list[_Entry] = []
     for number, line in enumerate(read_lines(path), start=1):
         try:
-            entry = parse_json(line)
+            content = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}: entry {number} is not JSON ({error})") from error
-        _check_entry(entry, f"{path}: entry {number}")
-        entries.append(entry)
-    frames = [entry["frame"] for entry in entries]
+        entries.append(_read_entry(content, f"{path}: entry {number}"))
+    frames = [entry.frame for entry in entries]
     if frames[0] != 0 or frames != sorted(set(frames)):
         raise InputError(
             f"{path}: the frames are {frames}; they must begin with 0 and grow from entry to entry"
@@ -135,13 +154,9 @@ def _read_script(path: Path) -> list[Mapping[str, Any]]:
     return entries
 
 
-def _check_entry(entry: Any, where: str) -> None:
+def _read_entry(content: Any, where: str) -> _Entry:
     example = '{"frame": 12, "prompt": "..."} or {"frame": 12, "prompt_file": "p.safetensors"}'
-    if not isinstance(entry, dict) or set(entry) - _SCRIPT_KEYS:
-        raise InputError(f"{where}: write {example}")
-    frame, index = entry.get("frame"), entry.get("index", 0)
-    if type(frame) is not int or frame < 0 or type(index) is not int:
-        raise InputError(f"{where}: frame and index must be integers from 0 on; write {example}")
-    texts = [entry[key] for key in ("prompt", "prompt_file") if key in entry]
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise InputError(f"{where}: give one of prompt and prompt_file; write {example}")
+    try:
+        return load_as(_Entry, content)
+    except InputError as error:
+        raise InputError(f"{where}: {error}; write {example}") from error

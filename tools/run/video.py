@@ -193,5 +193,6 @@ def _closing(video: VideoWriter) -> Iterator[None]:
 
 def gray_to_rgb(video: Float32) -> Uint8:
     """Grayscale video [F, H, W] in 0..1 to [F, H, W, 3] bytes."""
-    gray = np.rint(np.clip(video, 0.0, 1.0) * 255).astype(np.uint8)
+    with np.errstate(invalid="ignore"):  # What is not finite was asked for.
+        gray = np.rint(np.clip(video, 0.0, 1.0) * 255).astype(np.uint8)
     return np.repeat(gray[..., None], 3, axis=-1)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from forcing_kv.export.checkpoint.files import SAFETENSORS_SUFFIXES, read_tensor_file
+from forcing_kv.export.checkpoint.files import read_tensor_file
+from forcing_kv.export.checkpoint.shards import SAFETENSORS_SUFFIXES
 from forcing_kv.runtime_trt.errors import InputError, require
 
 CONFIG_NAME = "adapter_config.json"

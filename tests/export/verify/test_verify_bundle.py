@@ -1,5 +1,7 @@
 """A bundle's backend against eager PyTorch: passes where it should, and names what is wrong."""
 
+import json
+
 import numpy as np
 import pytest
 from shared_exports import export_once
@@ -15,8 +17,13 @@ from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadP
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 
-def exported(folder, dtype, *, equal=False):
-    """A random model; `equal`: with biases and norms as they are initialised, and equal layers."""
+def exported(folder, dtype, *, equal=False, spoil=""):
+    """A random model.
+
+    Args:
+        equal: with biases and norms as they are initialised, and equal layers.
+        spoil: name of a weight that gets a NaN.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -34,7 +41,9 @@ def exported(folder, dtype, *, equal=False):
     else:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    export_once(model, config, folder, BundleLabels("tiny"))
+    if spoil:
+        model.get_parameter(spoil).data.flatten()[1] = float("nan")
+    export_once(model, config, folder, BundleLabels("tiny"), allow_non_finite=bool(spoil))
     return folder
 
 
@@ -100,3 +109,41 @@ def test_what_an_engine_does_not_return_is_not_compared(tmp_path, monkeypatch):
     assert checks["new_k.1"].step == backend.config.schedule.num_steps
     assert {"x0", "x_next", "scores"} <= set(checks)
     backend.close()
+
+
+def test_what_is_not_finite_outranks_every_error_and_the_first_is_named(tmp_path):
+    """The weight itself, and the first output that it reaches: not one that merely differs more."""
+    bundle = exported(tmp_path / "bundle", "float32", spoil="blocks.0.ffn.0.weight")
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    report = verify_bundle(bundle, backend)
+    backend.close()
+    assert not report.passed
+    assert list(report.bad_weights) == ["blocks.0.ffn.0.weight"]
+    assert "weight blocks.0.ffn.0.weight holds 1 NaN" in report.verdict
+    worst = report.worst
+    assert (worst.graph, worst.layer, worst.chunk, worst.step) == ("step", 1, 0, 0)
+    assert worst.tensor == "new_k.1"
+    assert "432 values are NaN or infinite" in worst.line()
+    finite = {check.tensor for check in report.tensors if check.passed}
+    assert {"cross_k.1", "new_k.0", "new_v.0"} <= finite
+    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert content["passed"] is False
+    assert content["tensors"][0]["error"] == "infinite"
+
+
+def test_what_an_engine_alone_makes_infinite_is_named_where_it_begins(tmp_path):
+    bundle = exported(tmp_path / "bundle", "float32")
+    backend = open_backend(bundle, "onnxruntime", num_threads=1)
+    run = backend._graphs["step"].run
+
+    def faulty():
+        run()
+        backend.buffers["new_k.0"] += 100.0
+        backend.buffers["new_v.1"][0, 0, 0] = np.inf
+
+    backend._graphs["step"].run = faulty
+    report = verify_bundle(bundle, backend)
+    backend.close()
+    assert report.bad_weights == {}
+    assert (report.worst.tensor, report.worst.num_non_finite) == ("new_v.1", 1)
+    assert report.verdict.startswith("worst tensor: step: new_v.1, layer 1 (chunk 0, step 0)")

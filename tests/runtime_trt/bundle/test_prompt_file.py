@@ -87,7 +87,7 @@ def test_arrays_of_two_sizes_are_refused(tmp_path):
     with pytest.raises(InputError, match="arrays of one size"):
         read_prompts(tmp_path / "p.npz")
     (tmp_path / "p.npz").write_bytes(b"text")
-    with pytest.raises(InputError, match=r"cannot be read as \.safetensors, \.npz or \.npy"):
+    with pytest.raises(InputError, match=r"cannot be read as encoded prompts in \.npy or \.npz"):
         read_prompts(tmp_path / "p.npz")
 
 

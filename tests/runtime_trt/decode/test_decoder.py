@@ -5,7 +5,7 @@ import pytest
 from fake_backend import LATENTS, CountingRunner, counting_decoder
 
 from forcing_kv.runtime_trt.decoder import VideoDecoder
-from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, NonFiniteError
 
 
 @pytest.fixture
@@ -55,3 +55,32 @@ def test_wrong_latents_are_refused_and_do_no_harm(decoder, latents, told):
     with pytest.raises(InputError, match=told):
         decoder.decode(latents)
     assert (decoder.decode(LATENTS.tolist()) == 2).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_frames_that_are_not_finite_stop_the_video(runner, decoder, value):
+    decoder.decode(LATENTS)
+    runner.pixel = value
+    with pytest.raises(NonFiniteError, match=r"latent frames 1 to 1: .* 1 of 27 pixel values"):
+        decoder.decode(LATENTS)
+    runner.pixel = None
+    with pytest.raises(ForcingKvError, match="call reset"):
+        decoder.decode(LATENTS)
+    decoder.reset()
+    assert decoder.decode(LATENTS).max() == 1
+    runner.pixel = value
+    given = VideoDecoder(runner, decoder._info, allow_non_finite=True).decode(LATENTS)
+    assert np.isnan(given).any() == np.isnan(value)
+
+
+def test_frames_are_clipped_where_they_are_finite(runner, decoder):
+    for pixel, shown in ((-3.0, 0.0), (7.0, 1.0), (0.25, 0.25), (3e38, 1.0)):
+        runner.pixel = pixel
+        assert decoder.decode(LATENTS)[0, 0, 0, 0] == np.float32(shown)
+
+
+@pytest.mark.parametrize("latents", [np.full_like(LATENTS, np.nan), LATENTS[:0]])
+def test_latents_that_cannot_be_decoded_do_no_harm(decoder, latents):
+    with pytest.raises(InputError, match="latents"):
+        decoder.decode(latents)
+    assert (decoder.decode(LATENTS) == 1).all()

@@ -190,7 +190,7 @@ def test_broken_scripts_are_named_and_leave_nothing(
         (("--prompt", THREE, "--prompts", "x.txt"), "give one of --prompt"),
         (("--prompts", "absent.txt"), "cannot be read as text"),
         (("--prompt-file", "absent.safetensors"), "fkv encode-prompt"),
-        (("--prompt-file", "absent.npz"), "cannot be read as .safetensors, .npz or .npy"),
+        (("--prompt-file", "absent.npz"), "no such encoded prompts; encode the prompts again"),
         (("--prompt", THREE, "--live", "x.jpg"), "--live x.jpg"),
         (("--prompt", THREE, "--decode", "vae"), "fkv add-decoder"),
         (("--prompt", THREE, "--fps", -1), "--fps is '-1'"),

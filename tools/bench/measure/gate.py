@@ -21,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.arrays import read_arrays
 from forcing_kv.runtime_trt.bundle.files import replaced_file
 from forcing_kv.runtime_trt.dtypes import DType
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.ports import port_name, split_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import Workload
@@ -30,6 +32,7 @@ from forcing_kv.tools.bench.workloads import Workload
 GATE_SEED = 5
 ERROR_RATIO = 2.0
 """Allowed error over the same-dtype plain port's."""
+_REMEDY = "delete it, and it is made again"
 FLOAT32_BOUND = 1e-4
 """Allowed relative error in float32, where the plain port in the same dtype is the reference."""
 
@@ -139,10 +142,10 @@ class References:
             arrays |= {port_name("kept", i): kept for i, kept in made.kept.items()}
             with replaced_file(path) as file:
                 np.savez(file, **arrays)
-        with np.load(path) as data:
-            return RolloutResult(
-                data["latents"], _numbered(data, "scores"), _numbered(data, "kept")
-            )
+        data = read_arrays(path, "reference rollout", _REMEDY)
+        if "latents" not in data:
+            raise InputError(f"{path}: holds {list(data)} and no latents; {_REMEDY}")
+        return RolloutResult(data["latents"], _numbered(data, "scores"), _numbered(data, "kept"))
 
     def _key(self, dtype: DType, forced: Kept | None) -> str:
         work, config = self.workload, replace(self.workload.config, dtype=dtype)

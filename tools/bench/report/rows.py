@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcing_kv.export.cost.work import mean_frames, steady_history
+from forcing_kv.runtime_trt.bundle.hashes import open_regular
+from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.workloads import Workload
 
@@ -98,20 +100,26 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         InputError: a line is not a row of this schema.
     """
-    if not path.is_file():
+    if not path.exists():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as rows ({error.strerror or error})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            content = json.loads(line)
-            schema = content.pop("schema")
-            row = Row(**content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: not a benchmark row ({error})") from error
-        if schema != SCHEMA:
-            raise InputError(f"{path}:{number}: schema {schema}, this version reads {SCHEMA}")
-        yield row
+            content = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not a benchmark row ({error})") from error
+        if not isinstance(content, dict) or "schema" not in content:
+            raise InputError(f"{where}: not a benchmark row; one is an object with a schema")
+        if (schema := content.pop("schema")) != SCHEMA:
+            raise InputError(f"{where}: schema {schema!r}, this version reads {SCHEMA}")
+        yield load_as(Row, content, f"{where}: not a benchmark row")
 
 
 def describe_workload(workload: Workload) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, distributed
 
 from forcing_kv.runtime_trt.bundle.files import replaced_file, write_file
+from forcing_kv.runtime_trt.bundle.schema import parse_json
+from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits.training.config import TrainConfig
 from forcing_kv.tools.digits.training.network import build_model
 from forcing_kv.tools.digits.training.objective import Predictor, step_loss
@@ -175,7 +177,22 @@ class Trainer:
         write_file(self.folder / "average.safetensors", save(self.average.state_dict()))
 
     def _load(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        """Go on from the folder's state.
+
+        Raises:
+            InputError: it is damaged, or of another model.
+        """
+        try:
+            self._resume(torch.load(self.folder / "state.pt", weights_only=True))
+        except Exception as error:
+            # PyTorch's readers raise what they like for a damaged file.
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"{self.folder}: training cannot go on from state.pt and log.jsonl ({reason}); "
+                "restore them, or train in another folder"
+            ) from error
+
+    def _resume(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -188,5 +205,5 @@ class Trainer:
         """Drop log entries of steps that were lost with the process that made them."""
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
+        kept = [line for line in lines if parse_json(line)["step"] <= self.progress.step]
         log.write_text("".join(kept))

@@ -45,6 +45,20 @@ def wrong(scale: float) -> Subject:
     return Subject("wrong", "forcing-kv", "off", open_it)
 
 
+def spoiled() -> Subject:
+    """Our operators with one weight that is no number."""
+
+    @contextmanager
+    def open_it(workload, device, clock):
+        model = workload.load(device)
+        model.head.head.weight.data[0, 0] = float("nan")
+        options = TorchOptions("operators")
+        with Session(TorchBackend(model, workload.config, device, options)) as opened:
+            yield opened
+
+    return Subject("spoiled", "forcing-kv", "NaN", open_it)
+
+
 def broken() -> Subject:
     @contextmanager
     def open_it(workload, device, clock):
@@ -191,6 +205,12 @@ def test_failing_subject_is_a_row(tiny, options):
     assert row.status == "failed"
     assert "RuntimeError: no such kernel" in row.error
     assert str(options.folder) not in row.error
+
+
+def test_no_speed_is_told_of_what_is_not_finite(tiny, options):
+    (row,) = measure(spoiled(), tiny(), options)
+    assert (row.status, row.metrics) == ("failed", {})
+    assert row.error.startswith("NonFiniteError: chunk 0: ")
 
 
 def test_dense_baseline_wraps_around_like_the_engine(tiny):
