@@ -22,6 +22,11 @@ class Named:
     name: str
     """Dotted, such as `torch._utils._rebuild_tensor_v2`."""
 
+    @property
+    def what(self) -> str:
+        """What it is, for people."""
+        return f"the name {self.name}"
+
 
 @dataclass(frozen=True)
 class Other:

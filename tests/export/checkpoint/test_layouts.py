@@ -100,9 +100,11 @@ def test_two_tensors_of_one_name(tmp_path):
 def test_values_that_are_no_tensors(tmp_path):
     torch.save({**PLAIN, "epoch": 3, "args": {"lr": 1.0}}, tmp_path / "w.pt")
     assert_read(tmp_path / "w.pt", PLAIN)
-    for value, kind in (([1.0], "a list"), ({"a": 1}, "a dict"), (torch.Size([1]), "a Size")):
+    for value, kind in (([1.0], "a list"), ({"a": 1}, "a dict"), (torch.half, "the name torch")):
         torch.save({"model": {**PLAIN, "blocks.1.ffn.0.weight": value}}, tmp_path / "w.pt")
-        with pytest.raises(InputError, match=rf"blocks\.1\.ffn\.0\.weight is {kind}, not a tensor"):
+        with pytest.raises(
+            InputError, match=rf"blocks\.1\.ffn\.0\.weight is {kind}.*, not a tensor"
+        ):
             read_checkpoint(tmp_path / "w.pt")
     torch.save([PLAIN], tmp_path / "w.pt")
     with pytest.raises(InputError, match="holds a list, not named tensors"):
