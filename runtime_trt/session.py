@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -452,15 +452,24 @@ class _Stream(Iterator[Chunk]):
         self._num_resets = session._num_resets
 
     def __next__(self) -> Chunk:
-        if not (self._num_left or self._begun):
+        # An ended stream ends whatever the session does; what another thread ends meanwhile, too.
+        with nullcontext() if self._is_over else self._session._turn.of("stream"):
+            chunk = None if self._is_over else self._next()
+        if chunk is None:
             raise StopIteration
+        return chunk
+
+    @property
+    def _is_over(self) -> bool:
+        return not (self._num_left or self._begun)
+
+    def _next(self) -> Chunk:
         session = self._session
-        with session._turn.of("stream"):
-            session._require_open()
-            session._require_not_reset(self._num_resets)
-            while self._num_left and len(self._begun) <= self._run_ahead:
-                self._begin_next()
-            return session._finish(self._begun.popleft())
+        session._require_open()
+        session._require_not_reset(self._num_resets)
+        while self._num_left and len(self._begun) <= self._run_ahead:
+            self._begin_next()
+        return session._finish(self._begun.popleft())
 
     def _begin_next(self) -> None:
         index = self._num_begun

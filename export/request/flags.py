@@ -23,7 +23,7 @@ from cyclopts import CoercionError, Group, Parameter, Token
 from cyclopts.validators import Number
 from docstring_parser import parse_from_object
 
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import InputError, shown
 from forcing_kv.runtime_trt.rollout.arguments import check_seed, check_threads
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS, parse_latent_size
 
@@ -79,7 +79,7 @@ def _whole(token: Token) -> int:
     try:
         return int(token.value)
     except ValueError as error:
-        message = f"{token.keyword} is {token.value!r}; give a whole number"
+        message = f"{token.keyword} is {shown(token.value)}; give a whole number"
         raise CoercionError(message) from error
 
 
@@ -108,7 +108,7 @@ def _list_of(number: Callable[[str], T], kind: str, _: Any, tokens: Sequence[Tok
     try:
         return tuple(number(part) for part in text.split(","))
     except ValueError as error:
-        raise CoercionError(f"{option} is {text!r}; give {kind} such as 0,3,5") from error
+        raise CoercionError(f"{option} is {shown(text)}; give {kind} such as 0,3,5") from error
 
 
 def _size(_: Any, tokens: Sequence[Token]) -> tuple[int, int]:

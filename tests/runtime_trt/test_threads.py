@@ -165,6 +165,35 @@ def test_many_threads_share_one_session_without_a_wrong_chunk(session):
         np.testing.assert_array_equal(chunk.latents, alone[chunk.index])
 
 
+def test_many_threads_drain_one_stream(session):
+    stream, start = session.stream(40, run_ahead=True), threading.Barrier(4)
+
+    def work():
+        made = []
+        start.wait(timeout=60)
+        while True:
+            try:
+                made.append(next(stream))
+            except StopIteration:
+                return made
+            except ForcingKvError:  # It is another's turn.
+                continue
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(work) for _ in range(4)]
+        indices = [chunk.index for future in futures for chunk in future.result(60)]
+    assert sorted(indices) == list(range(40))
+
+
+def test_a_stream_that_has_ended_ends_while_another_thread_works(session, backend, other):
+    stream = session.stream(1)
+    next(stream)
+    chunk = held_up(backend.gate, other, session.generate_chunk)
+    assert list(stream) == []
+    backend.gate.open()
+    assert chunk.result(60).index == 1
+
+
 DECODER_CALLS = {
     "decode": lambda decoder: decoder.decode(LATENTS),
     "reset": lambda decoder: decoder.reset(),

@@ -226,6 +226,7 @@ def test_debug_shows_the_traceback_of_a_mistake(fkv, monkeypatch):
             "--scale is 'x'; give a whole number",
         ),
         (("export", "--out", "b", "--warmup", "hot"), 'Choose from: "exact", "steady".'),
+        (("plan", "--num-chunks", "9" * 5000), "99...; give a whole number"),
         (("plan", "--latent-size", "9"), "--latent-size is '9'; give latent rows x columns"),
     ],
 )
