@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from forcing_kv.export.checkpoint.load import load_model
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.model_config import model_shape_from_official
 from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.bundle.heads import parse_partition
 from forcing_kv.runtime_trt.bundle.schema import read_json
 from forcing_kv.runtime_trt.errors import InputError
@@ -204,8 +204,8 @@ def golden_session(
             yield session
         return
     choose_backend(backend)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
+    with scratch_folder() as folder:
+        bundle = folder / "bundle"
         export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
         if backend in ("tensorrt", "tensorrt-rtx"):
             from forcing_kv.export.tensorrt.build import run_build

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from forcing_kv.export.cost.devices import DEVICES, find_device
 from forcing_kv.export.request.flags import Json, PositiveInt, flags
+from forcing_kv.runtime_trt.bundle.files import check_file, replaced_file
 from forcing_kv.runtime_trt.console import print_json, talk
-from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.plan.report import Plan, draw, print_tables
 from forcing_kv.tools.plan.request import PlanRequest, resolve
 
@@ -32,6 +32,8 @@ class PlanOptions:
     """A second policy to show beside, such as dense."""
     plot: Path | None = None
     """Write stacked bars to this .png."""
+    force: bool = False
+    """Replace an earlier one."""
     as_json: Json = False
     """Print the numbers."""
 
@@ -39,8 +41,8 @@ class PlanOptions:
 def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOptions()) -> None:
     """Predict memory, FLOPs, ideal times, frame rate and fit, before anything is built."""
     plot = options.plot
-    if plot is not None and plot.suffix != ".png":
-        raise InputError(f"--plot is {plot}; give a .png file")
+    if plot is not None:
+        check_file(plot, [".png"], "--plot", force=options.force)
     target, subject = find_device(options.device), resolve(request)
     policies = [policy for policy in (options.policy, options.compare) if policy is not None]
     plans = [
@@ -57,7 +59,8 @@ def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOpt
         talk(_headline(subject.name, plans[0]))
         print_tables(plans)
     if plot is not None:
-        draw(plot, plans)
+        with replaced_file(plot, force=options.force) as file:
+            draw(file, plans)
         talk(f"wrote {plot}")
 
 
