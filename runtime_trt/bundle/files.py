@@ -21,15 +21,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from forcing_kv.runtime_trt.bundle.locks import NoLocksError, is_at, lock, locked_folder
+from forcing_kv.runtime_trt.bundle.locks import (
+    NoLocksError,
+    is_at,
+    lock,
+    locked_folder,
+    remove_dead_claim,
+)
 from forcing_kv.runtime_trt.bundle.places import (
+    CLAIM,
     LITTER,
+    MARK,
     OLD,
     exchange,
     hidden,
     made_parents,
     naming,
     place,
+    surely,
     target_of,
 )
 from forcing_kv.runtime_trt.errors import InputError
@@ -253,6 +262,9 @@ def remove_litter(folder: Path) -> None:
 
 
 def _remove_dead(path: Path) -> None:
+    if path.name.endswith(MARK + CLAIM):
+        remove_dead_claim(path)
+        return
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
@@ -290,15 +302,10 @@ def _private(
             raise
         yield temporary, descriptor
     finally:
-        try:
-            if made:
-                _remove(temporary)
-        except BaseException:
-            _remove(temporary)  # The first Ctrl-C or SIGTERM may come just here.
-            raise
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+        if made:
+            surely(lambda: _remove(temporary))
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _make(path: Path, *, folder: bool, mode: int) -> int:

@@ -13,11 +13,11 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from forcing_kv.runtime_trt.bundle.places import hidden, made_parents, naming
+from forcing_kv.runtime_trt.bundle.places import CLAIM, hidden, made_parents, naming, surely
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 _log = logging.getLogger(__name__)
@@ -81,14 +81,29 @@ def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
         InputError: another process is making it.
     """
     with made_parents(target):
-        place = target.parent.resolve() / target.absolute().name
-        path = hidden(place, "lock")
-        with naming(target):
-            descriptor = _claim(path, target, wait=wait)
+        path = hidden(target.parent.resolve() / target.absolute().name, CLAIM)
+        try:
+            with naming(target):
+                descriptor = _claim(path, target, wait=wait)
+        except BaseException:
+            remove_dead_claim(path)
+            raise
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # While it is locked: nobody else has it yet.
+            # While it is locked, so that nobody else has it yet.
+            surely(lambda: path.unlink(missing_ok=True))
+            os.close(descriptor)
+
+
+def remove_dead_claim(path: Path) -> None:
+    """Remove the file of a claim whose holder has ended, if it is one."""
+    with suppress(OSError, ForcingKvError, NoLocksError):
+        descriptor = _open_claim(path, make=False)
+        try:
+            if lock(descriptor, wait=False) and is_at(descriptor, path):
+                path.unlink()
+        finally:
             os.close(descriptor)
 
 
@@ -105,40 +120,46 @@ def claimed_in(folder: Path, name: str) -> Iterator[None]:
 
 
 def _claim(path: Path, target: Path, *, wait: bool) -> int:
+    """Make, lock and sign the file of a claim; returns its descriptor."""
     while True:
-        descriptor = _open_claim(path)
+        descriptor = _open_claim(path, make=True)
         try:
-            if not lock(descriptor, wait=False):
-                who = _maker(descriptor)
-                if not wait:
-                    raise InputError(
-                        f"{target}: {who} is writing it; wait for its end, or choose another path"
-                    )
-                _log.warning("%s: waiting for %s, which is writing it", target, who)
-                lock(descriptor, wait=True)
-        except NoLocksError:
-            _warn(target)
+            _lock_claim(descriptor, target, wait=wait)
+            if is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, _MAGIC + f"{os.getpid()} {_command(sys.argv)}".encode(), 0)
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        if is_at(descriptor, path):
-            break
         os.close(descriptor)  # Its holder has removed it.
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, _MAGIC + f"{os.getpid()} {_command(sys.argv)}".encode(), 0)
-    return descriptor
 
 
-def _open_claim(path: Path) -> int:
-    """Open or make the file of a claim.
+def _lock_claim(descriptor: int, target: Path, *, wait: bool) -> None:
+    try:
+        if lock(descriptor, wait=False):
+            return
+        who = _maker(descriptor)
+        if not wait:
+            raise InputError(
+                f"{target}: {who} is writing it; wait for its end, or choose another path"
+            )
+        _log.warning("%s: waiting for %s, which is writing it", target, who)
+        lock(descriptor, wait=True)
+    except NoLocksError:
+        _warn(target)
+
+
+def _open_claim(path: Path, *, make: bool) -> int:
+    """Open the file of a claim.
 
     Raises:
         ForcingKvError: what is there is another's.
     """
     strange = f"{path}: is no lock of forcing_kv, and in the way; move it away"
-    mode = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    mode = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, mode, 0o644)
+        descriptor = os.open(path, mode | (os.O_CREAT if make else 0), 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise ForcingKvError(strange) from error

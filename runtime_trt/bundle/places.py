@@ -8,16 +8,17 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from forcing_kv.runtime_trt.errors import ForcingKvError, explained
 
 MARK = ".fkv-"
-LITTER = re.compile(r"\..+\.fkv-[0-9a-f]{16}(\.old)?")
-"""Names of what a killed process may leave: what it was making, or what it was replacing."""
+CLAIM = "lock"
 OLD = ".old"
+LITTER = re.compile(r"\..+\.fkv-([0-9a-f]{16}(\.old)?|lock)", re.DOTALL)
+"""Names of what a killed process may leave: what it made, what it replaced, what it had claimed."""
 _MAX_LABEL_NBYTES = 200
 
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -55,6 +56,15 @@ def naming(path: Path) -> Iterator[None]:
         if named not in ("", str(path)) and MARK not in Path(named).name:
             raise
         raise ForcingKvError(f"{path}: {explained(error)}") from error
+
+
+def surely(remove: Callable[[], object]) -> None:
+    """Remove something also where the Ctrl-C or SIGTERM that ends us comes just then."""
+    try:
+        remove()
+    except BaseException:
+        remove()
+        raise
 
 
 @contextmanager
