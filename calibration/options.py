@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from forcing_kv.export.request.flags import Int, Integers, Json, PositiveInt, flags, panel
 from forcing_kv.export.request.options import ModelOptions
-from forcing_kv.runtime_trt.bundle.files import check_folder
+from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
+from forcing_kv.runtime_trt.bundle.locks import claimed_in
 from forcing_kv.runtime_trt.console import print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError, require
+from forcing_kv.runtime_trt.errors import require
 
 ROLLOUTS = panel("Rollouts")
 T = TypeVar("T")
@@ -83,10 +84,7 @@ class CalibrationOutput:
             InputError: one exists, or the folder cannot be written to.
             MissingDependencyError: matplotlib is not installed.
         """
-        existing = [str(self.out / name) for name in names if (self.out / name).exists()]
-        if existing and not self.force:
-            raise InputError(f"{existing} exist; choose another --out, or overwrite with --force")
-        check_folder(self.out)
+        check_names(self.out, names, force=self.force)
         require("matplotlib")
 
     def carry_out(
@@ -102,9 +100,11 @@ class CalibrationOutput:
         talk(calibration.description)
         if self.dry_run:
             return
-        with progress(doing, calibration.num_ticks) as bar:
-            measured = calibration.run(bar.advance)
-        record = calibration.write(self.out, measured)
+        with claimed_in(self.out, calibration.FILES[0]):
+            with progress(doing, calibration.num_ticks) as bar:
+                measured = calibration.run(bar.advance)
+            with filled_folder(self.out, force=self.force) as folder:
+                record = calibration.write(folder, measured)
         show(record)
         talk(f"wrote {' and '.join(str(self.out / name) for name in calibration.FILES)}")
         if self.as_json:

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from forcing_kv.runtime_trt.errors import ForcingKvError, explained
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -67,11 +69,17 @@ def print_json(record: Any) -> None:
         record: JSON types, paths, and numpy scalars and arrays.
 
     Raises:
+        ForcingKvError: The system does not take it: its disk is full, for instance.
         ValueError: A number is NaN or infinite; JSON has no such number, so report it as null.
     """
     text = json.dumps(record, indent=2, allow_nan=False, default=_plain)
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ForcingKvError(f"standard output: {explained(error)}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ of our own are asserts, and they do show their traceback.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -49,6 +50,40 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
 
 _SHOWN = 60
 """Characters of a wrong value in a message."""
+REMEDIES: Mapping[int, str] = MappingProxyType(
+    {
+        errno.EACCES: "check its permissions, or choose another place",
+        errno.EAGAIN: "the system is short of processes or memory; try again",
+        errno.EBUSY: "the system uses it, perhaps as a mount point; choose another place",
+        errno.EDQUOT: "free some, or choose another disk",
+        errno.EFBIG: "choose another file system, or raise `ulimit -f`",
+        errno.EIO: "the disk does not answer as it should; check it, or choose another",
+        errno.EISDIR: "name a file",
+        errno.ELOOP: "its links lead in a circle; name the file itself",
+        errno.EMFILE: "raise `ulimit -n`",
+        errno.ENAMETOOLONG: "choose a shorter one",
+        errno.ENFILE: "close other programs",
+        errno.ENODEV: "choose another place",
+        errno.ENOMEM: "close other programs, or use a machine with more memory",
+        errno.ENOSPC: "free some, or choose another disk",
+        errno.ENOTCONN: "mount the file system again",
+        errno.ENOTDIR: "a part of the path is a file; choose another path",
+        errno.ENOTEMPTY: "choose another path",
+        errno.ENXIO: "choose a file",
+        errno.EPERM: "check its permissions, or choose another place",
+        errno.EROFS: "choose a place that can be written",
+        errno.ESTALE: "the file system has lost it; try again",
+        errno.ETXTBSY: "a program that runs uses it; end that first",
+    }
+)
+"""What to do about errors of the system that are no defect of ours."""
+
+
+def explained(error: OSError) -> str:
+    """What the system says, and what to do about it, where that is known."""
+    said = error.strerror or str(error) or type(error).__name__
+    remedy = REMEDIES.get(error.errno or 0)
+    return said if remedy is None else f"{said}; {remedy}"
 
 
 class ForcingKvError(Exception):

@@ -15,8 +15,10 @@ Adding a command takes a function and a line in `COMMANDS`:
 - Exit codes are `ExitCode`: 0 good, 1 a check failed (`return ExitCode.CHECK_FAILED`),
   2 bad use. A user's mistake is raised as a `ForcingKvError` (or a ValueError): the boundary below
   prints its message and exits with 2. A missing optional package is turned into the name of the
-  extra to install. Anything else is a defect: traceback and exit code 70, never 1.
-  With FKV_DEBUG=1 every error shows its traceback.
+  extra to install, and an error of the system is told with its file and what to do. Anything else
+  is a defect: traceback and exit code 70, never 1. With FKV_DEBUG=1 every error shows its
+  traceback. A process that a signal ends, or whose output nobody reads, exits with 128 and the
+  signal's number (`tools/ending.py`): 130, 143, 141.
 
 The layout: `demo`, `calibrate heads`, `export`, `build`, `run`, `verify`, `bench`, `inspect`,
 `plan`, `eval`, `plugins list`.
@@ -27,6 +29,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,7 +40,20 @@ from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensEr
 
 from forcing_kv.export.request.flags import MANNERS, OPTIONS
 from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
-from forcing_kv.runtime_trt.errors import EXTRA_OF_MODULE, ForcingKvError, missing_dependency
+from forcing_kv.runtime_trt.errors import (
+    EXTRA_OF_MODULE,
+    REMEDIES,
+    ForcingKvError,
+    explained,
+    missing_dependency,
+)
+from forcing_kv.tools.ending import (
+    OUTPUT_CLOSED,
+    discard_output,
+    ended_by_signals,
+    fill_closed_descriptors,
+    nobody_reads,
+)
 
 
 class Command(NamedTuple):
@@ -115,14 +131,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows `fkv`; by default the arguments of this process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    app = build_app(COMMANDS)
+    fill_closed_descriptors()
+    with ended_by_signals():
+        code = _call(arguments)
+    sys.exit(code)
+
+
+def _call(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit code of the process."""
     try:
-        if _load_what_is_listed(app, arguments):
-            app.help_print(arguments)
-            sys.exit(ExitCode.BAD_USE)
-        app(arguments)
-    except Exception as error:
-        sys.exit(_report(error))
+        return _attempt(arguments)
+    except BaseException as error:
+        if not nobody_reads(error):
+            raise
+        discard_output()
+        return OUTPUT_CLOSED
+
+
+def _attempt(arguments: Sequence[str]) -> int:
+    """Run a command and tell what goes wrong; returns its exit code."""
+    try:
+        try:
+            _run(build_app(COMMANDS), arguments)
+        finally:
+            sys.stdout.flush()  # Python's own flush would fail after the last word.
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (Exception, SystemExit) as error:
+        if nobody_reads(error):
+            raise
+        return int(error.code or 0) if isinstance(error, SystemExit) else _report(error)
+    return ExitCode.GOOD
+
+
+def _run(app: App, arguments: Sequence[str]) -> None:
+    if _load_what_is_listed(app, arguments):
+        app.help_print(arguments)
+        sys.exit(ExitCode.BAD_USE)
+    app(arguments)
 
 
 def _load_what_is_listed(app: App, arguments: Sequence[str]) -> bool:
@@ -164,10 +210,12 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return f"{error} (FKV_DEBUG=1 shows where)"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        # A write names no file.
-        return f"{error.strerror}; free some, or choose another disk"
+        return f"{os.fsdecode(error.filename)}: {explained(error)}"
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return explained(error)  # A write names no file.
+    if isinstance(error, MemoryError):
+        said = f" ({error})" if str(error) else ""
+        return f"not enough memory{said}; {REMEDIES[errno.ENOMEM]}"
     return None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from forcing_kv.export.request.flags import Json, flags
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
@@ -75,6 +77,7 @@ def selftest(
     *,
     options: SelftestOptions = SelftestOptions(),
     keep: Path | None = None,
+    force: bool = False,
     as_json: Json = False,
 ) -> ExitCode:
     """Export, build, run and verify a small random model; prints a report to paste in an issue.
@@ -82,10 +85,16 @@ def selftest(
     Args:
         options: what is tested.
         keep: Keep the bundle in this directory.
+        force: Replace a bundle that is there.
         as_json: Print the report as JSON.
     """
-    with tempfile.TemporaryDirectory(prefix="fkv-selftest-") as folder:
-        stages = run_stages(keep or Path(folder) / "bundle", options)
+    with ExitStack() as stack:
+        if keep is not None:
+            from forcing_kv.export.bundle.write import check_target
+
+            stack.enter_context(claimed(keep))
+            check_target(keep, force=force)
+        stages = run_stages(keep or stack.enter_context(scratch_folder()) / "bundle", options)
     passed = all(stage.passed for stage in stages)
     report = {
         **asdict(options), "device": options.used_device, "passed": passed,

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import run
 
 from forcing_kv.export.request.flags import Int
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.tools.digits.training.config import TrainConfig
+from forcing_kv.tools.ending import ended_by_signals
 
 if TYPE_CHECKING:
     from forcing_kv.tools.digits.training.trainer import Progress
@@ -26,27 +29,40 @@ def train_command(*, out: Path, config: TrainConfig = TrainConfig(), processes: 
         config: what is trained, and for how long.
         processes: Single-threaded processes, 1 or 2.
     """
+    with claimed(out):
+        _train_all(out, config, processes)
+
+
+def _train_all(out: Path, config: TrainConfig, processes: int) -> None:
     if processes == 1:
         _train(0, 1, config, out)
         return
     from torch.multiprocessing.spawn import spawn
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rendezvous").unlink(missing_ok=True)
-    spawn(_train, args=(processes, config, out), nprocs=processes)
+    with scratch_folder() as meeting:
+        started = spawn(_train, (processes, config, out, meeting), nprocs=processes, join=False)
+        try:
+            while not started.join():
+                pass
+        except BaseException:
+            for process in started.processes:
+                process.terminate()
+            raise
 
 
-def _train(rank: int, processes: int, config: TrainConfig, out: Path) -> None:
-    """Run one process of the training."""
+def _train(
+    rank: int, processes: int, config: TrainConfig, out: Path, meeting: Path | None = None
+) -> None:
+    """Run one process of the training; the processes meet in the folder `meeting`."""
     import torch
     from torch import distributed
 
     from forcing_kv.tools.digits.training.trainer import Trainer
 
-    if processes > 1:
+    if meeting is not None:
         torch.set_num_threads(1)
-        meeting = f"file://{(out / 'rendezvous').absolute()}"
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+        place = f"file://{meeting / 'rendezvous'}"
+        distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=processes)
     trainer = Trainer(config, out)
     if rank == 0:
         _with_bar(trainer)
@@ -71,4 +87,5 @@ def _with_bar(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(train_command)
+    with ended_by_signals():
+        run(train_command)

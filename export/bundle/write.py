@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,10 +55,10 @@ def check_target(target: Path, *, force: bool) -> None:
     Raises:
         InputError: `target` exists and `force` is off, or it is not a bundle; or it cannot be made.
     """
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise InputError(f"{target}: exists already; choose another path or give --force")
     is_bundle = (target / MANIFEST_FILE).is_file()
-    if target.exists() and not is_bundle and (target.is_file() or any(target.iterdir())):
+    if target.exists() and not is_bundle and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is not a bundle, so it is not replaced; choose another path")
     check_folder(target.absolute().parent)
 
@@ -70,7 +71,7 @@ def replaced_directory(target: Path, *, force: bool) -> Iterator[Path]:
         InputError: `target` exists and `force` is off, or is not a bundle.
     """
     check_target(target, force=force)
-    with replaced_folder(target) as temporary:
+    with replaced_folder(target, force=force) as temporary:
         yield temporary
 
 

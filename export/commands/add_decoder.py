@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcing_kv.export.request.flags import Json, flags
-from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Manifest
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
@@ -40,7 +40,16 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
     """
     if options.vae is None and options.tae is None:
         raise InputError("give --vae, --tae or both")
-    manifest = read_manifest(bundle)
+    from forcing_kv.export.bundle.edit import changed_bundle
+
+    with changed_bundle(bundle) as manifest:
+        manifest = _add_decoders(bundle, manifest, options)
+    if options.as_json:
+        print_json(manifest.to_json()["decoders"])
+
+
+def _add_decoders(bundle: Path, manifest: Manifest, options: DecoderOptions) -> Manifest:
+    """Load the decoders and export them; returns the new manifest."""
     from forcing_kv.export.decoder.add import add_decoder as export_decoder
     from forcing_kv.export.decoder.add import check_decoder_target
     from forcing_kv.export.decoder.tae import tiny_decoder
@@ -69,5 +78,4 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
             )
         state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
-    if options.as_json:
-        print_json(manifest.to_json()["decoders"])
+    return manifest

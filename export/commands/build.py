@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from forcing_kv.export.request.flags import Int, Json, YesNo, flags, given, panel
 from forcing_kv.export.tensorrt.options import EngineOptions, TensorRtBackend, TensorRtOptions
-from forcing_kv.runtime_trt.bundle.files import check_folder
+from forcing_kv.runtime_trt.bundle.files import check_file, write_json
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -91,20 +91,30 @@ def _build_tensorrt(
     bundle: Path, wanted: TensorRtBuild, options: EngineOptions, run: BuildRun
 ) -> None:
     """Build what is missing or changed, with the builder of either TensorRT."""
-    from forcing_kv.export.tensorrt.build import run_build
+    from forcing_kv.export.bundle.edit import changed_bundle
     from forcing_kv.export.tensorrt.plan import plan_build, target_device
 
     if wanted.layer_info is not None:
-        check_folder(wanted.layer_info.absolute().parent, "--layer-info")
+        check_file(wanted.layer_info, option="--layer-info", force=run.force, make_folder=True)
     if run.dry_run and wanted.refit_from is not None:
         raise InputError("--refit-from needs to know this machine's GPU; leave out --dry-run")
     gpu = None if run.dry_run else target_device(options)
-    plan = plan_build(bundle, options, force=run.force, device=gpu, refit_from=wanted.refit_from)
-    talk(describe(plan))
-    if run.dry_run:
-        if run.as_json:
+    with ExitStack() as stack:
+        if not run.dry_run:
+            stack.enter_context(changed_bundle(bundle))
+        plan = plan_build(
+            bundle, options, force=run.force, device=gpu, refit_from=wanted.refit_from
+        )
+        talk(describe(plan))
+        if not run.dry_run:
+            _carry_out(plan, wanted, run)
+        elif run.as_json:
             print_json(_dry_record(plan))
-        return
+
+
+def _carry_out(plan: BuildPlan, wanted: TensorRtBuild, run: BuildRun) -> None:
+    from forcing_kv.export.tensorrt.build import run_build
+
     with progress(f"building for {plan.target}", float(len(plan.to_do) or 1)) as bar:
         finished: dict[str, float] = {}
 
@@ -213,12 +223,11 @@ def _summary(plan: BuildPlan, record: EngineRecord) -> None:
             f"{detail.num_layers} layers, {detail.num_fused_attention} of them fused "
             f"attention, {f'{fp8} products in FP8, ' if fp8 else ''}{scratch:.0f} MB of scratch"
         )
-    talk(f"recorded {plan.folder} in {plan.bundle}/manifest.json")
+    talk(f"recorded {record.folder} in {plan.bundle}/manifest.json")
 
 
 def _write_layers(path: Path, layers: Mapping[str, list[LayerInfo]]) -> None:
     content = {graph: [asdict(layer) for layer in found] for graph, found in layers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     if not layers:
         talk(f"{path}: empty, for nothing was built; add --force")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forcing_kv.export.request.flags import Json, flags
 from forcing_kv.export.request.options import ExportRequest
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+
+if TYPE_CHECKING:
+    from forcing_kv.export.request.request import ResolvedExport
+    from forcing_kv.runtime_trt.bundle.manifest import Manifest
 
 
 @flags()
@@ -28,7 +34,7 @@ class BundleOutput:
 
 def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) -> None:
     """Export a checkpoint as a bundle: prompt, step and evict graphs with fixed shapes."""
-    from forcing_kv.export.bundle.write import check_target, export_bundle
+    from forcing_kv.export.bundle.write import check_target
     from forcing_kv.export.request.request import resolve
 
     resolved, out = resolve(request), output.out
@@ -40,6 +46,17 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
     if output.dry_run:
         talk(f"dry run: {out} would be written")
         return
+    with claimed(out, wait=output.force):
+        manifest = _export(resolved, output)
+    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
+    if output.as_json:
+        print_json(manifest.to_json())
+
+
+def _export(resolved: ResolvedExport, output: BundleOutput) -> Manifest:
+    """Load the weights and write the bundle."""
+    from forcing_kv.export.bundle.write import export_bundle
+
     num_parts = 4 if resolved.config.evicted_layers else 3
     with progress("loading weights", num_parts + 1) as bar:
         loaded = resolved.load()
@@ -48,15 +65,12 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
             bar.advance()
             bar.describe(f"exporting {part}")
 
-        parts = (loaded, resolved.config, out, resolved.labels)
+        parts = (loaded, resolved.config, output.out, resolved.labels)
         fp8, force = resolved.fp8_scales(loaded), output.force
-        manifest = export_bundle(
-            *parts, fp8=fp8, force=force, consume=True, report=report,
-            allow_non_finite=request.allow_non_finite,
-        )  # fmt: skip
-    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
-    if output.as_json:
-        print_json(manifest.to_json())
+        allowed = resolved.allow_non_finite
+        return export_bundle(
+            *parts, fp8=fp8, force=force, consume=True, report=report, allow_non_finite=allowed
+        )
 
 
 def describe(name: str, config: RolloutConfig) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,17 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forcing_kv.export.bundle.edit import (
+    changed_bundle,
+    decoder_stems,
+    discard_decoder,
+    free_name,
+)
 from forcing_kv.export.bundle.onnx_graph import WeightStore, onnx_model, write_onnx
 from forcing_kv.export.bundle.write import Report, graph_info, write_manifest
 from forcing_kv.export.checkpoint.finite import FiniteCheck
 from forcing_kv.export.model.capture import GraphSource
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import (
     GRAPH_FOLDER,
     DecoderInfo,
     Manifest,
-    read_manifest,
 )
 from forcing_kv.runtime_trt.decode.runner import NEW_STATE, STATE
 from forcing_kv.runtime_trt.dtypes import dtype_name
@@ -128,23 +132,27 @@ def add_decoder(
         BundleError: no readable bundle.
         InputError: the bundle has such a decoder already, or it is not one for this bundle.
     """
-    manifest = read_manifest(bundle)
-    check_decoder_target(manifest, bundle, source.kind, force=force)
-    source.check(manifest.config.model.in_channels, allow_non_finite=allow_non_finite)
-    _, *latent_shape = manifest.config.latent_shape
-    with tempfile.TemporaryDirectory(prefix=f".{source.kind}.", dir=bundle) as folder:
-        work = Path(folder)
+    kind = source.kind
+    with (
+        changed_bundle(bundle) as manifest,
+        scratch_folder(bundle / GRAPH_FOLDER) as work,
+    ):
+        check_decoder_target(manifest, bundle, kind, force=force)
+        source.check(manifest.config.model.in_channels, allow_non_finite=allow_non_finite)
+        discard_decoder(bundle, manifest, kind)
+        stem = free_name(kind, decoder_stems(manifest))
         (work / GRAPH_FOLDER).mkdir()
-        graphs = _write_graphs(source, tuple(latent_shape), work, report)  # type: ignore[arg-type]
-        weights = f"{GRAPH_FOLDER}/{source.kind}.bin"
+        graphs = _write_graphs(source, stem, manifest, work, report)
+        weights = f"{GRAPH_FOLDER}/{stem}.bin"
         info = DecoderInfo(
             graphs, weights, sha256_of(work / weights), source.num_trimmed_frames, source.source
         )
         report("manifest")
-        updated = replace(manifest, decoders={**manifest.decoders, source.kind: info})
+        updated = replace(manifest, decoders={**manifest.decoders, kind: info})
         for file in (weights, *(graph.file for graph in graphs.values())):
-            shutil.move(work / file, bundle / file)
+            (work / file).replace(bundle / file)
         write_manifest(updated, bundle)
+        discard_decoder(bundle, updated, kind)
     return updated
 
 
@@ -161,16 +169,17 @@ def check_decoder_target(manifest: Manifest, bundle: Path, kind: str, *, force: 
 
 
 def _write_graphs(
-    source: DecoderSource, latent_shape: tuple[int, int, int], work: Path, report: Report
+    source: DecoderSource, stem: str, manifest: Manifest, work: Path, report: Report
 ) -> Mapping[str, GraphInfo]:
+    _, channels, height, width = manifest.config.latent_shape
     graphs: dict[str, GraphInfo] = {}
     folder = work / GRAPH_FOLDER
     with ExitStack() as stack:
-        file = stack.enter_context((folder / f"{source.kind}.bin").open("wb"))
-        store = WeightStore(file, f"{source.kind}.bin", folder)
-        for graph in source.graphs(latent_shape):
+        file = stack.enter_context((folder / f"{stem}.bin").open("wb"))
+        store = WeightStore(file, f"{stem}.bin", folder)
+        for graph in source.graphs((channels, height, width)):
             report(graph.name)
-            relative = f"{GRAPH_FOLDER}/{source.kind}_{graph.name}.onnx"
+            relative = f"{GRAPH_FOLDER}/{stem}_{graph.name}.onnx"
             exported = onnx_model(graph)
             write_onnx(exported, work / relative, store)
             graphs[graph.name] = graph_info(exported, relative, work)

@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from forcing_kv.export.bundle.edit import changed_bundle, discard_engines, free_name
 from forcing_kv.export.bundle.read import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.decoder.onnx_module import OnnxModule
 from forcing_kv.export.inductor.compile import InductorOptions, compile_sources
@@ -23,7 +24,7 @@ from forcing_kv.runtime_trt.bundle.files import replaced_folder
 from forcing_kv.runtime_trt.bundle.fp8 import check_sm
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.inductor.package import environment
@@ -54,7 +55,14 @@ def build_inductor(
             "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch "
             "finds no CUDA device here; build there, or give --device cpu"
         )
-    manifest = read_manifest(bundle)
+    with changed_bundle(bundle) as manifest:
+        return _build(bundle, manifest, options, report)
+
+
+def _build(
+    bundle: Path, manifest: Manifest, options: InductorOptions, report: Callable[[str], None]
+) -> EngineRecord:
+    """Compile into the folder that the engines of the bundle do not have, and record it."""
     if manifest.fp8 is not None and options.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         check_sm(manifest.fp8, 10 * major + minor)
@@ -62,7 +70,9 @@ def build_inductor(
     report("weights")
     weights = read_bundle_weights(bundle, manifest)
     weights.model.to(options.device)
-    relative = Path(ENGINE_FOLDER) / f"inductor-{options.device}"
+    name = f"{ENGINE_FOLDER}/inductor-{options.device}"
+    discard_engines(bundle, manifest, name)
+    relative = Path(free_name(name, [record.folder for record in manifest.engines]))
     with replaced_folder(bundle / relative) as folder:
         with warnings.catch_warnings():
             # PyTorch's notes to itself, one for each kernel.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from forcing_kv.export.inductor.compile import (
 from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.inductor.open import package_backend
 from forcing_kv.runtime_trt.inductor.package import InductorPackage
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -55,7 +55,7 @@ def inductor_session(
     model: CausalWanModel, config: RolloutConfig, options: InductorOptions
 ) -> Iterator[Session]:
     """Compile a model to a temporary package and open a session on it; arguments as above."""
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_model(model, config, Path(folder), options)
+    with scratch_folder() as folder:
+        compiled = compile_model(model, config, folder, options)
         with open_compiled(compiled, config, options.device) as session:
             yield session

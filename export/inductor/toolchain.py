@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 
 DRIVER_LIBRARY = "libcuda.so"
@@ -57,7 +57,7 @@ def cuda_toolchain() -> Iterator[None]:
         BackendUnavailableError: one of them is not there.
     """
     with ExitStack() as stack:
-        link = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        link = stack.enter_context(scratch_folder())
         (link / DRIVER_LIBRARY).symlink_to(_driver_library())
         for name, folder in (("CPATH", find_headers()), ("LIBRARY_PATH", link)):
             stack.callback(_restore, name, os.environ.get(name))

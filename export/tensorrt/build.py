@@ -7,7 +7,6 @@ their own.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +14,15 @@ from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
+from forcing_kv.export.bundle.edit import (
+    base_name,
+    changed_bundle,
+    discard_engines,
+    free_name,
+)
 from forcing_kv.export.bundle.write import write_manifest
 from forcing_kv.export.tensorrt.builder import BuiltPlan, LayerInfo, build_plan
-from forcing_kv.export.tensorrt.plan import BuildPlan, GraphBuild, record_of
+from forcing_kv.export.tensorrt.plan import BuildPlan, GraphBuild
 from forcing_kv.export.tensorrt.stripped import write_stripped
 from forcing_kv.runtime_trt.bundle.engines import (
     DecoderEngines,
@@ -25,12 +30,10 @@ from forcing_kv.runtime_trt.bundle.engines import (
     EngineRecord,
     weight_table,
 )
-from forcing_kv.runtime_trt.bundle.files import replaced_folder
+from forcing_kv.runtime_trt.bundle.files import replaced_folder, scratch_folder
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import (
-    WEIGHT_FILE,
-    read_manifest,
-)
+from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE
+from forcing_kv.runtime_trt.errors import BundleError
 
 Report = Callable[[str, str, float], None]
 """(graph, what the builder does, how much of the graph is done)."""
@@ -47,18 +50,30 @@ def run_build(
     Raises:
         ForcingKvError: a graph cannot be built; the bundle is then as it was.
     """
-    old = record_of(plan.manifest, plan.folder)
+    with changed_bundle(plan.bundle) as manifest:
+        if replace(manifest, engines=()) != replace(plan.manifest, engines=()):
+            raise BundleError(f"{plan.bundle}: has changed since the build began; begin again")
+        discard_engines(plan.bundle, manifest, plan.folder)
+        return _build(plan, report)
+
+
+def _build(plan: BuildPlan, report: Report) -> tuple[EngineRecord, dict[str, list[LayerInfo]]]:
+    """Build what is to do, in the folder that the engines of the bundle do not have."""
+    old, place = plan.record, plan.folder
     if not plan.to_do and old is not None:
         return old, {}
+    if old is not None:
+        place = free_name(plan.folder, [old.folder])
     start = perf_counter()
     details: dict[str, EngineDetail] = {}
     layers = {}
-    target = plan.bundle / plan.folder
-    with replaced_folder(target) as folder:
+    with replaced_folder(plan.bundle / place) as folder:
         for graph in plan.graphs:
             file = folder / graph.file
             file.parent.mkdir(exist_ok=True)
             if graph.found is not None:
+                assert old is not None, f"{graph.label} is found and not recorded"
+                target = plan.bundle / old.folder
                 for kept in (target / graph.file).parent.glob(f"{graph.name}.*"):
                     shutil.copyfile(kept, file.with_name(kept.name))
                 details[graph.label] = graph.found
@@ -75,7 +90,7 @@ def run_build(
                 write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
             layers[graph.label] = built.log.layers
             details[graph.label] = _detail(graph, built, perf_counter() - begin)
-    record = _record(plan, details, perf_counter() - start)
+    record = _record(plan, place, details, perf_counter() - start)
     write_record(plan.bundle, record)
     return record, layers
 
@@ -87,7 +102,8 @@ def _refit_graph(
     from forcing_kv.export.tensorrt.refit import refitted_plan
 
     (old,) = (each for each in source.graphs if each.label == graph.label)
-    engine = source.bundle / source.folder / old.file
+    assert source.record is not None, f"{graph.label} is found and not recorded"
+    engine = source.bundle / source.record.folder / old.file
     with _builder_file(source, old) as before, _builder_file(plan, graph) as after:
         content = refitted_plan(engine, before, after, plan.options)
     file.write_bytes(content)
@@ -141,8 +157,8 @@ def _builder_file(plan: BuildPlan, graph: GraphBuild) -> Iterator[Path]:
     model = ir.load(source)
     if plan.manifest.config.dtype != "float32":
         fuse_attention(model, plan.manifest.config)
-    with tempfile.TemporaryDirectory(prefix="fkv-build-") as folder:
-        path = Path(folder) / source.name
+    with scratch_folder() as folder:
+        path = folder / source.name
         onnx.save(ir.to_proto(inline_bodies(model)), path)
         weights = plan.bundle / WEIGHT_FILE
         path.with_name(weights.name).symlink_to(weights.resolve())
@@ -166,12 +182,14 @@ def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> EngineDetail
     )
 
 
-def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float) -> EngineRecord:
+def _record(
+    plan: BuildPlan, place: str, details: Mapping[str, EngineDetail], seconds: float
+) -> EngineRecord:
     decoders = {
-        kind: DecoderEngines(**_part(plan, kind, details), decoder_sha256=decoder.sha256)
+        kind: DecoderEngines(**_part(plan, place, kind, details), decoder_sha256=decoder.sha256)
         for kind, decoder in plan.manifest.decoders.items()
     }
-    part = _part(plan, None, details) | {"build_seconds": round(seconds, 1)}
+    part = _part(plan, place, None, details) | {"build_seconds": round(seconds, 1)}
     return EngineRecord(
         **part,
         backend=plan.options.backend,
@@ -183,14 +201,14 @@ def _record(plan: BuildPlan, details: Mapping[str, EngineDetail], seconds: float
 
 
 def _part(
-    plan: BuildPlan, decoder: str | None, details: Mapping[str, EngineDetail]
+    plan: BuildPlan, place: str, decoder: str | None, details: Mapping[str, EngineDetail]
 ) -> dict[str, Any]:
     """Fields of an `EnginePart`: the denoiser's, or a decoder's."""
     files, graphs, described = {}, {}, {}
     for graph in plan.graphs:
         if graph.decoder != decoder:
             continue
-        relative = f"{plan.folder}/{graph.file}"
+        relative = f"{place}/{graph.file}"
         files[relative] = sha256_of(plan.bundle / relative)
         if plan.options.strip_weights:
             table = weight_table(relative)
@@ -198,7 +216,7 @@ def _part(
         graphs[graph.name] = replace(graph.info, file=relative, sha256=files[relative])
         described[graph.name] = details[graph.label]
     built = sum(detail.build_seconds for detail in described.values())
-    folder = plan.folder if decoder is None else f"{plan.folder}/{decoder}"
+    folder = place if decoder is None else f"{place}/{decoder}"
     return {
         "folder": folder,
         "build_seconds": round(built, 1),
@@ -209,8 +227,10 @@ def _part(
 
 
 def write_record(bundle: Path, record: EngineRecord) -> None:
-    """Add an engine record to the manifest, in place of the one of the same folder."""
-    # Read again: another build may have added its engines meanwhile.
-    manifest = read_manifest(bundle)
-    others = [old for old in manifest.engines if old.folder != record.folder]
-    write_manifest(replace(manifest, engines=(*others, record)), bundle)
+    """Add an engine record to the manifest, in place of the one of the same engines, which go."""
+    name = base_name(record.folder)
+    with changed_bundle(bundle) as manifest:
+        others = [old for old in manifest.engines if base_name(old.folder) != name]
+        updated = replace(manifest, engines=(*others, record))
+        write_manifest(updated, bundle)
+        discard_engines(bundle, updated, name)

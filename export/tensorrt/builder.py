@@ -205,7 +205,7 @@ def _set_flags(trt: Any, config: Any, options: EngineOptions) -> Any:
 
 @contextmanager
 def _interruptible(log: BuildLog) -> Iterator[None]:
-    """Note Ctrl-C while the builder runs, and raise KeyboardInterrupt after it.
+    """Note Ctrl-C, or another signal that ends us, while the builder runs, and obey after it.
 
     An exception in one of the builder's callbacks would be lost, and the build go on.
     """
@@ -213,19 +213,27 @@ def _interruptible(log: BuildLog) -> Iterator[None]:
         yield  # Python tells the main thread alone.
         return
 
-    def note(*_: object) -> None:
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
         log.interrupted = True
 
-    before = signal.signal(signal.SIGINT, note)
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in ending}
+    heard = {each: handler for each, handler in before.items() if callable(handler)}
+    for each in heard:
+        signal.signal(each, note)
     try:
         yield
     except ForcingKvError:
         if not log.interrupted:
             raise
     finally:
-        signal.signal(signal.SIGINT, before)
-    if log.interrupted:
-        raise KeyboardInterrupt
+        for each, handler in heard.items():
+            signal.signal(each, handler)
+    if noted:
+        heard[signal.Signals(noted[0])](noted[0], None)
 
 
 def _progress_monitor(trt: Any, progress: Progress, log: BuildLog) -> Any:

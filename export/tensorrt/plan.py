@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
+from forcing_kv.export.bundle.edit import base_name
 from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.runtime_trt.bundle.engines import EngineDetail, EnginePart, EngineRecord
 from forcing_kv.runtime_trt.bundle.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
@@ -69,6 +70,11 @@ class BuildPlan:
     def folder(self) -> str:
         """Where the engines go, relative to the bundle."""
         return f"{ENGINE_FOLDER}/{self.options.backend}-{self.target}"
+
+    @property
+    def record(self) -> EngineRecord | None:
+        """What the bundle records of such engines, which stand in a folder of their own."""
+        return record_of(self.manifest, self.folder)
 
     @property
     def timing_cache(self) -> str | None:
@@ -192,8 +198,9 @@ def _part(
 
 
 def record_of(manifest: Manifest, folder: str) -> EngineRecord | None:
-    """The record of the engines in a folder of the bundle, if there is one."""
-    return next((record for record in manifest.engines if record.folder == folder), None)
+    """The record of the engines of a folder, under either of its names, if there is one."""
+    found = (record for record in manifest.engines if base_name(record.folder) == folder)
+    return next(found, None)
 
 
 def _intact(bundle: Path, recorded: EnginePart) -> Mapping[str, EngineDetail]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from forcing_kv.export.bundle.write import BundleLabels, export_bundle
 from forcing_kv.export.verify.bundle import plain
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden_case import GoldenCase
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.open import choose_backend
 from forcing_kv.runtime_trt.rollout.layout import HeadKind
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
@@ -113,8 +113,8 @@ def golden_session(
             yield session
         return
     choose_backend(backend)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
+    with scratch_folder() as folder:
+        bundle = folder / "bundle"
         export_bundle(model, config, bundle, BundleLabels(case.path.name), consume=True)
         if backend in ("tensorrt", "tensorrt-rtx"):
             from forcing_kv.export.tensorrt.build import run_build

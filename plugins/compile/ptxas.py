@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from forcing_kv.plugins.compile.launch import PtxError
 from forcing_kv.plugins.compile.ptx import CompiledKernel
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.errors import require
 
 _FIRST_BLACKWELL = 100
@@ -40,8 +40,8 @@ def assemble(kernel: CompiledKernel, arch: str | None = None) -> PtxasReport:
     if int(re.sub(r"\D", "", target)) >= _FIRST_BLACKWELL:
         # Triton ships a second, newer assembler for these.
         assembler = folder / "ptxas-blackwell"
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
+    with scratch_folder() as scratch:
+        source = scratch / "kernel.ptx"
         source.write_text(kernel.ptx)
         cubin = str(source.with_suffix(".cubin"))
         command = [str(assembler), "-v", f"-arch={target}", str(source), "-o", cubin]

@@ -16,6 +16,7 @@ from pathlib import Path
 from forcing_kv.plugins.compile.launch import Problem, Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
 from forcing_kv.runtime_trt.bundle.files import write_file
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 
 TABLE = Path(__file__).with_name("tuned_tactics.json")
@@ -64,10 +65,12 @@ def update_table(entries: Iterable[TunedTactic], path: Path = TABLE) -> None:
 
     The file is made if there is none.
     """
-    table = (read_table(path) if path.is_file() else {}) | {entry.key: entry for entry in entries}
-    lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
-    text = "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
-    write_file(path, text.encode())
+    with claimed(path, wait=True):  # What another process adds meanwhile is not lost.
+        before = read_table(path) if path.is_file() else {}
+        table = before | {entry.key: entry for entry in entries}
+        lines = [json.dumps(asdict(table[key])) for key in sorted(table, key=str)]
+        text = "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
+        write_file(path, text.encode())
 
 
 @cache

@@ -84,12 +84,13 @@ class PromptFile:
     """Kind of encoder that made them, such as umt5-xxl."""
 
 
-def write_prompts(path: str | os.PathLike[str], content: PromptFile) -> None:
+def write_prompts(path: str | os.PathLike[str], content: PromptFile, *, force: bool = True) -> None:
     """Write encoded prompts, whole or not at all.
 
     Args:
-        path: `.safetensors` file; replaced if it exists.
+        path: `.safetensors` file.
         content: what to write, as float32.
+        force: replace a file that is there; otherwise that is an error.
 
     Raises:
         InputError: the content is none that `read_prompts` would read.
@@ -113,7 +114,7 @@ def write_prompts(path: str | os.PathLike[str], content: PromptFile) -> None:
     tensor = {"dtype": "F32", "shape": list(embeds.shape), "data_offsets": [0, embeds.nbytes]}
     header = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
     header += b" " * (-len(header) % 8)
-    with replaced_file(path) as file:
+    with replaced_file(path, force=force) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.write(embeds.tobytes())
 

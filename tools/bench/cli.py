@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from forcing_kv.export.request.flags import Json
+from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.options import (
@@ -60,9 +59,11 @@ def bench_load(
 
 def _measure(kind: str, request: BenchRequest, output: BenchOutput) -> ExitCode:
     """Measure and show the rows of one kind; exit 1 where a gate or a subject failed."""
-    from forcing_kv.tools.bench.report.rows import append_row
+    from forcing_kv.tools.bench.report.rows import append_row, check_rows
     from forcing_kv.tools.bench.run import list_subjects, run
 
+    if output.out is not None:
+        check_rows(output.out)
     if output.list_subjects:
         for line in list_subjects():
             talk(line)
@@ -109,11 +110,12 @@ def bench_suite(
         as_json: Print the rows.
     """
     begin = perf_counter()
-    from forcing_kv.tools.bench.report.rows import read_rows
+    from forcing_kv.tools.bench.report.rows import check_rows, read_rows
     from forcing_kv.tools.bench.run import require_device
     from forcing_kv.tools.bench.suite.items import suite_items
     from forcing_kv.tools.bench.suite.runner import run_suite, selected
 
+    check_rows(options.out)
     options = replace(options, gpu=None if dry_run else require_device(device))
     if options.budget_s is not None:
         # Importing PyTorch takes long on a fresh machine.
@@ -121,11 +123,6 @@ def bench_suite(
     items = selected(suite_items(device, model), options)
     if dry_run:
         return _name_items(items, timed=device == "cuda")
-    # Refused now, and not after the first item.
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.touch()
-    # Ends like Ctrl-C does: the running item's processes with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = [row for row in run_suite(items, options, talk) if not _is_kernel(row)]
     shown = [row for row in read_rows(options.out) if not _is_kernel(row)]
     return finish(rows, as_json=as_json, shown=shown)
@@ -158,10 +155,11 @@ def bench_report(rows: Path, /, *, out: Path, force: bool = False) -> None:
     from forcing_kv.tools.bench.report.rows import read_rows
     from forcing_kv.tools.bench.report.tables import write_report
 
-    if (out / "report.md").exists() and not force:
-        raise InputError(f"{out / 'report.md'} exists; choose another --out, or give --force")
+    check_names(out, ["report.md"], force=force)
     found = list(read_rows(rows))
     if not found:
         raise InputError(f"{rows}: no rows; measure some with `fkv bench suite --out {rows}`")
-    for path in write_report(found, out):
-        talk(f"wrote {path}")
+    with filled_folder(out, force=force) as folder:
+        names = [path.name for path in write_report(found, folder)]
+    for name in names:
+        talk(f"wrote {out / name}")

@@ -15,6 +15,7 @@ from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
 from forcing_kv.tools.bench.kernels.layer import LayerOptions
+from forcing_kv.tools.bench.report.rows import check_rows
 
 if TYPE_CHECKING:
     from forcing_kv.tools.bench.report.rows import Row
@@ -47,6 +48,8 @@ def bench_ops(*, options: OpsOptions = OpsOptions()) -> ExitCode:
     Exits with 1 if a kernel of ours is outside its tolerance, and then not timed, or does not run.
     """
     require("torch")
+    if options.out is not None:
+        check_rows(options.out)
     layers = [
         options.layer(parse_latent_size("--resolution", text))
         for text in options.resolution or ["480p"]

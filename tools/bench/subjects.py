@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.errors import unknown_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import PolicyName, Workload
@@ -117,11 +117,11 @@ def _inductor(*, use_graphs: bool, autotune: bool = True) -> Open:
 
         options = InductorOptions("cuda" if device == "cuda" else "cpu", autotune=autotune)
         config = workload.config
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             with clock("weights"):
                 model = workload.load(device)
             with clock("build"):
-                compiled = compile_model(model, config, Path(folder), options)
+                compiled = compile_model(model, config, folder, options)
             del model
             with clock("open"):
                 session = open_compiled(compiled, config, device, use_graphs=use_graphs)
@@ -135,8 +135,8 @@ def _inductor(*, use_graphs: bool, autotune: bool = True) -> Open:
 def _onnxruntime(workload: Workload, device: str, clock: LoadClock) -> Iterator[Session]:
     from forcing_kv.export.bundle.write import BundleLabels, export_bundle
 
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
+    with scratch_folder() as folder:
+        bundle = folder / "bundle"
         labels = BundleLabels(workload.model)
         with clock("weights"):
             model = workload.load(device)

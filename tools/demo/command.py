@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from forcing_kv.export.request.flags import Int, Json, Seed, Threads, between, flags
+from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
+from forcing_kv.runtime_trt.bundle.locks import claimed_in
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
-from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.digits.text import encode_prompt
 
@@ -48,31 +47,17 @@ class DemoOptions:
     as_json: Json = False
     """Print the summary."""
 
-    def prepare(self) -> None:
-        """Make the folder.
-
-        Raises:
-            InputError: it holds an earlier demo, or is none.
-        """
-        out = self.out
-        existing = [name for name in (*FILES, *BUNDLES) if (out / name).exists()]
-        if existing and not self.force:
-            raise InputError(f"{out}: {existing} exist; choose another folder or give --force")
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out}: is a file; give a folder")
-        out.mkdir(parents=True, exist_ok=True)
-
 
 def demo(*, options: DemoOptions) -> None:
     """Calibrate, export dense and compressed, generate with both, and report with pictures."""
     out, threads = options.out, options.num_threads
     embeds = encode_prompt(options.prompt)
-    options.prepare()
+    check_names(out, (*FILES, *BUNDLES), force=options.force)
     with (
-        tempfile.TemporaryDirectory(prefix=".demo.", dir=out) as folder,
+        claimed_in(out, FILES[0]),
+        filled_folder(out, force=options.force) as work,
         progress("calibrating heads", 4 * options.num_chunks + 9) as bar,
     ):
-        work = Path(folder)
         _calibrate(work, options.num_chunks, bar)
         _export(work, bar)
         clips = []
@@ -83,8 +68,6 @@ def demo(*, options: DemoOptions) -> None:
         bar.describe("drawing")
         _draw(work, options, clips)
         bar.advance()
-        for name in (*FILES, *BUNDLES):
-            _move(work / name, out / name)
     _show(clips, out)
     if options.as_json:
         print_json(json.loads((out / "summary.json").read_text()))
@@ -155,12 +138,6 @@ def _draw(work: Path, options: DemoOptions, clips: Sequence[Clip]) -> None:
     rows = [dict(zip(SUMMARY_COLUMNS, row, strict=True)) for row in summary_rows(clips)]
     summary = {"prompt": options.prompt, "seed": options.seed, "clips": rows}
     (work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _move(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
 
 
 def _show(clips: Sequence[Clip], out: Path) -> None:

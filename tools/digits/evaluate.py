@@ -14,12 +14,15 @@ from cyclopts import Parameter
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
 from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.request.flags import Int, Json, PositiveInt, YesNo, between, flags
+from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder, write_file
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.heads import read_heads
+from forcing_kv.runtime_trt.bundle.locks import claimed_in
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits import shipped
 
+FILES = ("eval.json", "eval.png")
 SHORT_CHUNKS, LONG_CHUNKS = 7, 20
 """21 and 60 frames."""
 MIN_DIGIT, MIN_DIRECTION = 0.93, 0.97
@@ -54,6 +57,8 @@ class EvalOptions:
     """Exit with 1 if a goal is missed."""
     processes: PositiveInt = 2
     """Processes, one core each."""
+    force: bool = False
+    """Replace an earlier result."""
     as_json: Json = False
     """Print the result on stdout."""
 
@@ -69,19 +74,28 @@ def evaluate_command(*, options: EvalOptions) -> ExitCode:
     for file in (checkpoint, heads):
         if not file.is_file():
             raise InputError(f"{file}: no such file")
-    record = run_evaluation(checkpoint, heads, options.clips, options.long_clips, options.processes)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
-    from forcing_kv.tools.digits.evaluation.report import draw_curves, print_table
-
-    draw_curves(record, out / "eval.png")
-    print_table(record)
+    check_names(out, FILES, force=options.force)
+    counts = (options.clips, options.long_clips, options.processes)
+    with claimed_in(out, FILES[0]):
+        record = run_evaluation(checkpoint, heads, *counts)
+        _write(record, out, force=options.force)
     if options.as_json:
         print_json(record)
     if options.check and not all(goal["met"] for goal in record["goals"]):
         talk("a goal is missed", style="red")
         return ExitCode.CHECK_FAILED
     return ExitCode.GOOD
+
+
+def _write(record: Mapping[str, Any], out: Path, *, force: bool) -> None:
+    """Write `FILES`, and print the table."""
+    from forcing_kv.tools.digits.evaluation.report import draw_curves, print_table
+
+    data, picture = FILES
+    with filled_folder(out, force=force) as folder:
+        write_file(folder / data, (json.dumps(record, indent=1) + "\n").encode())
+        draw_curves(record, folder / picture)
+    print_table(record)
 
 
 def run_evaluation(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.request.flags import Int, Json, between, flags
+from forcing_kv.runtime_trt.bundle.files import check_file, replaced_file
 from forcing_kv.runtime_trt.console import print_json, talk
-from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.resolution import pixel_text
 from forcing_kv.tools.plan.report import Plan, draw, print_tables
 from forcing_kv.tools.plan.request import PlanRequest, Subject, resolve
@@ -31,6 +31,8 @@ class PlanOptions:
     """A second policy to show beside, such as dense."""
     plot: Path | None = None
     """Write stacked bars to this .png."""
+    force: bool = False
+    """Replace an earlier one."""
     as_json: Json = False
     """Print the numbers."""
 
@@ -38,8 +40,8 @@ class PlanOptions:
 def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOptions()) -> None:
     """Predict memory, FLOPs, ideal times, frame rate and fit, before anything is built."""
     plot = options.plot
-    if plot is not None and plot.suffix != ".png":
-        raise InputError(f"--plot is {plot}; give a .png file")
+    if plot is not None:
+        check_file(plot, [".png"], "--plot", force=options.force)
     target = find_device(options.device)
     policies = [policy for policy in (options.policy, options.compare) if policy is not None]
     subject = resolve(request, policies)
@@ -57,7 +59,8 @@ def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOpt
         talk(_headline(subject, plans[0]))
         print_tables(plans)
     if plot is not None:
-        draw(plot, plans)
+        with replaced_file(plot, force=options.force) as file:
+            draw(file, plans)
         talk(f"wrote {plot}")
 
 

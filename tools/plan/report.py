@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from forcing_kv.export.cost.devices import MEMORY_SIZES_GIB, Device
 from forcing_kv.export.cost.memory import (
@@ -198,8 +197,8 @@ def print_tables(plans: Sequence[Plan]) -> None:
     )
 
 
-def draw(path: Path, plans: Sequence[Plan]) -> None:
-    """Draw memory and ideal step time of the plans as stacked bars.
+def draw(file: BinaryIO, plans: Sequence[Plan]) -> None:
+    """Draw memory and ideal step time of the plans as stacked bars, a PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -224,7 +223,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
     names = [plan.name for plan in plans]
     _stack(memory_axes, memory, names, "Memory of one session, GB")
     _stack(time_axes, times, names, f"Ideal steady step on {plans[0].device.title}, ms")
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _stack(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -23,12 +23,14 @@ from forcing_kv.export.request.flags import (
     between,
     flags,
 )
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, NonFiniteError
 from forcing_kv.runtime_trt.session import Chunk, Session
 from forcing_kv.tools.run.decode import (
     DecodeOptions,
+    DecoderChoice,
     FrameDecoder,
     choose_decoder,
     default_fps,
@@ -60,29 +62,33 @@ class VideoOptions:
     """Enlarge pixels by this factor."""
     live: Path | None = None
     """PNG that always shows the latest chunk, while generating."""
+    force: bool = False
+    """Replace earlier files."""
     as_json: Json = False
     """Print timings."""
 
-    def check(self) -> None:
-        """Refuse files that cannot be written.
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The right to write these files, which one process has at a time.
 
         Raises:
-            InputError: what is wrong.
+            InputError: they cannot be written, or another process is writing them.
         """
-        check_output(self.out)
+        check_output(self.out, force=True)
         if self.fps is not None:
             check_rate(self.fps, self.out.suffix)
         if self.live is not None:
-            check_preview(self.live)
+            check_preview(self.live, force=self.force)
+        with claimed(self.out), nullcontext() if self.live is None else claimed(self.live):
+            yield
 
     def outputs(self, count: int) -> list[Path]:
         """One file per video: `out`, or numbered beside it; all of them checked."""
-        if count == 1:
-            return [self.out]
-        out = self.out
-        files = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
+        files, out = [self.out], self.out
+        if count > 1:
+            files = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
         for file in files:
-            check_output(file)
+            check_output(file, force=self.force)
         return files
 
 
@@ -124,14 +130,12 @@ def run(
     Args:
         bundle: Bundle directory.
     """
-    video.check()
-    manifest = read_manifest(bundle)
-    chosen = choose_decoder(bundle, manifest, decoding, video.out)
-    if video.live is not None and chosen is None:
-        raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
-    videos = prompts.videos(manifest)
-    opening = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(video.claimed())
+        manifest = read_manifest(bundle)
+        chosen = _chosen_decoder(bundle, manifest, decoding, video)
+        videos = prompts.videos(manifest, video.outputs)
+        opening = time.perf_counter()
         session = stack.enter_context(Session.open(bundle, engine.backend, **engine.shared))
         decoder: FrameDecoder | None = None
         if chosen is not None:
@@ -147,6 +151,15 @@ def run(
     if video.as_json:
         first, *others = records
         print_json({**shared, **first, **({"videos": records} if others else {})})
+
+
+def _chosen_decoder(
+    bundle: Path, manifest: Manifest, decoding: DecodeOptions, video: VideoOptions
+) -> DecoderChoice | None:
+    chosen = choose_decoder(bundle, manifest, decoding, video.out)
+    if video.live is not None and chosen is None:
+        raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
+    return chosen
 
 
 @dataclass
@@ -171,9 +184,11 @@ class _Job:
             self.decoder.reset()
         self._check_switches(switches)
         with (
-            open_writer(path, self.rate, self.options.scale) as writer,
+            open_writer(path, self.rate, self.options.scale, force=self.options.force) as writer,
             progress(f"generating {path.name}", self.options.num_chunks) as bar,
         ):
+            if writer.growing is not None:
+                talk(f"{path} grows as {writer.growing}, which a player can show meanwhile")
             self._generate(switches, writer, bar)
         talk(f"wrote {path}: {self.summary()}")
         return {"out": path, **self.record(switches)}

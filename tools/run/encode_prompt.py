@@ -12,6 +12,7 @@ import numpy as np
 
 from forcing_kv.export.request.flags import Json, PositiveInt, Threads, flags
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
+from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
@@ -66,8 +67,9 @@ def encode_prompt(
     if not texts:
         raise InputError("no prompt is given; name some, or a file of them with --prompts")
     check_output(out, [".safetensors"], force=force)
-    content = encode_texts(texts, encoder)
-    write_prompts(out, content)
+    with claimed(out):
+        content = encode_texts(texts, encoder)
+        write_prompts(out, content, force=force)
     shape = list(content.embeds.shape)
     talk(f"wrote {out}: {len(texts)} prompts, embeddings {shape[1]}x{shape[2]} float32")
     if as_json:

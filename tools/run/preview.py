@@ -24,7 +24,6 @@ class Preview:
     """
 
     def __init__(self, path: Path, scale: int = 1) -> None:
-        check_preview(path)
         self._path, self._scale = path, scale
         self._image = require("PIL.Image")
 
@@ -35,9 +34,9 @@ class Preview:
             self._image.fromarray(sheet).save(file, format="png")
 
 
-def check_preview(path: Path) -> None:
-    """Refuse a preview that cannot be written."""
-    check_output(path, [".png"], "--live")
+def check_preview(path: Path, *, force: bool) -> None:
+    """Refuse a preview that cannot be written, or an earlier one."""
+    check_output(path, [".png"], "--live", force=force)
 
 
 def contact_sheet(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

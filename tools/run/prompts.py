@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,8 +70,13 @@ class PromptSource:
     text_encoder: str | None = None
     """Folder of the text encoder, for prompts as text."""
 
-    def videos(self, manifest: Manifest) -> list[list[Switch]]:
+    def videos(
+        self, manifest: Manifest, announce: Callable[[int], object] = lambda _: None
+    ) -> list[list[Switch]]:
         """For each video its prompts, in order, the first at frame 0.
+
+        Args:
+            announce: told the number of videos, before a text encoder takes its time.
 
         Raises:
             InputError: what is missing or wrong.
@@ -81,10 +86,13 @@ class PromptSource:
             raise InputError("give one of --prompt, --prompts, --prompt-file and --script")
         if self.prompt_file is not None:
             texts, embeds = _fitting_embeds(self.prompt_file, manifest)
+            announce(len(texts))
             return [[Switch(0, text, array)] for text, array in zip(texts, embeds, strict=True)]
         if self.script is not None:
+            announce(1)
             return [self._script(manifest, self.script)]
         lines = [self.prompt] if self.prompt is not None else read_lines(self.prompts or Path())
+        announce(len(lines))
         embeds = self._encode(manifest, lines)
         return [[Switch(0, text, array)] for text, array in zip(lines, embeds, strict=True)]
 

@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 def foreseen(monkeypatch):
     """The hidden name of the next `thing`, as if somebody had guessed it."""
     monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
-    return ".thing.guessed"
+    return ".thing.fkv-guessed"
 
 
 def test_a_file_appears_whole_and_with_the_users_rights(tmp_path):
@@ -113,7 +113,7 @@ def test_errors_name_the_path_that_was_asked_for(tmp_path):
     with pytest.raises(ForcingKvError, match=r"none/thing: No such file or directory$"):
         write_file(tmp_path / "none" / "thing", b"")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ForcingKvError, match=r"folder: Is a directory$"):
+    with pytest.raises(ForcingKvError, match=r"folder: Is a directory; name a file$"):
         write_file(tmp_path / "folder", b"")
     with pytest.raises(ForcingKvError, match="thing: No space left on device; free some"):  # noqa: SIM117
         with replaced_file(tmp_path / "thing"):

@@ -28,7 +28,7 @@ def test_encoded_prompts_give_the_same_video_as_text(run_fkv, digits_bundle, tmp
     made = []
     for options in (("--prompt", THREE), ("--prompt-file", file),
                     ("--prompt-file", tmp_path / "p.npy")):  # fmt: skip
-        done = run(run_fkv, digits_bundle, tmp_path / "v.npz", *options)
+        done = run(run_fkv, digits_bundle, tmp_path / "v.npz", "--force", *options)
         assert done.code == 0, done.err
         with np.load(tmp_path / "v.npz") as data:
             made.append(data["latents"])

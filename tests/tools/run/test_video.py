@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.run.frame_rate import LEAST, MOST, parse_rate, rate_text
-from forcing_kv.tools.run.preview import Preview, contact_sheet
+from forcing_kv.tools.run.preview import Preview, check_preview, contact_sheet
 from forcing_kv.tools.run.video import open_writer
 
 LATENTS = np.zeros((3, 16, 2, 2), np.float32)
@@ -34,7 +34,7 @@ def test_frames_can_be_watched_while_they_are_written(tmp_path):
         writer.write(LATENTS, frames(12, 40))
         writer.write(LATENTS, frames(12, 80))
         assert not out.exists()
-        assert count_frames(tmp_path / "v.partial.mp4") >= 12
+        assert count_frames(writer.growing) >= 12
     assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
     assert count_frames(out) == 36
     with av.open(str(out)) as video:
@@ -138,6 +138,7 @@ def test_preview_is_replaced_whole(tmp_path):
 
 
 def test_preview_that_cannot_be_written_is_refused(tmp_path):
-    for path in (tmp_path / "live.jpg", tmp_path / "no" / "live.png"):
+    (tmp_path / "there.png").touch()
+    for path in (tmp_path / "there.png", tmp_path / "live.jpg", tmp_path / "no" / "live.png"):
         with pytest.raises(InputError, match="--live"):
-            Preview(path)
+            check_preview(path, force=False)

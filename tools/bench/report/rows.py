@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcing_kv.export.cost.work import mean_frames, steady_history
+from forcing_kv.runtime_trt.bundle.files import append_line, check_file
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.errors import InputError
@@ -84,14 +85,21 @@ def failed_kind(made: Iterable[Row]) -> str:
     return "rest" if any(row.kind == "chunk" and row.status == "ok" for row in made) else "chunk"
 
 
+def check_rows(path: Path) -> None:
+    """Refuse a file that rows cannot be appended to, before anything is measured.
+
+    Raises:
+        InputError: it, or its folder, cannot be written.
+    """
+    check_file(path, option="--out", force=True, make_folder=True)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"--out {path}: cannot be written; choose another path")
+
+
 def append_row(path: Path, row: Row) -> None:
     """Append a row; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        line = json.dumps({"schema": SCHEMA, **row.to_json()}, allow_nan=False)
-        file.write(f"{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, json.dumps({"schema": SCHEMA, **row.to_json()}, allow_nan=False))
 
 
 def read_rows(path: Path) -> Iterator[Row]:

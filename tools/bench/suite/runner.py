@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from time import monotonic, perf_counter
 
@@ -122,6 +123,8 @@ def run_suite(
         yield from rows
 
 
+GRACE_S = 5.0
+"""Time that a process has to end by itself."""
 MIN_ITEM_S = 45.0
 """An item is not begun with less time left."""
 
@@ -147,14 +150,25 @@ def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str |
         try:
             code = process.wait(timeout_s)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             raise
         if code:
             log.seek(0)
             tail = log.read().decode(errors="replace")[-1500:]
             return f"the process ended with code {code}: {tail}"
     return None
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: first by asking, so that it removes what is half-made."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _environment(options: SuiteOptions) -> dict[str, str]:

@@ -18,6 +18,7 @@ from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import Row, append_row, describe_workload
 from forcing_kv.tools.bench.subjects import subject
 from forcing_kv.tools.bench.suite.items import SuiteItem
+from forcing_kv.tools.ending import ended_by_signals
 
 TACTICS = "tactics.json"
 """File of the suite's folder with the tactics that it measured."""
@@ -101,4 +102,5 @@ def _ops(item: SuiteItem, folder: Path, commit: str | None) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with ended_by_signals():
+        main(sys.argv[1])

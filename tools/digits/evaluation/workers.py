@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -55,6 +58,24 @@ def run_jobs(checkpoint: Path, jobs: Sequence[Job], processes: int) -> Iterator[
     if processes == 1:
         yield from (_run(checkpoint, job) for job in jobs)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
-        yield from pool.map(_run, [checkpoint] * len(jobs), jobs)
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
+        try:
+            yield from pool.map(_run, [checkpoint] * len(jobs), jobs)
+        except BaseException:
+            for process in active_children():
+                process.terminate()  # Or the pool would wait for what nobody wants any more.
+            raise
+
+
+def _begin() -> None:
+    """Make this process one that works on one core, and ends when its parent says so or ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None, "called in the main process"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from forcing_kv.runtime_trt.bundle.files import replaced_file, write_file
+from forcing_kv.runtime_trt.bundle.files import append_line, replaced_file, write_file
 from forcing_kv.runtime_trt.bundle.schema import parse_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits.training.config import TrainConfig
@@ -157,8 +157,7 @@ class Trainer:
             record[key] = float(f"{window[-1][key]:.4g}")
         for key in ("loss", "loss_chunk0", "loss_later", "grad_norm"):
             record[key] = float(f"{sum(entry[key] for entry in window) / len(window):.4g}")
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(record) + "\n")
+        append_line(self.folder / "log.jsonl", json.dumps(record))
         return record
 
     def save(self) -> None:
@@ -206,4 +205,4 @@ class Trainer:
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True)
         kept = [line for line in lines if parse_json(line)["step"] <= self.progress.step]
-        log.write_text("".join(kept))
+        write_file(log, "".join(kept).encode())
