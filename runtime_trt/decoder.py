@@ -212,10 +212,10 @@ class VideoDecoder:
         if not bad:  # Finite values that are far out of range.
             return
         first = self._num_latents
-        (dtype,) = {state.dtype for state in state_inputs(self._info.graphs[DECODE])}
+        dtypes = {state.dtype for state in state_inputs(self._info.graphs[DECODE])}
         cause = (
             "an overflow of float16, which ends at 65504: add it again with --dtype float32"
-            if dtype == "float16"
+            if dtypes == {"float16"}
             else "its weights: `fkv verify BUNDLE --decoder KIND` names the first tensor"
         )
         raise NonFiniteError(

@@ -50,11 +50,12 @@ def test_a_decoder_that_cannot_begin_releases_its_backend(runner, decoder):
         ("video.mp4", "latents is 'video.mp4'"),
     ],
 )
-def test_wrong_latents_are_refused_and_do_no_harm(decoder, latents, told):
+def test_wrong_latents_are_refused_and_do_no_harm(runner, decoder, latents, told):
     decoder.decode(LATENTS)
     with pytest.raises(InputError, match=told):
         decoder.decode(latents)
-    assert (decoder.decode(LATENTS.tolist()) == 2).all()
+    decoder.decode(LATENTS.tolist())
+    assert runner.count == 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
