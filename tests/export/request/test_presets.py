@@ -100,7 +100,7 @@ def test_dense_export_takes_the_models_window(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "self-forcing"}, "model 'self-forcing' is unknown; did you mean self-forcing-1.3b"),
+        ({"model": "self-forcing"}, "'self-forcing' is unknown; did you mean self-forcing-1.3b"),
         ({"model": "krea-14b", "checkpoint": None}, "needs --checkpoint.*hf download krea"),
         ({"model": "digits"}, "--checkpoint needs --model, one of"),
         ({"checkpoint": Path("nothing.pt")}, "no such checkpoint file"),
