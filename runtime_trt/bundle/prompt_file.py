@@ -131,6 +131,8 @@ def read_prompts(path: str | os.PathLike[str], size: tuple[int, int] | None = No
         InputError: missing, truncated, malformed, of another dtype, rank or size, or not finite.
     """
     path = file_path("path", path)
+    if size is not None and not (isinstance(size, tuple) and len(size) == 2):
+        raise InputError(f"size is {shown(size)}; give (text_len, text_dim), or None for any")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path, size)
     _check_array(content.embeds, f"{path}: {TENSOR}", size)
     return content

@@ -171,6 +171,8 @@ def test_every_argument_of_prompt_files(tmp_path_factory, path, number):
     content = PromptFile(("a",), PROMPT[None])
     refused(lambda: read_prompts(path), "path")
     refused(lambda: write_prompts(path, content), "path")
+    if number is not None:
+        refused(lambda: read_prompts(file, number), "size")
     for wrong in (number, path, PROMPT):
         refused(lambda wrong=wrong: write_prompts(file, wrong), "content")
     assert not list(folder.iterdir())

@@ -71,7 +71,7 @@ def test_dry_run_writes_nothing(tmp_path, model_options):
         (("--profile-chunks", "9"), "chunks .9. to profile"),
         (("--profile-steps", "x"), "--profile-steps is 'x'"),
         (("--denoise-steps", "1000,x"), "--denoise-steps is"),
-        (("--latent-size", "8"), "give rows x columns such as 60x104"),
+        (("--latent-size", "8"), "give latent rows x columns such as 60x104"),
         (("--num-chunks", 1), "every head counts as static"),
         (("--window-frames", 2), "cannot hold 0 sink frames and a chunk of 3"),
         (("--dtype", "int8"), "Choose from"),

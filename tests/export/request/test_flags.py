@@ -67,7 +67,7 @@ def test_fields_are_flags():
         (("--layers", "1,x"), "--layers is '1,x'; give integers such as 0,3,5"),
         (("--layers", "1.5"), "--layers is '1.5'; give integers such as 0,3,5"),
         (("--steps", ""), "--steps is ''; give numbers such as 0,3,5"),
-        (("--size", "9"), "--size is '9'; give latent rows x columns such as 60x104, pixels such as"),
+        (("--size", "9"), "--size is '9'; give latent rows x columns such as 60x104"),
         (("--share", "1.5"), 'Invalid value "1.5" for --share. Must be <= 1.'),
         (("--share=-1",), 'Invalid value "-1.0" for --share. Must be >= 0.'),
         (("--no-fast",), "Unknown option: --no-fast."),

@@ -126,7 +126,7 @@ def test_suite_names_its_models(device, model):
     [
         ("golden", "native", r"'golden' is unknown; choose one of \['wan-1.3b', 'digits'\]"),
         ("digits", "480p", "has one size, native; found '480p'"),
-        ("wan-1.3b", "native", "choose one of .*1080p"),
+        ("wan-1.3b", "native", "give latent rows.*1080p"),
     ],
 )
 def test_a_model_or_size_that_is_not_there_is_refused(model, size, message):
