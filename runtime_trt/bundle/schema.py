@@ -137,7 +137,9 @@ def _message(kind: Any, errors: list[Any], where: str) -> str:
     place = list(error["loc"])
     if error["type"] in ("missing", "unexpected_keyword_argument"):
         *holder, name = place
-        known = [field.name for field in fields(_kind_at(kind, holder))]
+        if not is_dataclass(within := _kind_at(kind, holder)):
+            return _joined(where, holder, f"entry {name} of the list is missing")
+        known = [field.name for field in fields(within)]
         if error["type"] == "missing":
             return _joined(where, holder, f"entry {name!r} is missing; the fields are {known}")
         names = [each["loc"][-1] for each in errors if each["type"] == error["type"]]
