@@ -27,7 +27,7 @@ class DecoderOptions:
     force: bool = False
     """Replace a decoder."""
     as_json: Json = False
-    """Print the decoders' entries."""
+    """Print the decoders' entries and the bundle's digest."""
 
 
 def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) -> None:
@@ -62,5 +62,6 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
             manifest = export_decoder(bundle, source, force=force, report=report)
         state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
+    talk(f"{bundle} is {manifest.digest} now")
     if options.as_json:
-        print_json(manifest.to_json()["decoders"])
+        print_json({**manifest.to_json()["decoders"], "digest": manifest.digest})

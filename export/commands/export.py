@@ -48,7 +48,7 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
         parts = (loaded, resolved.config, out, resolved.labels)
         fp8, force = resolved.fp8_scales(loaded), output.force
         manifest = export_bundle(*parts, fp8=fp8, force=force, consume=True, report=report)
-    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
+    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB), {manifest.digest}")
     if output.as_json:
         print_json(manifest.to_json())
 
