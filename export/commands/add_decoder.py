@@ -29,7 +29,7 @@ class DecoderOptions:
     allow_non_finite: bool = False
     """Take weights that are NaN or infinite too."""
     as_json: Json = False
-    """Print the decoders' entries."""
+    """Print the decoders' entries and the bundle's digest."""
 
 
 def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) -> None:
@@ -69,5 +69,6 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
             )
         state = sum(math.prod(shape) for shape in source.state_shapes) * DTYPES[dtype].nbytes
         talk(f"added the {source.kind} decoder to {bundle}; its state takes {state / 1e6:.1f} MB")
+    talk(f"{bundle} is {manifest.digest} now")
     if options.as_json:
-        print_json(manifest.to_json()["decoders"])
+        print_json({**manifest.to_json()["decoders"], "digest": manifest.digest})

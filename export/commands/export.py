@@ -51,7 +51,7 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
             *parts, fp8=fp8, force=force, consume=True, report=report,
             allow_non_finite=request.allow_non_finite,
         )  # fmt: skip
-    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
+    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB), {manifest.digest}")
     if output.as_json:
         print_json(manifest.to_json())
 

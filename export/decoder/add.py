@@ -144,8 +144,7 @@ def add_decoder(
         updated = replace(manifest, decoders={**manifest.decoders, source.kind: info})
         for file in (weights, *(graph.file for graph in graphs.values())):
             shutil.move(work / file, bundle / file)
-        write_manifest(updated, bundle)
-    return updated
+        return write_manifest(updated, bundle)
 
 
 def check_decoder_target(manifest: Manifest, bundle: Path, kind: str, *, force: bool) -> None:

@@ -23,7 +23,7 @@ from forcing_kv.runtime_trt.bundle.files import replaced_folder
 from forcing_kv.runtime_trt.bundle.fp8 import check_sm
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Bundle, DecoderInfo
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.inductor.package import environment
@@ -54,7 +54,9 @@ def build_inductor(
             "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch "
             "finds no CUDA device here; build there, or give --device cpu"
         )
-    manifest = read_manifest(bundle)
+    with Bundle(bundle) as opened:
+        manifest = opened.manifest
+        opened.check_exported()
     if manifest.fp8 is not None and options.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         check_sm(manifest.fp8, 10 * major + minor)
@@ -86,7 +88,7 @@ def build_inductor(
         options=asdict(options),
         decoders=decoders,
     )
-    write_record(bundle, record)
+    write_record(bundle, record, manifest)
     return record
 
 

@@ -6,6 +6,7 @@ their own.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 from forcing_kv.export.bundle.write import write_manifest
@@ -25,12 +27,15 @@ from forcing_kv.runtime_trt.bundle.engines import (
     EngineRecord,
     weight_table,
 )
-from forcing_kv.runtime_trt.bundle.files import replaced_folder
+from forcing_kv.runtime_trt.bundle.files import replaced_folder, write_file
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import (
     WEIGHT_FILE,
+    Bundle,
+    Manifest,
     read_manifest,
 )
+from forcing_kv.runtime_trt.errors import BundleError
 
 Report = Callable[[str, str, float], None]
 """(graph, what the builder does, how much of the graph is done)."""
@@ -51,10 +56,13 @@ def run_build(
     if not plan.to_do and old is not None:
         return old, {}
     start = perf_counter()
+    for bundle in (plan, plan.source) if plan.source is not None else (plan,):
+        with Bundle(bundle.bundle) as opened:
+            opened.check_exported()
     details: dict[str, EngineDetail] = {}
     layers = {}
     target = plan.bundle / plan.folder
-    with replaced_folder(target) as folder:
+    with _timing_cache(plan) as cache, replaced_folder(target) as folder:
         for graph in plan.graphs:
             file = folder / graph.file
             file.parent.mkdir(exist_ok=True)
@@ -68,16 +76,42 @@ def run_build(
                 report(graph.label, "refitting", 0.0)
                 details[graph.label] = _refit_graph(plan, plan.source, graph, file, begin)
                 continue
-            built = _build_graph(plan, graph, report)
+            built = _build_graph(plan, graph, cache, report)
             file.write_bytes(built.plan)
             if plan.options.strip_weights:
                 table = file.with_name(weight_table(file.name))
                 write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
             layers[graph.label] = built.log.layers
             details[graph.label] = _detail(graph, built, perf_counter() - begin)
+        measured = None if cache is None or not cache.is_file() else cache.read_bytes()
     record = _record(plan, details, perf_counter() - start)
-    write_record(plan.bundle, record)
+    write_record(plan.bundle, record, plan.manifest, _keep_timing_cache(plan, measured))
     return record, layers
+
+
+@contextmanager
+def _timing_cache(plan: BuildPlan) -> Iterator[Path | None]:
+    """A file of the builder's own with the tactics that the bundle has measured, where it has any.
+
+    The builder parses it natively, so it gets no file but the one whose hash is recorded.
+    """
+    if plan.timing_cache is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="fkv-build-") as folder:
+        path = Path(folder) / "timing.cache"
+        if plan.timing_cache in plan.manifest.timing_caches:
+            with Bundle(plan.bundle) as bundle:
+                path.write_bytes(bundle.read(plan.timing_cache))
+        yield path
+
+
+def _keep_timing_cache(plan: BuildPlan, measured: bytes | None) -> Mapping[str, str]:
+    """Put measured tactics into the bundle; the file's hash, by its path."""
+    if plan.timing_cache is None or measured is None:
+        return {}
+    write_file(plan.bundle / plan.timing_cache, measured)
+    return {plan.timing_cache: hashlib.sha256(measured).hexdigest()}
 
 
 def _refit_graph(
@@ -100,10 +134,11 @@ def _refit_graph(
     )
 
 
-def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
+def _build_graph(
+    plan: BuildPlan, graph: GraphBuild, cache: Path | None, report: Report
+) -> BuiltPlan:
     """Build one graph with the plugins, or in the form that needs none."""
     options = plan.options
-    cache = None if plan.timing_cache is None else plan.bundle / plan.timing_cache
 
     def progress(phase: str, fraction: float) -> None:
         report(graph.label, phase, fraction)
@@ -208,9 +243,29 @@ def _part(
     }
 
 
-def write_record(bundle: Path, record: EngineRecord) -> None:
-    """Add an engine record to the manifest, in place of the one of the same folder."""
+def write_record(
+    bundle: Path,
+    record: EngineRecord,
+    built_of: Manifest,
+    timing_caches: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Add an engine record to the manifest, in place of the one of the same folder.
+
+    Args:
+        built_of: the manifest whose graphs and weights the engine was made of.
+        timing_caches: hashes of files that the build wrote too.
+
+    Raises:
+        BundleError: the bundle holds other graphs or weights by now.
+    """
     # Read again: another build may have added its engines meanwhile.
     manifest = read_manifest(bundle)
+    kinds = record.decoders
+    if (manifest.hashes, [manifest.decoders.get(kind) for kind in kinds]) != (
+        built_of.hashes,
+        [built_of.decoders[kind] for kind in kinds],
+    ):
+        raise BundleError(f"{bundle}: was replaced while engines were built; build again")
     others = [old for old in manifest.engines if old.folder != record.folder]
-    write_manifest(replace(manifest, engines=(*others, record)), bundle)
+    caches = {**manifest.timing_caches, **timing_caches}
+    write_manifest(replace(manifest, engines=(*others, record), timing_caches=caches), bundle)

@@ -77,6 +77,8 @@ class SessionOptions:
 
     backend: str = "auto"
     """auto or a backend's name."""
+    digest: str | None = None
+    """Refuse a bundle with another, which `fkv export` and `fkv inspect` print."""
     num_threads: Natural = 0
     """CPU threads; 0: automatic."""
     cuda_graph: YesNo = True
@@ -92,6 +94,10 @@ class SessionOptions:
             "use_graphs": self.cuda_graph,
             "allow_non_finite": self.allow_non_finite,
         }
+
+    def open(self, bundle: Path, manifest: Manifest) -> Session:
+        """Open the bundle whose manifest that is, and no other."""
+        return Session.open(bundle, self.backend, digest=manifest.digest, **self.shared)
 
 
 def run(
@@ -109,19 +115,20 @@ def run(
         bundle: Bundle directory.
     """
     video.check()
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(bundle, engine.digest)
     chosen = choose_decoder(bundle, manifest, decoding, video.out)
     if video.live is not None and chosen is None:
         raise InputError("--live shows frames, but nothing is decoded; give --decode vae or tae")
     videos = prompts.videos(manifest)
     opening = time.perf_counter()
     with ExitStack() as stack:
-        session = stack.enter_context(Session.open(bundle, engine.backend, **engine.shared))
+        session = stack.enter_context(engine.open(bundle, manifest))
         decoder: FrameDecoder | None = None
         if chosen is not None:
             decoder = chosen.open(session.backend_name, **engine.shared)
             stack.callback(decoder.close)
-        shared = {"backend": session.backend_name, "seed": video.seed}
+        talk(f"{bundle} is {manifest.digest}")
+        shared = {"backend": session.backend_name, "seed": video.seed, "digest": manifest.digest}
         shared["open_s"] = time.perf_counter() - opening
         records = []
         for path, switches in zip(video.outputs(len(videos)), videos, strict=True):
