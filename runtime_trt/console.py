@@ -7,6 +7,7 @@ use, so that a process that only runs a bundle does not load it.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -44,22 +45,52 @@ def project_version() -> str:
     return version("forcing-kv")
 
 
+_ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that act on a terminal, turn the text around, or are none; not tab and newline."""
+
+
+def shown(text: str) -> str:
+    r"""Returns text from outside as a terminal may get it: what would act is spelt, as `\x1b`."""
+    return _ACTING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 @cache
 def console() -> Console:
     """Returns the console on stderr, for tables and styled text; most callers want `talk`."""
-    from rich.console import Console
+    return _plain_console(stderr=True)
 
-    return Console(stderr=True, highlight=False)
+
+def screen() -> Console:
+    """Returns a console on stdout, for what a command was asked to show."""
+    return _plain_console()
+
+
+def _plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints every text as it is: no markup, no emoji names, and as `shown`.
+
+    That goes for the cells and titles of tables too; `rich.text.Text` is left alone.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(shown(text), **options | {"markup": False, "emoji": False})
+
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def talk(message: str, *, style: str | None = None) -> None:
     """Prints a message for the person at the terminal.
 
     Args:
-        message: Printed as it is: brackets are not markup, and long lines are left to the terminal.
+        message: Printed as it is, but for what acts on a terminal (`shown`): brackets are not
+            markup, and long lines are left to the terminal.
         style: A `rich` style such as "green" or "bold red", dropped where there is no terminal.
     """
-    console().print(message, style=style, markup=False, soft_wrap=True)
+    console().print(message, style=style, soft_wrap=True)
 
 
 def print_json(record: Any) -> None:
@@ -102,9 +133,7 @@ class Task:
 
     def describe(self, description: str) -> None:
         """Replaces the text before the bar, such as the name of the graph being written."""
-        from rich.markup import escape
-
-        self._bars.update(self._task, description=escape(description))
+        self._bars.update(self._task, description=shown(description))
 
 
 @contextmanager
@@ -118,7 +147,6 @@ def progress(description: str, total: float | None = None) -> Iterator[Task]:
     Yields:
         The bar, to be advanced by the block.
     """
-    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -129,7 +157,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Task]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -137,7 +165,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Task]:
     )
     quiet = not console().is_terminal
     with Progress(*columns, console=console(), disable=quiet) as bars:
-        yield Task(bars, bars.add_task(escape(description), total=total))
+        yield Task(bars, bars.add_task(shown(description), total=total))
 
 
 def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:

@@ -6,17 +6,26 @@ What runs the graphs is a `DecodeRunner`: ONNX Runtime, or an engine that `fkv b
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest, check_decoder_files
+from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.bundle.manifest import (
+    MANIFEST_FILE,
+    Bundle,
+    DecoderInfo,
+    Manifest,
+    load_whole,
+)
 from forcing_kv.runtime_trt.decode.runner import (
     DECODE,
     DECODE_FIRST,
+    FRAMES,
+    LATENTS,
     NEW_STATE,
     STATE,
     DecodeRunner,
@@ -41,7 +50,7 @@ from forcing_kv.runtime_trt.rollout.arguments import (
     float_array,
     yes_or_no,
 )
-from forcing_kv.runtime_trt.rollout.ports import split_name
+from forcing_kv.runtime_trt.rollout.ports import port_name, split_name
 from forcing_kv.runtime_trt.tensorrt.flavours import FLAVOURS
 
 _ONNXRUNTIME_DEVICES = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
@@ -92,6 +101,7 @@ class VideoDecoder:
         kind: str,
         backend: str = "onnxruntime",
         *,
+        digest: str | None = None,
         num_threads: int = 0,
         use_graphs: bool = True,
         allow_non_finite: bool = False,
@@ -99,10 +109,12 @@ class VideoDecoder:
         """Open one of the decoders that a bundle holds; the denoiser is not loaded.
 
         Args:
-            bundle: directory of the bundle.
-            manifest: its manifest, of `read_manifest`.
+            bundle: directory written by `fkv export`.
+            manifest: as it was read (`read_manifest`); a bundle that has been replaced since is
+                refused.
             kind: vae or tae.
             backend: one of `DECODE_BACKENDS`; `follow_session` chooses.
+            digest: the bundle's (`Session.open`); None takes that of `manifest`.
             num_threads: CPU threads of ONNX Runtime, at most eight for each CPU of the machine; 0
                 leaves the choice to it.
             use_graphs: replay captured CUDA graphs, for backends that can.
@@ -112,29 +124,32 @@ class VideoDecoder:
             InputError: it holds no decoder of this kind, there is no such backend, or an argument
                 is of another type or out of range.
             BackendUnavailableError: the backend cannot run here, or has no engine of the decoder.
-            BundleError: a file is missing or altered, or the engine is of another decoder.
+            BundleError: a file is missing or altered, the engine is of another decoder, or the
+                bundle has another digest.
         """
         bundle = file_path("bundle", bundle)
+        manifest.require_digest(digest, bundle / MANIFEST_FILE)
         check_choice(bundle, manifest, kind, backend)
         num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
-        info = manifest.decoders[kind]
-        _check_graphs(info, str(bundle))
-        check_decoder_files(bundle, info)
-        runner: DecodeRunner
-        if backend in FLAVOURS:
-            from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt_decoder
 
-            runner = open_tensorrt_decoder(bundle, manifest, kind, backend, use_graphs=use_graphs)
-        elif backend == "inductor":
-            from forcing_kv.runtime_trt.inductor.open import open_inductor_decoder
+        def load(opened: Bundle) -> DecodeRunner:
+            _check_graphs(opened.manifest, kind, str(bundle))
+            opened.check_decoder(kind)
+            if backend in FLAVOURS:
+                from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt_decoder
 
-            runner = open_inductor_decoder(bundle, manifest, kind, use_graphs=use_graphs)
-        else:
+                return open_tensorrt_decoder(opened, kind, backend, use_graphs=use_graphs)
+            if backend == "inductor":
+                from forcing_kv.runtime_trt.inductor.open import open_inductor_decoder
+
+                return open_inductor_decoder(opened, kind, use_graphs=use_graphs)
             from forcing_kv.runtime_trt.decode.onnxruntime import OnnxRuntimeDecodeRunner
 
             device = _ONNXRUNTIME_DEVICES[backend]
-            runner = OnnxRuntimeDecodeRunner(bundle, info.graphs, num_threads, device)
-        return cls(runner, info, allow_non_finite=allow_non_finite)
+            return OnnxRuntimeDecodeRunner(opened, kind, num_threads, device)
+
+        runner = load_whole(bundle, manifest.digest, load)
+        return cls(runner, manifest.decoders[kind], allow_non_finite=allow_non_finite)
 
     @property
     def backend_name(self) -> str:
@@ -302,24 +317,44 @@ def follow_session(
     return decoder
 
 
-def _check_graphs(info: DecoderInfo, where: str) -> None:
-    """Refuse a decoder entry whose graphs do not fit each other.
+def _check_graphs(manifest: Manifest, kind: str, where: str) -> None:
+    """Refuse a decoder entry whose graphs fit neither each other nor the denoiser.
 
     Raises:
         BundleError: what is wrong.
     """
+    graphs = manifest.decoders[kind].graphs
+    _, *latent_shape = manifest.config.latent_shape
+    latents = TensorInfo(LATENTS, (1, *latent_shape), "float32")
+    decode = graphs.get(DECODE)
+    fits = decode is not None and graphs.keys() <= {DECODE, DECODE_FIRST}
+    if fits and decode is not None:
+        states = decode.inputs[1:]
+        fits = [split_name(state.name) for state in states] == [
+            (STATE, i) for i in range(len(states))
+        ]
+        made = tuple(replace(state, name=port_name(NEW_STATE, i)) for i, state in enumerate(states))
+        size = _frame_size(decode)
+        for name, graph in graphs.items():
+            first = name == DECODE_FIRST
+            fits = fits and graph.inputs == ((latents,) if first else (latents, *states))
+            fits = fits and size is not None and _frame_size(graph) == size
+            found = graph.outputs[1:]
+            kept = tuple(info for info in made if not first or info in found)
+            fits = fits and found == kept
+    if not fits:
+        raise BundleError(
+            f"{where}: the graphs of its {kind} decoder do not fit each other, or not the latents "
+            f"{list(latents.shape)}; add the decoder again"
+        )
 
-    def states(graph: GraphInfo, part: str) -> set[tuple[int | None, tuple[int, ...]]]:
-        tensors = graph.inputs if part == STATE else graph.outputs
-        named = ((*split_name(tensor.name), tensor.shape) for tensor in tensors)
-        return {(index, shape) for stem, index, shape in named if stem == part}
 
-    decode, first = info.graphs.get(DECODE), info.graphs.get(DECODE_FIRST)
-    fits = decode is not None and states(decode, NEW_STATE) == states(decode, STATE)
-    if fits and decode is not None and first is not None:
-        fits = states(first, NEW_STATE) <= states(decode, STATE)
-    if not fits or set(info.graphs) - {DECODE, DECODE_FIRST}:
-        raise BundleError(f"{where}: its graphs do not fit each other; add the decoder again")
+def _frame_size(graph: GraphInfo) -> tuple[int, ...] | None:
+    """Channels, height and width of the frames that a graph returns first; None if it does not."""
+    frames = graph.outputs[0] if graph.outputs else None
+    if frames is None or (frames.name, frames.dtype, len(frames.shape)) != (FRAMES, "float32", 4):
+        return None
+    return frames.shape[1:] if frames.shape[1] == 3 else None
 
 
 def to_rgb8(frames: Float32) -> NDArray[np.uint8]:

@@ -30,6 +30,8 @@ class ElementType:
     size carries the bits, and `widened` makes numbers of them."""
     onnx: str
     """Member of ONNX's `DataType`."""
+    onnx_code: int
+    """Its number."""
     safetensors: str
     """Code in the header of a safetensors file."""
     tensorrt: str = ""
@@ -41,22 +43,23 @@ class ElementType:
 
 
 _TYPES = (
-    ElementType("float64", 8, "float64", "DOUBLE", "F64"),
-    ElementType("float32", 4, "float32", "FLOAT", "F32", "FLOAT", "FP32", "fp32"),
-    ElementType("float16", 2, "float16", "FLOAT16", "F16", "HALF", "FP16", "fp16"),
-    ElementType("bfloat16", 2, "uint16", "BFLOAT16", "BF16", "BF16", "BF16", "bf16"),
-    ElementType("float8_e4m3fn", 1, "uint8", "FLOAT8E4M3FN", "F8_E4M3", "FP8"),
-    ElementType("float8_e5m2", 1, "uint8", "FLOAT8E5M2", "F8_E5M2"),
-    ElementType("int64", 8, "int64", "INT64", "I64", "INT64"),
-    ElementType("int32", 4, "int32", "INT32", "I32", "INT32", "INT32", "i32"),
-    ElementType("int16", 2, "int16", "INT16", "I16"),
-    ElementType("int8", 1, "int8", "INT8", "I8", "INT8"),
-    ElementType("uint8", 1, "uint8", "UINT8", "U8", "UINT8"),
-    ElementType("bool", 1, "bool", "BOOL", "BOOL", "BOOL"),
+    ElementType("float64", 8, "float64", "DOUBLE", 11, "F64"),
+    ElementType("float32", 4, "float32", "FLOAT", 1, "F32", "FLOAT", "FP32", "fp32"),
+    ElementType("float16", 2, "float16", "FLOAT16", 10, "F16", "HALF", "FP16", "fp16"),
+    ElementType("bfloat16", 2, "uint16", "BFLOAT16", 16, "BF16", "BF16", "BF16", "bf16"),
+    ElementType("float8_e4m3fn", 1, "uint8", "FLOAT8E4M3FN", 17, "F8_E4M3", "FP8"),
+    ElementType("float8_e5m2", 1, "uint8", "FLOAT8E5M2", 19, "F8_E5M2"),
+    ElementType("int64", 8, "int64", "INT64", 7, "I64", "INT64"),
+    ElementType("int32", 4, "int32", "INT32", 6, "I32", "INT32", "INT32", "i32"),
+    ElementType("int16", 2, "int16", "INT16", 5, "I16"),
+    ElementType("int8", 1, "int8", "INT8", 3, "I8", "INT8"),
+    ElementType("uint8", 1, "uint8", "UINT8", 2, "U8", "UINT8"),
+    ElementType("bool", 1, "bool", "BOOL", 9, "BOOL", "BOOL"),
 )
 DTYPES: Mapping[str, ElementType] = {each.name: each for each in _TYPES}
 """Every element type by its name."""
 BY_ONNX: Mapping[str, ElementType] = {each.onnx: each for each in _TYPES}
+BY_ONNX_CODE: Mapping[int, ElementType] = {each.onnx_code: each for each in _TYPES}
 BY_SAFETENSORS: Mapping[str, ElementType] = {each.safetensors: each for each in _TYPES}
 BY_TENSORRT: Mapping[str, ElementType] = {each.tensorrt: each for each in _TYPES if each.tensorrt}
 

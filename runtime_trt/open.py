@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 from forcing_kv.runtime_trt.backends.base import Backend
-from forcing_kv.runtime_trt.bundle.manifest import Manifest, check_files, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Bundle, load_whole
 from forcing_kv.runtime_trt.errors import (
     BackendUnavailableError,
-    ForcingKvError,
+    MissingDependencyError,
     missing_dependency,
     unknown_name,
 )
@@ -53,15 +53,22 @@ def choose_backend(wanted: str, bundle: Path | None = None) -> tuple[str, str]:
     Raises:
         InputError: no such backend.
         BackendUnavailableError: it, or every backend, cannot run here; says why each cannot.
+        BundleError: what a backend would run is missing or altered.
     """
     _check_name(wanted)
-    manifest = None if bundle is None else read_manifest(bundle)
+    if bundle is None:
+        return _choose(wanted, None)
+    with Bundle(bundle) as opened:
+        return _choose(wanted, opened)
+
+
+def _choose(wanted: str, bundle: Bundle | None) -> tuple[str, str]:
     installed = available_backends()
     passed_over: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
         reason = installed[name]
-        if reason is None and bundle is not None and manifest is not None:
-            reason = _unusable(name, bundle, manifest)
+        if reason is None and bundle is not None:
+            reason = _unusable(name, bundle)
         if reason is None:
             why = "asked for" if wanted != "auto" else "the best that can run here"
             return name, "; ".join([why, *passed_over])
@@ -74,22 +81,25 @@ def _check_name(wanted: str) -> None:
         raise unknown_name("backend", wanted, ("auto", *BACKENDS))
 
 
-def _unusable(name: str, bundle: Path, manifest: Manifest) -> str | None:
-    """Why a backend that is installed cannot run this bundle here, or None."""
+def _unusable(name: str, bundle: Bundle) -> str | None:
+    """Why a backend that is installed cannot run this bundle here, or None.
+
+    What is altered is an error, though another backend could do without: whoever has altered one
+    file may have altered more.
+    """
+    manifest = bundle.manifest
     try:
         if name in FLAVOURS:
             from forcing_kv.runtime_trt.tensorrt.open import checked_record
 
-            checked_record(bundle, manifest, name)
+            checked_record(bundle, name)
         elif name == "inductor":
-            from forcing_kv.runtime_trt.inductor.open import inductor_record
-            from forcing_kv.runtime_trt.inductor.package import check_environment
+            from forcing_kv.runtime_trt.inductor.open import checked_inductor_record
 
-            environment = inductor_record(bundle, manifest).environment
-            check_environment(environment, environment["device"])
+            checked_inductor_record(bundle)
         elif manifest.config.dtype == "bfloat16":
             return "it does not run bfloat16 on the CPU; export with --dtype float32"
-    except ForcingKvError as error:
+    except (BackendUnavailableError, MissingDependencyError) as error:
         return str(error)
     return None
 
@@ -98,6 +108,7 @@ def open_backend(
     bundle: str | os.PathLike[str],
     backend: str = "auto",
     *,
+    digest: str | None = None,
     num_threads: int = 0,
     use_graphs: bool = True,
 ) -> Backend:
@@ -106,43 +117,47 @@ def open_backend(
     Args:
         bundle: directory written by `fkv export`.
         backend: a backend's name, or auto.
+        digest: what `fkv export` or `fkv inspect` printed, such as `sha256:0a1b…`; a bundle with
+            another is refused before any of it is loaded. None takes any.
         num_threads: CPU threads for backends that run there, at most eight for each CPU of the
             machine; 0 leaves the choice to them.
         use_graphs: replay one captured CUDA graph a chunk, for backends that can.
 
     Raises:
-        InputError: an argument of another type or out of range, or no such backend.
-        BundleError: the bundle is missing, altered, or of another version.
+        InputError: an argument of another type or out of range, no such backend, or `digest` is
+            none.
+        BundleError: the bundle is missing, altered, of another version or of another digest.
         BackendUnavailableError: the backend cannot run here.
     """
     folder = file_path("bundle", bundle)
     _check_name(backend)
     num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    name, why = choose_backend(backend, folder if backend == "auto" else None)
-    opened = _open(name, folder, manifest, num_threads, use_graphs)
-    opened.chosen_because = why
-    _log.info("%s runs on %s: %s", folder, name, why)
-    return opened
+
+    def load(opened: Bundle) -> Backend:
+        opened.check_graphs()
+        name, why = _choose(backend, opened if backend == "auto" else None)
+        found = _open(name, opened, num_threads, use_graphs)
+        found.chosen_because = why
+        _log.info("%s runs on %s: %s", opened, name, why)
+        return found
+
+    return load_whole(folder, digest, load)
 
 
-def _open(
-    name: str, bundle: Path, manifest: Manifest, num_threads: int, use_graphs: bool
-) -> Backend:
+def _open(name: str, bundle: Bundle, num_threads: int, use_graphs: bool) -> Backend:
     if name in FLAVOURS:
         from forcing_kv.runtime_trt.tensorrt.open import open_tensorrt
 
-        return open_tensorrt(bundle, manifest, name, use_graphs=use_graphs)
+        return open_tensorrt(bundle, name, use_graphs=use_graphs)
     if name == "inductor":
         from forcing_kv.runtime_trt.inductor.open import (
-            inductor_record,
+            checked_inductor_record,
             open_package,
             package_backend,
         )
 
-        package = open_package(bundle, inductor_record(bundle, manifest))
-        return package_backend(manifest.config, package, use_graphs=use_graphs)
+        package = open_package(bundle, checked_inductor_record(bundle))
+        return package_backend(bundle.manifest.config, package, use_graphs=use_graphs)
     from forcing_kv.runtime_trt.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, manifest, num_threads)
+    return OnnxRuntimeBackend(bundle, num_threads)

@@ -116,28 +116,34 @@ class Session:
         bundle: str | os.PathLike[str],
         backend: str = "auto",
         *,
+        digest: str | None = None,
         num_threads: int = 0,
         use_graphs: bool = True,
         allow_non_finite: bool = False,
     ) -> Session:
-        """Open a bundle.
+        """Open a bundle. One with native engines is code: open what you made, or pin its digest.
 
         Args:
             bundle: directory written by `fkv export`.
             backend: a backend's name, or `auto` for the best that is present.
+            digest: what `fkv export` or `fkv inspect` printed, such as `sha256:0a1b…`; a bundle
+                with another is refused before any of it is loaded. None takes any.
             num_threads: CPU threads for backends that run there, at most eight for each CPU of the
                 machine; 0 leaves the choice to them.
             use_graphs: replay one captured CUDA graph a chunk, for backends that can.
             allow_non_finite: hand out chunks that hold NaN or infinities too.
 
         Raises:
-            InputError: an argument of another type or out of range, or no such backend.
-            BundleError: the bundle is missing, altered, or of another version.
+            InputError: an argument of another type or out of range, no such backend, or `digest`
+                is none.
+            BundleError: the bundle is missing, altered, of another version or of another digest.
             BackendUnavailableError: the backend cannot run here.
         """
         from forcing_kv.runtime_trt.open import open_backend
 
-        opened = open_backend(bundle, backend, num_threads=num_threads, use_graphs=use_graphs)
+        opened = open_backend(
+            bundle, backend, digest=digest, num_threads=num_threads, use_graphs=use_graphs
+        )
         return cls(opened, allow_non_finite=allow_non_finite)
 
     @property

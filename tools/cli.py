@@ -39,7 +39,7 @@ from typing import NamedTuple
 from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from forcing_kv.export.request.flags import MANNERS, OPTIONS
-from forcing_kv.runtime_trt.console import ExitCode, project_version, talk
+from forcing_kv.runtime_trt.console import ExitCode, project_version, shown, talk
 from forcing_kv.runtime_trt.errors import (
     EXTRA_OF_MODULE,
     REMEDIES,
@@ -187,7 +187,7 @@ def _load_what_is_listed(app: App, arguments: Sequence[str]) -> bool:
 def _report(error: Exception) -> ExitCode:
     message = _user_message(error)
     if message is None or os.environ.get("FKV_DEBUG", "") not in ("", "0"):
-        traceback.print_exception(error)
+        sys.stderr.write(shown("".join(traceback.format_exception(error))))
     if message is None:
         talk("This is a defect in forcing_kv, not in its use.", style="bold red")
         return ExitCode.INTERNAL

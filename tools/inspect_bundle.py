@@ -7,38 +7,38 @@ from typing import Any
 
 from forcing_kv.export.request.flags import Json, YesNo
 from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
-from forcing_kv.runtime_trt.bundle.engines import EngineRecord, check_engines
-from forcing_kv.runtime_trt.bundle.manifest import (
-    Manifest,
-    check_decoder_files,
-    check_files,
-    read_manifest,
-)
-from forcing_kv.runtime_trt.console import print_json
+from forcing_kv.runtime_trt.bundle.engines import EngineRecord
+from forcing_kv.runtime_trt.bundle.manifest import Bundle, Manifest
+from forcing_kv.runtime_trt.console import print_json, screen
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, pool_nbytes
 
 
-def inspect(bundle: Path, /, *, check: YesNo = True, as_json: Json = False) -> None:
-    """Show what is inside a bundle: shapes, policy, heads, graphs, engines, hashes, sizes.
+def inspect(
+    bundle: Path,
+    /,
+    *,
+    digest: str | None = None,
+    check: YesNo = True,
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a bundle: digest, shapes, policy, heads, graphs, engines, hashes, sizes.
 
     Args:
         bundle: Bundle directory.
+        digest: Refuse a bundle with another.
         check: Compare every file with its recorded hash.
         as_json: Print the manifest.
     """
-    manifest = read_manifest(bundle)
-    if check:
-        check_files(bundle, manifest)
-        for decoder in manifest.decoders.values():
-            check_decoder_files(bundle, decoder)
-        check_engines(bundle, manifest.engines)
+    with Bundle(bundle, digest) as opened:
+        manifest = opened.manifest
+        if check:
+            opened.check_exported()
+            opened.check(opened.recorded)
     if as_json:
         print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
         return
-    from rich.console import Console
-
-    out = Console(highlight=False)
+    out = screen()
     for table in (_summary(manifest), _heads(manifest), _graphs(bundle, manifest)):
         out.print(table)
     for engine in manifest.engines:
@@ -61,6 +61,7 @@ def _summary(manifest: Manifest) -> Any:
     dense_nbytes = 2 * dense_rows * chunk.tokens_per_frame * model.head_dim
     dense_nbytes *= DTYPES[config.dtype].nbytes
     table = _table(manifest.name, "what", "value")
+    table.add_row("digest", manifest.digest)
     shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}"
     table.add_row("model", f"{shape}, ffn {model.ffn_dim}, text {model.text_len}x{model.text_dim}")
     table.add_row(
@@ -98,9 +99,10 @@ def _heads(manifest: Manifest) -> Any:
     )
     for layer, layout in enumerate(config.layouts):
         marks = {}
+        order = config.partition.head_order(layer)
         for group in layout.groups:
-            for position in range(group.first_head, group.first_head + group.num_heads):
-                marks[config.partition.head_order(layer)[position]] = group.kind[0].upper()
+            for head in order[group.heads]:
+                marks[head] = group.kind[0].upper()
         nbytes = pool_nbytes([layout], config.model.head_dim, DTYPES[config.dtype].nbytes)
         heads = "".join(marks[head] for head in sorted(marks))
         table.add_row(str(layer), heads, str(layout.num_rows), f"{nbytes / 1e6:.3f}")

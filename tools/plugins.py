@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.export.request.flags import Ints, Json, LatentSize, PositiveInt, flags
-from forcing_kv.runtime_trt.console import print_json, track
+from forcing_kv.runtime_trt.console import print_json, screen, track
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
@@ -129,10 +129,9 @@ def _row(
 
 
 def _print_table(title: str, rows: list[KernelRow]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    out = screen()
     out.print(
         f"{title}; * default tactic, (PyTorch) no plugin; registers and spilled bytes of a thread"
     )

@@ -129,8 +129,7 @@ def export_bundle(
             text_encoder=labels.text_encoder,
             decoder=labels.decoder,
         )
-        write_manifest(manifest, folder)
-    return manifest
+        return write_manifest(manifest, folder)
 
 
 def _write_graphs(
@@ -163,7 +162,13 @@ def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:
     return GraphInfo(relative, sha256_of(folder / relative), inputs, outputs)
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json` atomically."""
-    text = json.dumps(manifest.to_json(), indent=1) + "\n"
+def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
+    """Write `manifest.json` atomically, with its digest.
+
+    Returns:
+        The manifest as written.
+    """
+    sealed = manifest.sealed()
+    text = json.dumps(sealed.to_json(), indent=1) + "\n"
     write_file(folder / MANIFEST_FILE, text.encode())
+    return sealed

@@ -29,7 +29,7 @@ class DecoderOptions:
     allow_non_finite: bool = False
     """Take weights that are NaN or infinite too."""
     as_json: Json = False
-    """Print the decoders' entries."""
+    """Print the decoders' entries and the bundle's digest."""
 
 
 def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) -> None:
@@ -44,8 +44,9 @@ def add_decoder(bundle: Path, /, *, options: DecoderOptions = DecoderOptions()) 
 
     with changed_bundle(bundle) as manifest:
         manifest = _add_decoders(bundle, manifest, options)
+    talk(f"{bundle} is {manifest.digest} now")
     if options.as_json:
-        print_json(manifest.to_json()["decoders"])
+        print_json({**manifest.to_json()["decoders"], "digest": manifest.digest})
 
 
 def _add_decoders(bundle: Path, manifest: Manifest, options: DecoderOptions) -> Manifest:

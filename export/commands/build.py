@@ -62,7 +62,7 @@ class BuildRun:
     dry_run: bool = False
     """Say what would be built, its size and memory; stop."""
     as_json: Json = False
-    """Print the engine record."""
+    """Print the engine record and the bundle's digest."""
 
 
 def build(
@@ -128,8 +128,7 @@ def _carry_out(plan: BuildPlan, wanted: TensorRtBuild, run: BuildRun) -> None:
     _summary(plan, record)
     if wanted.layer_info is not None:
         _write_layers(wanted.layer_info, layers)
-    if run.as_json:
-        print_json(record.to_json())
+    _tell_digest(plan.bundle, record, run)
 
 
 def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
@@ -162,8 +161,17 @@ def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
 
         record = build_inductor(bundle, options, report)
     talk(f"recorded {record.folder} in {bundle}/manifest.json ({record.build_seconds} s)")
+    _tell_digest(bundle, record, run)
+
+
+def _tell_digest(bundle: Path, record: EngineRecord, run: BuildRun) -> None:
+    """Say what the bundle is now; the engines are part of it."""
+    from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+
+    digest = read_manifest(bundle).digest
+    talk(f"{bundle} is {digest} now")
     if run.as_json:
-        print_json(record.to_json())
+        print_json({**record.to_json(), "digest": digest})
 
 
 def describe(plan: BuildPlan) -> str:

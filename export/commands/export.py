@@ -48,7 +48,7 @@ def export(*, output: BundleOutput, request: ExportRequest = ExportRequest()) ->
         return
     with claimed(out, wait=output.force):
         manifest = _export(resolved, output)
-    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB)")
+    talk(f"wrote {out} ({_num_bytes(out) / 1e6:.1f} MB), {manifest.digest}")
     if output.as_json:
         print_json(manifest.to_json())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forcing_kv.export.request.flags import Json, PositiveInt, Seed, YesNo, flags
-from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
+from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -29,6 +29,8 @@ class VerifyOptions:
     """Key of a bundle's prompt and noise."""
     decoder: str | None = None
     """vae or tae: check this decoder of the bundle, not the denoiser."""
+    digest: str | None = None
+    """Refuse a bundle with another, which `fkv export` and `fkv inspect` print."""
     cuda_graph: YesNo = True
     """Replay captured chunks."""
     as_json: Json = False
@@ -54,6 +56,8 @@ def verify(bundle: Path | None = None, /, *, options: VerifyOptions = VerifyOpti
         raise InputError("give either a bundle or --golden CASE_DIR")
     if options.decoder is not None and bundle is None:
         raise InputError("--decoder is for a bundle's decoder; give the bundle")
+    if options.digest is not None and bundle is None:
+        raise InputError("--digest is a bundle's; give the bundle")
     report: _Report
     if options.golden is not None:
         report, worst = _verify_golden(options.golden, options)
@@ -62,7 +66,7 @@ def verify(bundle: Path | None = None, /, *, options: VerifyOptions = VerifyOpti
     else:
         assert bundle is not None
         report, worst = _verify_bundle(bundle, options)
-    console().print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/bold] {worst}")
+    talk(f"{'PASS' if report.passed else 'FAIL'} {worst}", style="bold")
     if options.as_json:
         print_json(report.to_json())
     return ExitCode.GOOD if report.passed else ExitCode.CHECK_FAILED
@@ -70,12 +74,17 @@ def verify(bundle: Path | None = None, /, *, options: VerifyOptions = VerifyOpti
 
 def _verify_bundle(bundle: Path, options: VerifyOptions) -> tuple[_Report, str]:
     from forcing_kv.export.verify.bundle import verify_bundle
+    from forcing_kv.runtime_trt.bundle.manifest import read_manifest
     from forcing_kv.runtime_trt.open import open_backend
 
-    opened = open_backend(bundle, options.backend or "auto", use_graphs=options.cuda_graph)
+    manifest, backend = read_manifest(bundle, options.digest), options.backend or "auto"
+    graphs = options.cuda_graph
+    opened = open_backend(bundle, backend, digest=manifest.digest, use_graphs=graphs)
     try:
         talk(f"{opened.name} ({opened.chosen_because}) against eager PyTorch")
-        report = verify_bundle(bundle, opened, num_chunks=options.num_chunks, seed=options.seed)
+        report = verify_bundle(
+            bundle, opened, manifest, num_chunks=options.num_chunks, seed=options.seed
+        )
     finally:
         opened.close()
     for check in report.rollout:
@@ -90,7 +99,7 @@ def _verify_decoder(bundle: Path, kind: str, options: VerifyOptions) -> tuple[_R
     from forcing_kv.runtime_trt.bundle.manifest import read_manifest
     from forcing_kv.runtime_trt.decoder import VideoDecoder
 
-    manifest, backend = read_manifest(bundle), options.backend or "onnxruntime"
+    manifest, backend = read_manifest(bundle, options.digest), options.backend or "onnxruntime"
     graphs = options.cuda_graph
     with VideoDecoder.open(
         bundle, manifest, kind, backend, use_graphs=graphs, allow_non_finite=True

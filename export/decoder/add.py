@@ -151,7 +151,7 @@ def add_decoder(
         updated = replace(manifest, decoders={**manifest.decoders, kind: info})
         for file in (weights, *(graph.file for graph in graphs.values())):
             (work / file).replace(bundle / file)
-        write_manifest(updated, bundle)
+        updated = write_manifest(updated, bundle)
         discard_decoder(bundle, updated, kind)
     return updated
 

@@ -24,7 +24,7 @@ from forcing_kv.runtime_trt.bundle.files import replaced_folder
 from forcing_kv.runtime_trt.bundle.fp8 import check_sm
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import DecoderInfo, Manifest
+from forcing_kv.runtime_trt.bundle.manifest import Bundle, DecoderInfo, Manifest
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError
 from forcing_kv.runtime_trt.inductor.package import environment
@@ -55,8 +55,10 @@ def build_inductor(
             "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch "
             "finds no CUDA device here; build there, or give --device cpu"
         )
-    with changed_bundle(bundle) as manifest:
-        return _build(bundle, manifest, options, report)
+    with changed_bundle(bundle):
+        with Bundle(bundle) as opened:
+            opened.check_exported()
+        return _build(bundle, opened.manifest, options, report)
 
 
 def _build(
@@ -96,7 +98,7 @@ def _build(
         options=asdict(options),
         decoders=decoders,
     )
-    write_record(bundle, record)
+    write_record(bundle, record, manifest)
     return record
 
 

@@ -46,7 +46,8 @@ def open_compiled(
     compiled: CompiledPackage, config: RolloutConfig, device: str, *, use_graphs: bool = True
 ) -> Session:
     """A session on a compiled package; on CUDA it replays a captured graph a chunk by default."""
-    package = InductorPackage(compiled.path, compiled.graphs, compiled.constants, device)
+    content, where = compiled.path.read_bytes(), str(compiled.path)
+    package = InductorPackage(content, where, compiled.graphs, compiled.constants, device)
     return Session(package_backend(config, package, use_graphs=use_graphs))
 
 

@@ -6,12 +6,14 @@ their own.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 from forcing_kv.export.bundle.edit import (
@@ -30,9 +32,9 @@ from forcing_kv.runtime_trt.bundle.engines import (
     EngineRecord,
     weight_table,
 )
-from forcing_kv.runtime_trt.bundle.files import replaced_folder, scratch_folder
+from forcing_kv.runtime_trt.bundle.files import replaced_folder, scratch_folder, write_file
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE
+from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE, Bundle, Manifest
 from forcing_kv.runtime_trt.errors import BundleError
 
 Report = Callable[[str, str, float], None]
@@ -51,8 +53,7 @@ def run_build(
         ForcingKvError: a graph cannot be built; the bundle is then as it was.
     """
     with changed_bundle(plan.bundle) as manifest:
-        if replace(manifest, engines=()) != replace(plan.manifest, engines=()):
-            raise BundleError(f"{plan.bundle}: has changed since the build began; begin again")
+        _require_same_graphs(plan.bundle, manifest, plan.manifest)
         discard_engines(plan.bundle, manifest, plan.folder)
         return _build(plan, report)
 
@@ -65,9 +66,12 @@ def _build(plan: BuildPlan, report: Report) -> tuple[EngineRecord, dict[str, lis
     if old is not None:
         place = free_name(plan.folder, [old.folder])
     start = perf_counter()
+    for bundle in (plan, plan.source) if plan.source is not None else (plan,):
+        with Bundle(bundle.bundle) as opened:
+            opened.check_exported()
     details: dict[str, EngineDetail] = {}
     layers = {}
-    with replaced_folder(plan.bundle / place) as folder:
+    with _timing_cache(plan) as cache, replaced_folder(plan.bundle / place) as folder:
         for graph in plan.graphs:
             file = folder / graph.file
             file.parent.mkdir(exist_ok=True)
@@ -83,16 +87,42 @@ def _build(plan: BuildPlan, report: Report) -> tuple[EngineRecord, dict[str, lis
                 report(graph.label, "refitting", 0.0)
                 details[graph.label] = _refit_graph(plan, plan.source, graph, file, begin)
                 continue
-            built = _build_graph(plan, graph, report)
+            built = _build_graph(plan, graph, cache, report)
             file.write_bytes(built.plan)
             if plan.options.strip_weights:
                 table = file.with_name(weight_table(file.name))
                 write_stripped(table, built.stripped, PurePath(graph.info.file).parent)
             layers[graph.label] = built.log.layers
             details[graph.label] = _detail(graph, built, perf_counter() - begin)
+        measured = None if cache is None or not cache.is_file() else cache.read_bytes()
     record = _record(plan, place, details, perf_counter() - start)
-    write_record(plan.bundle, record)
+    write_record(plan.bundle, record, plan.manifest, _keep_timing_cache(plan, measured))
     return record, layers
+
+
+@contextmanager
+def _timing_cache(plan: BuildPlan) -> Iterator[Path | None]:
+    """A file of the builder's own with the tactics that the bundle has measured, where it has any.
+
+    The builder parses it natively, so it gets no file but the one whose hash is recorded.
+    """
+    if plan.timing_cache is None:
+        yield None
+        return
+    with scratch_folder() as folder:
+        path = folder / "timing.cache"
+        if plan.timing_cache in plan.manifest.timing_caches:
+            with Bundle(plan.bundle) as bundle:
+                path.write_bytes(bundle.read(plan.timing_cache))
+        yield path
+
+
+def _keep_timing_cache(plan: BuildPlan, measured: bytes | None) -> Mapping[str, str]:
+    """Put measured tactics into the bundle; the file's hash, by its path."""
+    if plan.timing_cache is None or measured is None:
+        return {}
+    write_file(plan.bundle / plan.timing_cache, measured)
+    return {plan.timing_cache: hashlib.sha256(measured).hexdigest()}
 
 
 def _refit_graph(
@@ -116,10 +146,11 @@ def _refit_graph(
     )
 
 
-def _build_graph(plan: BuildPlan, graph: GraphBuild, report: Report) -> BuiltPlan:
+def _build_graph(
+    plan: BuildPlan, graph: GraphBuild, cache: Path | None, report: Report
+) -> BuiltPlan:
     """Build one graph with the plugins, or in the form that needs none."""
     options = plan.options
-    cache = None if plan.timing_cache is None else plan.bundle / plan.timing_cache
 
     def progress(phase: str, fraction: float) -> None:
         report(graph.label, phase, fraction)
@@ -226,11 +257,32 @@ def _part(
     }
 
 
-def write_record(bundle: Path, record: EngineRecord) -> None:
-    """Add an engine record to the manifest, in place of the one of the same engines, which go."""
+def write_record(
+    bundle: Path,
+    record: EngineRecord,
+    built_of: Manifest,
+    timing_caches: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Add an engine record to the manifest, in place of the one of the same engines, which go.
+
+    Args:
+        built_of: the manifest whose graphs and weights the engine was made of.
+        timing_caches: hashes of files that the build wrote too.
+
+    Raises:
+        BundleError: the bundle holds other graphs or weights by now.
+    """
     name = base_name(record.folder)
     with changed_bundle(bundle) as manifest:
+        _require_same_graphs(bundle, manifest, built_of)
         others = [old for old in manifest.engines if base_name(old.folder) != name]
-        updated = replace(manifest, engines=(*others, record))
+        caches = {**manifest.timing_caches, **timing_caches}
+        updated = replace(manifest, engines=(*others, record), timing_caches=caches)
         write_manifest(updated, bundle)
         discard_engines(bundle, updated, name)
+
+
+def _require_same_graphs(bundle: Path, manifest: Manifest, built_of: Manifest) -> None:
+    """Refuse a bundle whose graphs or weights are not those of an engine."""
+    if (manifest.hashes, manifest.decoders) != (built_of.hashes, built_of.decoders):
+        raise BundleError(f"{bundle}: has changed since the build began; begin again")

@@ -37,7 +37,7 @@ from forcing_kv.runtime_trt.backends.base import (
     Float32,
     StepScalars,
 )
-from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import HeadPartition
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
@@ -207,16 +207,22 @@ def sorted_config(config: RolloutConfig) -> RolloutConfig:
 
 
 def verify_bundle(
-    bundle: Path, backend: Backend, *, num_chunks: int | None = None, seed: int = 0
+    bundle: Path,
+    backend: Backend,
+    manifest: Manifest | None = None,
+    *,
+    num_chunks: int | None = None,
+    seed: int = 0,
 ) -> BundleReport:
     """Compare a backend with eager PyTorch.
 
     Args:
         backend: opened on it; not closed.
+        manifest: the one that it was opened with; read if None.
         num_chunks: chunks of either run; None runs two past the first eviction.
         seed: key of prompt and noise.
     """
-    manifest = read_manifest(bundle)
+    manifest = manifest or read_manifest(bundle)
     config = sorted_config(manifest.config)
     num_chunks = num_chunks or config.policy.last_warmup_chunk + 4
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from forcing_kv.runtime_trt.backends.base import (
 )
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.bundle.manifest import Manifest
+from forcing_kv.runtime_trt.bundle.manifest import Bundle
+from forcing_kv.runtime_trt.bundle.onnx_file import OnnxFile
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
@@ -26,17 +26,18 @@ class OnnxRuntimeBackend(StepwiseBackend):
     """Runs the bundle's graphs over preallocated numpy buffers, bound once.
 
     Args:
-        bundle: directory of the bundle; hashes are checked by the caller.
         num_threads: threads per graph; 0 leaves the choice to ONNX Runtime.
 
     Raises:
         BackendUnavailableError: the bundle's dtype is one that ONNX Runtime has no kernels for.
-        BundleError: a graph does not load, or does not fit the manifest.
+        BundleError: a file is missing or altered, or a graph does not fit the manifest or does not
+            load.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Manifest, num_threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, num_threads: int = 0) -> None:
+        manifest = bundle.manifest
         super().__init__(manifest.config)
         if manifest.config.dtype == "bfloat16":
             raise BackendUnavailableError(
@@ -44,9 +45,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
                 "a GPU, or export it with --dtype float32 (or float16)"
             )
         self.buffers: dict[str, NDArray[Any]] = {}
+        sessions = onnx_sessions(bundle, manifest.graphs, bundle.check_graphs(), num_threads)
         self._graphs = {
-            name: _BoundGraph(bundle, name, graph, self.buffers, num_threads)
-            for name, graph in manifest.graphs.items()
+            name: _BoundGraph(session, manifest.graphs[name], self.buffers)
+            for name, session in sessions.items()
         }
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
@@ -78,42 +80,64 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.buffers.clear()
 
 
-def onnx_session(
-    path: Path,
+def onnx_sessions(
+    bundle: Bundle,
+    graphs: Mapping[str, GraphInfo],
+    files: Mapping[str, OnnxFile],
     num_threads: int,
     provider: str = "CPUExecutionProvider",
     remedy: str = "export the bundle again",
-) -> Any:
-    """A quiet ONNX Runtime session of one graph.
+) -> dict[str, Any]:
+    """A quiet ONNX Runtime session of each graph, made of bytes in memory: it opens no file.
+
+    Args:
+        files: what the graphs say of themselves, compared with the manifest.
 
     Raises:
-        BundleError: the graph does not load; says `remedy`.
+        BundleError: a graph does not load; says `remedy`.
     """
     ort = require("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3
-    # Sessions alternate, and a spinning one would hold the cores that the next one needs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:
-        raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}); {remedy}") from error
+    found = {}
+    for name, graph in graphs.items():
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.log_severity_level = 3
+        # Sessions alternate, and a spinning one would hold the cores that the next one needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        values = _outside_values(ort, bundle, files[name])
+        options.add_external_initializers(list(values), list(values.values()))
+        try:
+            found[name] = ort.InferenceSession(
+                bundle.read(graph.file), options, providers=[provider]
+            )
+        except Exception as error:
+            raise BundleError(
+                f"{bundle}/{graph.file}: ONNX Runtime cannot load it ({error}); {remedy}"
+            ) from error
+    return found
+
+
+def _outside_values(ort: Any, bundle: Bundle, file: OnnxFile) -> dict[str, Any]:
+    """A graph's larger tensors where the weight file is mapped; no copy is made."""
+    if not file.outside:
+        return {}
+    content = bundle.map(file.weights_file)
+    return {
+        tensor.name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            content[tensor.offset : tensor.offset + tensor.nbytes]
+            .view(tensor.element.numpy)
+            .reshape(tensor.shape),
+            tensor.element.onnx_code,
+        )
+        for tensor in file.outside
+    }
 
 
 class _BoundGraph:
     """One ONNX Runtime session with all inputs and outputs bound to shared buffers."""
 
-    def __init__(
-        self,
-        bundle: Path,
-        name: str,
-        graph: GraphInfo,
-        buffers: dict[str, NDArray[Any]],
-        num_threads: int,
-    ) -> None:
-        self._session = onnx_session(bundle / graph.file, num_threads)
-        self._check(name, graph)
+    def __init__(self, session: Any, graph: GraphInfo, buffers: dict[str, NDArray[Any]]) -> None:
+        self._session = session
         values = require("onnxruntime").OrtValue
         self._binding = self._session.io_binding()
         for info in (*graph.inputs, *graph.outputs):
@@ -125,19 +149,6 @@ class _BoundGraph:
         for info in graph.outputs:
             value = values.ortvalue_from_numpy(buffers[info.name])
             self._binding.bind_ortvalue_output(info.name, value)
-
-    def _check(self, name: str, graph: GraphInfo) -> None:
-        actual: Mapping[str, Sequence[Any]] = {
-            "inputs": self._session.get_inputs(),
-            "outputs": self._session.get_outputs(),
-        }
-        for kind, found in actual.items():
-            wanted = getattr(graph, kind)
-            if [(v.name, tuple(v.shape)) for v in found] != [(v.name, v.shape) for v in wanted]:
-                raise BundleError(
-                    f"{graph.file}: the {kind} of graph {name} differ from the manifest; export "
-                    "the bundle again"
-                )
 
     def run(self) -> None:
         """Run once; outputs land in the bound buffers."""

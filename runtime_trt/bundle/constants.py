@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
+from forcing_kv.runtime_trt.bundle.fields import BundlePath, Count
+from forcing_kv.runtime_trt.bundle.hashes import HashedFiles, mapped, open_regular
+from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json_file
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 
@@ -30,8 +32,7 @@ class Piece:
         InputError: it begins before its file, or ends before it begins.
     """
 
-    file: str
-    """Path within the bundle."""
+    file: BundlePath
     offset: int
     nbytes: int
 
@@ -48,7 +49,7 @@ class ConstantEntry:
         InputError: there is no such dtype, or the pieces are not the bytes of its elements.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     """Name in `DTYPES`."""
     pieces: tuple[Piece, ...]
@@ -73,23 +74,30 @@ def write_table(path: Path, table: Mapping[str, ConstantEntry]) -> None:
     path.write_text(json.dumps({name: asdict(entry) for name, entry in table.items()}, indent=0))
 
 
-def read_table(path: Path) -> dict[str, ConstantEntry]:
+def parse_table(content: bytes, path: Path) -> dict[str, ConstantEntry]:
     """Read what `write_table` wrote.
 
+    Args:
+        content: of the file.
+        path: the file, for messages.
+
     Raises:
-        BundleError: missing or malformed.
+        BundleError: malformed.
     """
     try:
-        content = read_json(path, "table of constants", _REMEDY)
-        return dict(load_as(Mapping[str, ConstantEntry], content, str(path)))  # type: ignore[type-abstract]
+        data = parse_json_file(content, path, "table of constants", _REMEDY)
+        return dict(load_as(Mapping[str, ConstantEntry], data, str(path)))  # type: ignore[type-abstract]
     except InputError as error:
         raise BundleError(f"{error}; {_REMEDY}") from error
 
 
 def read_constants(
-    bundle: Path, table: Mapping[str, ConstantEntry]
+    bundle: HashedFiles | Path, table: Mapping[str, ConstantEntry]
 ) -> Iterator[tuple[str, ConstantEntry, NDArray[np.uint8]]]:
     """Read every constant.
+
+    Args:
+        bundle: files that are checked when they are opened, or a folder of files that need none.
 
     Yields:
         Its name, its entry and its bytes, a new array.
@@ -99,18 +107,17 @@ def read_constants(
     """
     files = _Files(bundle)
     for name, entry in table.items():
-        content = np.empty(entry.nbytes, np.uint8)
-        begin = 0
-        for piece in entry.pieces:
-            content[begin : begin + piece.nbytes] = files.run(piece, name)
-            begin += piece.nbytes
-        yield name, entry, content
+        runs = [files.run(piece, name) for piece in entry.pieces]
+        yield name, entry, np.concatenate(runs)
 
 
 def map_constants(
-    bundle: Path, table: Mapping[str, ConstantEntry]
+    bundle: HashedFiles | Path, table: Mapping[str, ConstantEntry]
 ) -> Iterator[tuple[str, ConstantEntry, NDArray[np.uint8]]]:
     """Every constant where it lies, without a copy; each is one piece.
+
+    Args:
+        bundle: as of `read_constants`.
 
     Yields:
         Its name, its entry and its bytes, mapped from the file for as long as the array lives.
@@ -120,14 +127,17 @@ def map_constants(
     """
     files = _Files(bundle)
     for name, entry in table.items():
-        (piece,) = entry.pieces
-        yield name, entry, files.run(piece, name)
+        if len(entry.pieces) != 1:
+            raise BundleError(
+                f"{bundle}: constant {name} is in {len(entry.pieces)} pieces; {_REMEDY}"
+            )
+        yield name, entry, files.run(entry.pieces[0], name)
 
 
 class _Files:
     """Files of a bundle, mapped when they are first read."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: HashedFiles | Path) -> None:
         self._bundle = bundle
         self._mapped: dict[str, NDArray[np.uint8]] = {}
 
@@ -137,21 +147,25 @@ class _Files:
         Raises:
             BundleError: there are fewer.
         """
-        path = self._bundle / piece.file
         if piece.file not in self._mapped:
-            self._mapped[piece.file] = _mapped(path)
+            self._mapped[piece.file] = self._map(piece.file)
         content = self._mapped[piece.file]
         run = content[piece.offset : piece.offset + piece.nbytes]
         if len(run) != piece.nbytes:
             raise BundleError(
-                f"{path}: {len(content)} bytes, but constant {name} ends at "
-                f"{piece.offset + piece.nbytes}; build the engine again"
+                f"{self._bundle}/{piece.file}: {len(content)} bytes, but constant {name} ends at "
+                f"{piece.offset + piece.nbytes}; {_REMEDY}"
             )
         return run
 
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}); export the bundle again") from error
+    def _map(self, name: str) -> NDArray[np.uint8]:
+        if isinstance(self._bundle, HashedFiles):
+            return self._bundle.map(name)
+        path = self._bundle / name
+        try:
+            with open_regular(path) as file:
+                return mapped(file)
+        except OSError as error:
+            raise BundleError(
+                f"{path}: cannot be read ({error}); export the bundle again"
+            ) from error

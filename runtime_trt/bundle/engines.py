@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from forcing_kv.runtime_trt.bundle.fields import (
+    BundlePath,
+    Count,
+    Plain,
+    Seconds,
+    Sha256,
+    Text,
+    Word,
+)
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.bundle.hashes import check_hashes
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 
 COMPATIBLE_MIN_SM = 80
@@ -19,18 +29,18 @@ COMPATIBLE_MIN_SM = 80
 class EngineDetail:
     """What TensorRT's builder told of one graph's engine."""
 
-    inputs_sha256: str = ""
+    inputs_sha256: Text = ""
     """Hash of everything that it was made of."""
-    nbytes: int = 0
+    nbytes: Count = 0
     """Size of the plan."""
-    weight_nbytes: int = 0
+    weight_nbytes: Count = 0
     """Device memory of its weights."""
-    scratch_nbytes: int | None = None
+    scratch_nbytes: Count | None = None
     """None where the builder does not tell (Torch-TensorRT)."""
-    num_layers: int = 0
-    num_fused_attention: int = 0
-    num_fp8_products: int = 0
-    build_seconds: float = 0.0
+    num_layers: Count = 0
+    num_fused_attention: Count = 0
+    num_fp8_products: Count = 0
+    build_seconds: Seconds = 0.0
     refitted: bool = False
     """Whether it is another bundle's engine with this one's weights."""
 
@@ -39,14 +49,13 @@ class EngineDetail:
 class EnginePart:
     """The engines of the denoiser or of one decoder, in one folder."""
 
-    folder: str
-    """Path within the bundle."""
-    build_seconds: float
-    files: Mapping[str, str]
-    """Hash of every file, by its path within the bundle."""
-    graphs: Mapping[str, GraphInfo]
+    folder: BundlePath
+    build_seconds: Seconds
+    files: Mapping[BundlePath, Sha256]
+    """Hash of every file."""
+    graphs: Mapping[Word, GraphInfo]
     """Inputs and outputs; `file` is the plan or the package."""
-    details: Mapping[str, EngineDetail] = field(default_factory=dict)
+    details: Mapping[Word, EngineDetail] = field(default_factory=dict)
     """By graph; none for Inductor."""
 
     @property
@@ -72,7 +81,7 @@ class EnginePart:
 class DecoderEngines(EnginePart):
     """The engines of one video decoder."""
 
-    decoder_sha256: str
+    decoder_sha256: Sha256
     """Hash of the decoder that they were made of."""
 
 
@@ -84,21 +93,23 @@ class EngineRecord(EnginePart):
         InputError: it does not say what it was built for.
     """
 
-    backend: str
-    """What built it: tensorrt, tensorrt-rtx or inductor."""
-    environment: Mapping[str, str]
+    backend: Literal["tensorrt", "tensorrt-rtx", "inductor"]
+    """What built it."""
+    environment: Mapping[Word, Text]
     """What it was built for and with: device or sm, and versions."""
-    options: Mapping[str, Any]
+    options: Mapping[Word, Plain]
     """Those of the build that differ from the defaults (TensorRT), or all."""
-    target: str | None = None
+    target: Word | None = None
     """GPU architecture that TensorRT built for, such as sm89."""
-    decoders: Mapping[str, DecoderEngines] = field(default_factory=dict)
+    decoders: Mapping[Word, DecoderEngines] = field(default_factory=dict)
     """By kind: vae, tae."""
 
     def __post_init__(self) -> None:
-        needed = "device" if self.backend == "inductor" else "sm"
+        needed, form = "sm", "[0-9]{1,4}"
+        if self.backend == "inductor":
+            needed, form = "device", "cpu|cuda"
         found = self.environment.get(needed, "")
-        if not found or (needed == "sm" and not found.isdecimal()):
+        if not re.fullmatch(form, found):
             raise InputError(
                 f"environment.{needed} is {found!r}; it must say what the engine is for, such as "
                 "cuda (device) or 89 (sm)"
@@ -142,14 +153,6 @@ class EngineRecord(EnginePart):
                 f"{bundle}: engine {self.folder} is not of this bundle's graphs {wrong}; "
                 f"{self.rebuild_command(bundle)}"
             )
-
-    def check_files(self, bundle: Path) -> None:
-        """Compare the files of its graphs, decoders left out, with their recorded hashes.
-
-        Raises:
-            BundleError: one is missing or altered.
-        """
-        check_hashes(bundle, self.hashes, "it was built", self.rebuild_command(bundle))
 
     def decoder(self, bundle: Path, kind: str, sha256: str) -> EngineRecord:
         """The record of one decoder's engines, as if they had been built alone.
@@ -202,23 +205,12 @@ def build_command(
     """
     given = {key: value for key, value in (options or {}).items() if key not in _NAMED_APART}
     flags = [
-        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
         for key, value in given.items()
     ]
     if backend == "tensorrt-rtx" and sm is not None:
         flags.insert(0, f"--target sm{sm}")
-    return " ".join(["`fkv build", str(bundle), "--backend", backend, *flags]) + "`"
-
-
-def check_engines(bundle: Path, records: Iterable[EngineRecord]) -> None:
-    """Compare the files of every engine, decoders' too, with their recorded hashes.
-
-    Raises:
-        BundleError: one is missing or altered.
-    """
-    for record in records:
-        for part in record.parts:
-            check_hashes(bundle, part.hashes, "it was built", record.rebuild_command(bundle))
+    return " ".join(["`fkv build", shlex.quote(str(bundle)), "--backend", backend, *flags]) + "`"
 
 
 def weight_table(plan: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from forcing_kv.runtime_trt.bundle.fields import BundlePath, Extent, Sha256, Text
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -16,14 +17,12 @@ class TensorInfo:
         InputError: there is no such dtype.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    name: Text
+    shape: tuple[Extent, ...]
     dtype: str
     """Name in `DTYPES`."""
 
     def __post_init__(self) -> None:
-        if self.dtype == "float":  # Bundles of 2026 have ONNX's word for it.
-            object.__setattr__(self, "dtype", "float32")
         if self.dtype not in DTYPES:
             raise InputError(f"{self.name}: dtype is {self.dtype!r}; allowed are {list(DTYPES)}")
 
@@ -32,8 +31,7 @@ class TensorInfo:
 class GraphInfo:
     """One exported graph, or the engine of one."""
 
-    file: str
-    """Path within the bundle."""
-    sha256: str
+    file: BundlePath
+    sha256: Sha256
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]

@@ -14,13 +14,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
+from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.errors import InputError
 
 MAX_NBYTES = 64 << 20
-"""Longest file that is read; a bundle's manifest has a few hundred kilobytes."""
+"""Longest file that is read."""
+MAX_DEPTH = 64
+"""Most levels of lists and objects in one another; this project writes a dozen."""
 
 _SHOWN = 60
 """Characters of a wrong value in a message."""
+_MAX_NAMES = 8
+"""Unknown keys in a message."""
 _T = TypeVar("_T")
 _KINDS = {
     "bool_type": "true or false",
@@ -42,32 +47,51 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         remedy: what to do without it.
 
     Raises:
-        InputError: missing, unreadable, too long, or no JSON that this project writes.
+        InputError: missing, unreadable, no file, too long, or no JSON that this project writes.
     """
     try:
-        if path.stat().st_size > MAX_NBYTES:
-            raise InputError(f"{path}: longer than {MAX_NBYTES >> 20} MB, so no {what}; {remedy}")
-        return parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such {what}; {remedy}") from error
+        with open_regular(path) as file:
+            content = file.read(MAX_NBYTES + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+        raise unreadable(path, what, remedy, error) from error
+    return parse_json_file(content, path, what, remedy)
+
+
+def unreadable(path: Path, what: str, remedy: str, error: OSError) -> InputError:
+    """The error of a file that cannot be read; arguments as of `read_json`."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: no such {what}; {remedy}")
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); {remedy}")
+
+
+def parse_json_file(
+    content: bytes, path: Path, what: str, remedy: str, max_nbytes: int | None = None
+) -> Any:
+    """Parse what was read of a JSON file; arguments and errors are those of `read_json`.
+
+    Args:
+        max_nbytes: most bytes that such a file has; `MAX_NBYTES` if None.
+    """
+    max_nbytes = MAX_NBYTES if max_nbytes is None else max_nbytes
+    if len(content) > max_nbytes:
+        raise InputError(f"{path}: longer than {max_nbytes >> 20} MB, so no {what}; {remedy}")
+    try:
+        return parse_json(content)
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: not readable as a JSON {what} ({error}); {remedy}") from error
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse JSON without what readers disagree about.
+    """Parse JSON without what readers disagree about; a byte-order mark of UTF-8 is passed over.
 
     Raises:
-        ValueError: malformed, nested too deep, a key twice in one object, NaN or an infinity, or
-            an integer beyond 64 bits.
+        ValueError: malformed, not in UTF-8, nested deeper than `MAX_DEPTH`, a key twice in one
+            object, NaN or an infinity, an integer beyond 64 bits, or half of a surrogate pair.
     """
     try:
-        return json.loads(
-            content,
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        found = json.loads(
+            text,
             object_pairs_hook=_object,
             parse_constant=_number,
             parse_float=_number,
@@ -75,13 +99,41 @@ def parse_json(content: bytes | str) -> Any:
         )
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not in UTF-8: byte {error.start} does not decode") from error
+    _check_values(found)
+    return found
+
+
+def _check_values(value: Any) -> None:
+    """Refuse deep nesting, which is safe to parse and not to walk, and texts that are none."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        for text in level:
+            if isinstance(text, str) and not text.isascii():
+                _require_text(text)
+        holders = [each for each in level if isinstance(each, (dict, list))]
+        if not holders:
+            return
+        level = [each for holder in holders for each in holder]
+        level += [
+            each for holder in holders if isinstance(holder, dict) for each in holder.values()
+        ]
+    raise ValueError(f"nested too deep; at most {MAX_DEPTH} levels are read")
+
+
+def _require_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text[error.start]!r} is half of a surrogate pair") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
+        raise ValueError(f"key {_cut(repr(twice))} stands twice in one object")
     return found
 
 
@@ -137,23 +189,32 @@ def _message(kind: Any, errors: list[Any], where: str) -> str:
     place = list(error["loc"])
     if error["type"] in ("missing", "unexpected_keyword_argument"):
         *holder, name = place
-        known = [field.name for field in fields(_kind_at(kind, holder))]
+        if not is_dataclass(within := _kind_at(kind, holder)):
+            return _joined(where, holder, f"entry {name} of the list is missing")
+        known = [field.name for field in fields(within)]
         if error["type"] == "missing":
             return _joined(where, holder, f"entry {name!r} is missing; the fields are {known}")
         names = [each["loc"][-1] for each in errors if each["type"] == error["type"]]
         unknown = [each for each in names if each not in known]
-        return _joined(where, holder, f"unknown keys {sorted(unknown)}; allowed are {known}")
+        shown = [_cut(each) for each in sorted(unknown)[:_MAX_NAMES]]
+        return _joined(where, holder, f"unknown keys {shown}; allowed are {known}")
     if error["type"] in ("value_error", "json_invalid"):
         return _joined(where, place, str(error["ctx"]["error"]))
     wanted = error.get("ctx", {}).get("expected") or _KINDS.get(error["type"], error["msg"])
-    value = repr(error["input"])
-    value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-    path = ".".join(map(str, place)) or "the content"
-    return _joined(where, [], f"{path} is {value}; it must be {wanted}")
+    path = _dotted(place) or "the content"
+    return _joined(where, [], f"{path} is {_cut(repr(error['input']))}; it must be {wanted}")
 
 
 def _joined(where: str, place: list[Any], problem: str) -> str:
-    return ": ".join(filter(None, [where, ".".join(map(str, place)), problem]))
+    return ": ".join(filter(None, [where, _dotted(place), problem]))
+
+
+def _dotted(place: list[Any]) -> str:
+    return ".".join(_cut(str(step)) for step in place)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _kind_at(kind: Any, place: list[Any]) -> Any:

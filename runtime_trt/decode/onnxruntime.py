@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from forcing_kv.runtime_trt.backends.onnxruntime import onnx_session
-from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
+from forcing_kv.runtime_trt.backends.onnxruntime import onnx_sessions
+from forcing_kv.runtime_trt.bundle.graph_info import TensorInfo
+from forcing_kv.runtime_trt.bundle.manifest import Bundle
 from forcing_kv.runtime_trt.decode.runner import (
     FRAMES,
     LATENTS,
@@ -25,25 +24,20 @@ class OnnxRuntimeDecodeRunner(StateDecodeRunner):
     """See `DecodeRunner`.
 
     Args:
-        bundle: directory of the bundle; hashes are checked by the caller.
+        kind: which decoder of the bundle.
         num_threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         device: `cpu`, or `cuda` where ONNX Runtime has its CUDA provider.
 
     Raises:
         BackendUnavailableError: ONNX Runtime cannot use the device.
-        BundleError: a graph does not load.
+        BundleError: a file is missing or altered, or a graph does not load.
     """
 
-    def __init__(
-        self, bundle: Path, graphs: Mapping[str, GraphInfo], num_threads: int, device: str
-    ) -> None:
-        super().__init__(graphs)
+    def __init__(self, bundle: Bundle, kind: str, num_threads: int, device: str) -> None:
+        super().__init__(bundle.manifest.decoders[kind].graphs)
         self.name = "onnxruntime" if device == "cpu" else f"onnxruntime-{device}"
         self._device = device
-        self._sessions = {
-            name: _session(bundle / graph.file, num_threads, device)
-            for name, graph in graphs.items()
-        }
+        self._sessions = _sessions(bundle, kind, num_threads, device)
 
     def _zeros(self, info: TensorInfo) -> Any:
         zeros = np.zeros(info.shape, DTYPES[info.dtype].numpy)
@@ -65,7 +59,7 @@ class OnnxRuntimeDecodeRunner(StateDecodeRunner):
         super().close()
 
 
-def _session(path: Path, num_threads: int, device: str) -> Any:
+def _sessions(bundle: Bundle, kind: str, num_threads: int, device: str) -> dict[str, Any]:
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     unavailable = BackendUnavailableError(
         f"ONNX Runtime has no {provider} here; install onnxruntime-gpu in place of onnxruntime, or "
@@ -74,8 +68,9 @@ def _session(path: Path, num_threads: int, device: str) -> Any:
     if provider not in require("onnxruntime").get_available_providers():
         raise unavailable
     remedy = "add the decoder again with `fkv add-decoder --force`"
-    session = onnx_session(path, num_threads, provider, remedy)
+    graphs, files = bundle.manifest.decoders[kind].graphs, bundle.check_decoder(kind)
+    sessions = onnx_sessions(bundle, graphs, files, num_threads, provider, remedy)
     # ONNX Runtime turns to the CPU by itself when a provider does not start.
-    if provider not in session.get_providers():
+    if not all(provider in session.get_providers() for session in sessions.values()):
         raise unavailable
-    return session
+    return sessions

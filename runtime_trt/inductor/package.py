@@ -5,9 +5,9 @@ torch is imported when a package is opened, never before.
 
 from __future__ import annotations
 
+import io
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
@@ -55,6 +55,8 @@ class InductorPackage:
     """Compiled graphs with their weights.
 
     Args:
+        content: of the package's file. It holds native code, which this runs.
+        where: the file, for messages.
         constants: what the graphs were compiled with, by name, on the target device; shared.
 
     Raises:
@@ -63,7 +65,8 @@ class InductorPackage:
 
     def __init__(
         self,
-        path: Path,
+        content: bytes,
+        where: str,
         graphs: Mapping[str, GraphInfo],
         constants: Mapping[str, Tensor],
         device: torch.device | str,
@@ -74,7 +77,7 @@ class InductorPackage:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self._path = path
+        self._content, self._where = content, where
         self._runners = {name: self._load(name) for name in graphs}
 
     def _load(self, name: str) -> Any:
@@ -83,20 +86,20 @@ class InductorPackage:
         try:
             # One runner without worker threads: the form that a CUDA graph can capture.
             runner = package.load_package(
-                str(self._path),
+                io.BytesIO(self._content),
                 name,
                 run_single_threaded=True,
                 device_index=-1 if index is None else index,
             )
         except Exception as error:
             raise BundleError(
-                f"{self._path}: graph {name} does not load ({error}); {REBUILD}"
+                f"{self._where}: graph {name} does not load ({error}); {REBUILD}"
             ) from error
         needed = runner.get_constant_fqns()
         missing = [constant for constant in needed if constant not in self.constants]
         if missing:
             raise BundleError(
-                f"{self._path}: graph {name} needs constants {missing[:3]}, which the engine's "
+                f"{self._where}: graph {name} needs constants {missing[:3]}, which the engine's "
                 f"table does not have; {REBUILD}"
             )
         if needed:
@@ -106,7 +109,7 @@ class InductorPackage:
 
     def sibling(self) -> InductorPackage:
         """The same graphs for another session, on the same weights."""
-        return InductorPackage(self._path, self.graphs, self.constants, self.device)
+        return InductorPackage(self._content, self._where, self.graphs, self.constants, self.device)
 
     def run(self, graph: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a graph on the current stream.

@@ -16,10 +16,17 @@ from forcing_kv.runtime_trt.errors import InputError
 HeadKind = Literal["uncompressed", "static", "dynamic"]
 
 
+_MAX = 1 << 20
+_MAX_OF = {"num_layers": 1 << 10, "num_heads": 1 << 10, "last_warmup_chunk": 1 << 16}
+"""Far above any model, and small enough that tables of so many entries are made at once."""
+
+
 def _require_at_least(where: str, values: Mapping[str, int], minimum: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise InputError(f"{where}.{name} is {value!r}; it must be an integer >= {minimum}")
+        if value > (most := _MAX_OF.get(name, _MAX)):
+            raise InputError(f"{where}.{name} is {value}; at most {most} are supported")
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class ModelShape:
     def __post_init__(self) -> None:
         counts = {k: v for k, v in asdict(self).items() if k != "eps"}
         _require_at_least("ModelShape", counts, 1)
+        if not 0 < self.eps < 1:
+            raise InputError(f"ModelShape.eps is {self.eps}; it must be between 0 and 1")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise InputError(
                 f"ModelShape: dim {self.dim} must be num_heads {self.num_heads} times an even "
@@ -215,6 +224,8 @@ class HeadPartition:
     """For each layer the static heads, ascending."""
 
     def __post_init__(self) -> None:
+        sizes = {"num_layers": len(self.static_heads), "num_heads": self.num_heads}
+        _require_at_least("HeadPartition", sizes, 1)
         for layer, heads in enumerate(self.static_heads):
             if list(heads) != sorted(set(heads)) or any(
                 not 0 <= head < self.num_heads for head in heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,8 @@ from forcing_kv.runtime_trt.errors import InputError
 
 NUM_TRAIN_TIMESTEPS = 1000
 ROPE_THETA = 10000.0
+_SHIFTS = (1e-3, 1e3)
+"""Published models have 5 to 8; beyond these no noise level would be a number."""
 
 Float32 = NDArray[np.float32]
 
@@ -40,13 +41,15 @@ class Schedule:
         steps = tuple(float(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
         descending = all(a > b for a, b in pairwise(steps))
-        if not (steps and descending and steps[0] <= NUM_TRAIN_TIMESTEPS and steps[-1] >= 0):
+        few = 0 < len(steps) <= NUM_TRAIN_TIMESTEPS
+        if not (few and descending and steps[0] <= NUM_TRAIN_TIMESTEPS and steps[-1] >= 0):
             raise InputError(
-                f"Schedule.steps is {list(steps)}; give descending entries within "
-                f"[0, {NUM_TRAIN_TIMESTEPS}]"
+                f"Schedule.steps is {list(steps[:8])} ({len(steps)}); give 1 to "
+                f"{NUM_TRAIN_TIMESTEPS} descending entries within [0, {NUM_TRAIN_TIMESTEPS}]"
             )
-        if not 0 < self.shift < math.inf:
-            raise InputError(f"Schedule.shift is {self.shift}; it must be positive")
+        least, most = _SHIFTS
+        if not least <= self.shift <= most:
+            raise InputError(f"Schedule.shift is {self.shift}; it must be {least} to {most}")
 
     @property
     def num_steps(self) -> int:

@@ -7,17 +7,16 @@ sibling sessions, each with execution contexts of its own.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from forcing_kv.runtime_trt.bundle.constants import map_constants, read_table
+from forcing_kv.runtime_trt.bundle.constants import map_constants, parse_table
 from forcing_kv.runtime_trt.bundle.engines import EngineRecord, weight_table
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
+from forcing_kv.runtime_trt.bundle.hashes import HashedFiles
 from forcing_kv.runtime_trt.cuda.engine import SCRATCH
 from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
@@ -62,17 +61,19 @@ class LoadedPlans:
 
     Args:
         flavour: which package runs them.
-        record: the engine; files, version and GPU are checked by the caller.
+        bundle: holds the plans; not used later.
+        record: the engine; version and GPU are checked by the caller.
 
     Raises:
         BackendUnavailableError: a plan does not load here.
-        BundleError: a plan does not fit its record.
+        BundleError: a file is missing or altered, or a plan does not fit its record.
     """
 
-    def __init__(self, flavour: Flavour, trt: Any, bundle: Path, record: EngineRecord) -> None:
+    def __init__(
+        self, flavour: Flavour, trt: Any, bundle: HashedFiles, record: EngineRecord
+    ) -> None:
         self.flavour, self.trt, self.record = flavour, trt, record
-        self.rebuild_command = record.rebuild_command(bundle)
-        self._bundle = bundle
+        self.rebuild_command = record.rebuild_command(bundle.folder)
         self.log = EngineLog(trt)
         self.num_users = 0
         self.lock = threading.Lock()
@@ -86,36 +87,36 @@ class LoadedPlans:
         """By graph: manifest name of a tensor → the engine's."""
         try:
             for name, graph in record.graphs.items():
-                self.engines[name] = self._load(name, bundle / graph.file)
+                self.engines[name] = self._load(bundle, graph.file)
                 self.names[name] = self._match(name, graph)
         except BaseException:
             self.release()
             raise
 
-    def _load(self, name: str, path: Path) -> Any:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = self._runtime.deserialize_cuda_engine(plan)
+    def _load(self, bundle: HashedFiles, plan: str) -> Any:
+        engine = self._runtime.deserialize_cuda_engine(bundle.map(plan).data)
         if engine is None:
             raise BackendUnavailableError(
-                f"{path}: {self.flavour.name} cannot load it ({self.log.last()}); "
+                f"{bundle}/{plan}: {self.flavour.name} cannot load it ({self.log.last()}); "
                 f"{self.rebuild_command}"
             )
         if self.record.options.get("strip_weights"):
-            self._refit(engine, path)
+            self._refit(engine, bundle, plan)
         return engine
 
-    def _refit(self, engine: Any, plan: Path) -> None:
+    def _refit(self, engine: Any, bundle: HashedFiles, plan: str) -> None:
         """Give a stripped engine its weights, by the names that were recorded when it was built."""
-        table = read_table(Path(weight_table(str(plan))))
+        file = weight_table(plan)
+        table = parse_table(bundle.read(file), bundle.folder / file)
         if not table:  # This graph has none, so there is nothing to refit.
             return
         weights = (
             NamedWeight(name, entry.dtype, math.prod(entry.shape), content)
-            for name, entry, content in map_constants(self._bundle, table)
+            for name, entry, content in map_constants(bundle, table)
         )
         if (wrong := refit(self.trt, engine, self.log.logger, weights)) is not None:
             raise BundleError(
-                f"{plan}: the bundle's weights do not fit the engine: {wrong} "
+                f"{bundle}/{plan}: the bundle's weights do not fit the engine: {wrong} "
                 f"({self.log.last()}); {self.rebuild_command}"
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from forcing_kv.export.request.flags import Json, PositiveInt, flags
-from forcing_kv.runtime_trt.console import ExitCode, print_json, talk
+from forcing_kv.runtime_trt.console import ExitCode, print_json, screen, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
 from forcing_kv.tools.bench.kernels.layer import LayerOptions
@@ -100,12 +100,11 @@ def _require_gpu() -> None:
 
 
 def _print_rows(rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from forcing_kv.tools.bench.report.tables import OP_HEADER, op_cells
 
-    out = Console(highlight=False)
+    out = screen()
     for label in dict.fromkeys(row.workload["model"] for row in rows):
         table = Table(*OP_HEADER, title=label, title_justify="left", title_style="bold")
         for row in (row for row in rows if row.workload["model"] == label):

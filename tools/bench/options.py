@@ -47,6 +47,8 @@ class BenchRequest:
     """Measure this bundle instead of a model."""
     backend: str = "auto"
     """The bundle's backend."""
+    digest: str | None = None
+    """Refuse a bundle with another, which `fkv export` and `fkv inspect` print."""
     folder: Path = Path(".bench")
     """Where reference rollouts are kept between calls."""
     commit: str | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from forcing_kv.runtime_trt.bundle.manifest import read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.rollout.arguments import check_threads
@@ -95,7 +95,9 @@ def require_device(device: str) -> str | None:
 
 def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:
     if request.bundle is not None:
-        yield bundle_subject(request.bundle, request.backend), bundle_workload(request.bundle)
+        manifest = read_manifest(request.bundle, request.digest)
+        opened = bundle_subject(request.bundle, request.backend, manifest.digest)
+        yield opened, bundle_workload(request.bundle, manifest)
         return
     dtype: DType = request.dtype or ("bfloat16" if request.device == "cuda" else "float32")
     size = request.size or ("480p" if request.model == "wan-1.3b" else "native")
@@ -108,9 +110,8 @@ def _pairs(request: BenchRequest) -> Iterator[tuple[Subject, Workload]]:
         yield chosen, workload(request.model, size, chosen.policy, dtype, fp8=chosen.fp8)
 
 
-def bundle_workload(bundle: Path) -> Workload:
+def bundle_workload(bundle: Path, manifest: Manifest) -> Workload:
     """The model of a bundle, for its references: heads are sorted already."""
-    manifest = read_manifest(bundle)
     config = manifest.config
     if manifest.fp8 is not None:
         check_fp8_dtype(config.dtype)

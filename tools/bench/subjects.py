@@ -79,12 +79,12 @@ def subject(name: str) -> Subject:
     return SUBJECTS[name]
 
 
-def bundle_subject(bundle: Path, backend: str) -> Subject:
-    """An exported bundle on one of the runtime's backends."""
+def bundle_subject(bundle: Path, backend: str, digest: str) -> Subject:
+    """An exported bundle, the one of that digest, on one of the runtime's backends."""
 
     def open_it(_: Workload, __: str, clock: LoadClock) -> Session:
         with clock("open"):
-            return Session.open(bundle, backend)
+            return Session.open(bundle, backend, digest=digest)
 
     return Subject(f"bundle-{backend}", "forcing-kv", f"{bundle.name} on {backend}", open_it)
 

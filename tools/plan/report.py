@@ -24,6 +24,7 @@ from forcing_kv.export.cost.work import (
     step_cost,
 )
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
+from forcing_kv.runtime_trt.console import screen
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
@@ -177,10 +178,9 @@ def _yes(value: bool) -> str:
 
 def print_tables(plans: Sequence[Plan]) -> None:
     """Print the plans side by side on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    out = screen()
     sections = [plan.sections() for plan in plans]
     for title in sections[0]:
         columns = [section[title] for section in sections]

@@ -99,6 +99,8 @@ class SessionOptions:
 
     backend: str = "auto"
     """auto or a backend's name."""
+    digest: str | None = None
+    """Refuse a bundle with another, which `fkv export` and `fkv inspect` print."""
     num_threads: Threads = 0
     """CPU threads; 0: automatic."""
     cuda_graph: YesNo = True
@@ -114,6 +116,10 @@ class SessionOptions:
             "use_graphs": self.cuda_graph,
             "allow_non_finite": self.allow_non_finite,
         }
+
+    def open(self, bundle: Path, manifest: Manifest) -> Session:
+        """Open the bundle whose manifest that is, and no other."""
+        return Session.open(bundle, self.backend, digest=manifest.digest, **self.shared)
 
 
 def run(
@@ -132,16 +138,17 @@ def run(
     """
     with ExitStack() as stack:
         stack.enter_context(video.claimed())
-        manifest = read_manifest(bundle)
+        manifest = read_manifest(bundle, engine.digest)
         chosen = _chosen_decoder(bundle, manifest, decoding, video)
         videos = prompts.videos(manifest, video.outputs)
         opening = time.perf_counter()
-        session = stack.enter_context(Session.open(bundle, engine.backend, **engine.shared))
+        session = stack.enter_context(engine.open(bundle, manifest))
         decoder: FrameDecoder | None = None
         if chosen is not None:
             decoder = chosen.open(session.backend_name, **engine.shared)
             stack.callback(decoder.close)
-        shared = {"backend": session.backend_name, "seed": video.seed}
+        talk(f"{bundle} is {manifest.digest}")
+        shared = {"backend": session.backend_name, "seed": video.seed, "digest": manifest.digest}
         shared["open_s"] = time.perf_counter() - opening
         records = []
         for path, switches in zip(video.outputs(len(videos)), videos, strict=True):

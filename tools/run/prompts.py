@@ -93,13 +93,13 @@ class PromptSource:
             return [self._script(manifest, self.script)]
         lines = [self.prompt] if self.prompt is not None else read_lines(self.prompts or Path())
         announce(len(lines))
-        embeds = self._encode(manifest, lines)
+        embeds = self._encode(manifest, lines, self.prompts)
         return [[Switch(0, text, array)] for text, array in zip(lines, embeds, strict=True)]
 
     def _script(self, manifest: Manifest, path: Path) -> list[Switch]:
         entries = _read_script(path)
         texts = [entry.prompt for entry in entries if entry.prompt is not None]
-        encoded = iter(self._encode(manifest, texts)) if texts else iter(())
+        encoded = iter(self._encode(manifest, texts, path)) if texts else iter(())
         switches = []
         for entry in entries:
             if entry.prompt is not None:
@@ -112,7 +112,16 @@ class PromptSource:
             switches.append(Switch(entry.frame, names[index], embeds[index]))
         return switches
 
-    def _encode(self, manifest: Manifest, texts: Sequence[str]) -> Float32:
+    def _encode(
+        self, manifest: Manifest, texts: Sequence[str], path: Path | None = None
+    ) -> Float32:
+        """Embeddings of texts; errors name the file that they come from, if they do."""
+        try:
+            return self._embeds(manifest, texts)
+        except InputError as error:
+            raise error if path is None else InputError(f"{path}: {error}") from error
+
+    def _embeds(self, manifest: Manifest, texts: Sequence[str]) -> Float32:
         if manifest.text_encoder == "digits":
             return encode_texts(texts, EncoderOptions()).embeds
         if self.text_encoder is None:

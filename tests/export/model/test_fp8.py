@@ -12,6 +12,7 @@ import torch
 from command_line import fkv
 from hypothesis import given
 from hypothesis import strategies as st
+from manifests import edit
 from shared_exports import export_once
 
 from forcing_kv.export.bundle.onnx_graph import onnx_model
@@ -36,7 +37,7 @@ from forcing_kv.export.model.fusion import fuse_gelu_, fuse_qkv_
 from forcing_kv.export.tensorrt.stripped import shared_weights
 from forcing_kv.export.verify.bundle import verify_bundle
 from forcing_kv.runtime_trt.bundle.fp8 import LINEARS, Fp8Scales, LinearScales
-from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.bundle.schema import load_as
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
@@ -273,14 +274,16 @@ def test_a_wrong_scale_fails(bundle, tmp_path):
 
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
-    data = json.loads((broken / MANIFEST_FILE).read_text())
-    data["fp8"]["linears"]["blocks.0.ffn.0"]["weight"] *= 4
-    (broken / MANIFEST_FILE).write_text(json.dumps(data))
+    weight = read_manifest(broken).fp8.linears["blocks.0.ffn.0"].weight
+
+    def rescale(scale):
+        edit(broken, lambda data: data["fp8"]["linears"]["blocks.0.ffn.0"].update(weight=scale))
+
+    rescale(4 * weight)
     with closing(open_backend(broken, "onnxruntime", num_threads=1)) as backend:
         report = verify_bundle(broken, backend, num_chunks=2)
     assert not report.passed
-    data["fp8"]["linears"]["blocks.0.ffn.0"]["weight"] = 0.3
-    (broken / MANIFEST_FILE).write_text(json.dumps(data))
+    rescale(0.3)
     with pytest.raises(BundleError, match="power of two"):
         read_manifest(broken)
 

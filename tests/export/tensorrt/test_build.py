@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from command_line import fkv
+from manifests import edit
 from shared_exports import export_once
 
 from forcing_kv.export.bundle.onnx_graph import INLINE_NBYTES
@@ -20,7 +21,7 @@ from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.export.tensorrt.plan import BUILD_VERSION, BuildPlan, GraphBuild, plan_build
 from forcing_kv.export.tensorrt.rtx_graph import fuse_attention, inline_bodies
 from forcing_kv.export.tensorrt.stripped import mark_stripped, shared_weights
-from forcing_kv.runtime_trt.bundle.constants import map_constants, read_constants, read_table
+from forcing_kv.runtime_trt.bundle.constants import map_constants, parse_table, read_constants
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import (
@@ -202,7 +203,7 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
     assert set(wanted) == {"prompt", "step", "evict"}
     for name, contents in wanted.items():
         file = f"{record.folder}/{name}.weights.json"
-        table = read_table(half_bundle / file)
+        table = parse_table((half_bundle / file).read_bytes(), half_bundle / file)
         found = {n: bytes(content) for n, _, content in read_constants(half_bundle, table)}
         assert found == contents
         assert file in record.files
@@ -213,9 +214,7 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
     assert [graph.name for graph in plan_build(half_bundle, STRIPPED).to_do] == ["step"]
     build.run_build(plan_build(half_bundle, STRIPPED))
     assert not plan_build(half_bundle, STRIPPED).to_do
-    path = half_bundle / "manifest.json"
-    engines = [each.to_json() for each in before]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "engines": engines}))
+    edit(half_bundle, lambda data: data.update(engines=[each.to_json() for each in before]))
 
 
 def test_the_builder_knows_the_stripped_weights_by_name(half_bundle):

@@ -7,8 +7,8 @@ from forcing_kv.runtime_trt.bundle.constants import (
     ConstantEntry,
     Piece,
     map_constants,
+    parse_table,
     read_constants,
-    read_table,
     write_table,
 )
 from forcing_kv.runtime_trt.errors import BundleError
@@ -19,7 +19,7 @@ def test_pieces_follow_one_another(tmp_path):
     (tmp_path / "b.bin").write_bytes(bytes(range(100, 110)))
     entry = ConstantEntry((2, 3), "int8", (Piece("a.bin", 2, 4), Piece("b.bin", 0, 2)))
     write_table(tmp_path / "table.json", {"w": entry})
-    table = read_table(tmp_path / "table.json")
+    table = parse_table((tmp_path / "table.json").read_bytes(), tmp_path / "table.json")
     assert table == {"w": entry}
     ((name, found, content),) = read_constants(tmp_path, table)
     assert (name, found) == ("w", entry)
@@ -48,4 +48,4 @@ def test_a_short_file_is_named(tmp_path):
 def test_a_malformed_table(tmp_path, content):
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(BundleError, match="build the engine again"):
-        read_table(tmp_path / "table.json")
+        parse_table((tmp_path / "table.json").read_bytes(), tmp_path / "table.json")

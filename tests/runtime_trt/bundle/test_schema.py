@@ -101,7 +101,11 @@ def test_content_of_another_kind():
         ('{"a":' * 10**5, "nested too deep"),
         (f"[{2**63}]", "9223372036854775808... is beyond 64 bits"),
         (f"[-{'9' * 10**5}]", "is beyond 64 bits"),
-        (b"\xff\xfe\x00{}", "decode"),
+        (b"\xff\xfe\x00{}", "not in UTF-8: byte 0 does not decode"),
+        ("[1]".encode("utf-16"), "not in UTF-8"),
+        ("[1]".encode("utf-32-le"), "Expecting value"),
+        (r'["a\ud800b"]', r"'\\ud800' is half of a surrogate pair"),
+        (r'{"\udfff": 1}', r"'\\udfff' is half of a surrogate pair"),
         ("", "Expecting value"),
     ],
 )
@@ -116,9 +120,11 @@ def test_json_that_readers_disagree_about_is_refused(tmp_path, content, reason):
 
 def test_the_largest_integers_and_deep_content():
     assert parse_json(f"[{2**63 - 1}, {-(2**63)}]") == [2**63 - 1, -(2**63)]
-    deep = parse_json('{"name": ' + "[" * 500 + "]" * 500 + "}")
-    with pytest.raises(InputError, match="file: recursion limit exceeded"):
-        load_as(Outer, deep, "file")
+    deepest = schema.MAX_DEPTH - 1
+    assert parse_json('{"name": ' + "[" * deepest + "]" * deepest + "}")
+    deepest += 1
+    with pytest.raises(ValueError, match="nested too deep; at most 64 levels are read"):
+        parse_json('{"name": ' + "[" * deepest + "]" * deepest + "}")
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Decoders on engines over the CPU double: the same code that runs on a GPU."""
 
 import gc
-import json
 import shutil
 import sys
 import weakref
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda, HostEngine
+from manifests import edit as change
 
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import Bundle, read_manifest
 from forcing_kv.runtime_trt.decode.graph import GraphDecodeRunner
 from forcing_kv.runtime_trt.decoder import VideoDecoder, follow_session
 from forcing_kv.runtime_trt.errors import (
@@ -205,7 +205,7 @@ class Deployment:
             "backend": "tensorrt", "target": "sm89", "options": {}, "build_seconds": 1.0,
             "environment": {"tensorrt": "11.4.0.106", "sm": "89"}, **denoiser, "decoders": decoders,
         }  # fmt: skip
-        self.change(lambda content: content["engines"].append(record))
+        change(self.bundle, lambda content: content["engines"].append(record))
 
     def _part(self, folder, graphs):
         described, files = {}, {}
@@ -218,17 +218,11 @@ class Deployment:
         details = {name: {"weight_nbytes": 1000, "scratch_nbytes": 5000} for name in graphs}
         return {"folder": folder, "files": files, "graphs": described, "details": details}
 
-    def change(self, edit):
-        path = self.bundle / MANIFEST_FILE
-        content = json.loads(path.read_text())
-        edit(content)
-        path.write_text(json.dumps(content))
-
     def open(self, kind):
         self._monkeypatch.setitem(sys.modules, "tensorrt", self.modules[kind])
-        manifest = read_manifest(self.bundle)
-        runner = open_tensorrt_decoder(self.bundle, manifest, kind, "tensorrt", cuda=self.cuda)
-        return VideoDecoder(runner, manifest.decoders[kind])
+        with Bundle(self.bundle) as bundle:
+            runner = open_tensorrt_decoder(bundle, kind, "tensorrt", cuda=self.cuda)
+            return VideoDecoder(runner, bundle.manifest.decoders[kind])
 
 
 @pytest.fixture
@@ -270,7 +264,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("edit", "message"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_an_engine_of_another_decoder_is_not_run(deployment, edit, message):
-    deployment.change(edit)
+    change(deployment.bundle, edit)
     with pytest.raises((BackendUnavailableError, BundleError), match=message):
         deployment.open("vae")
     deployment.open("tae").close()
@@ -301,7 +295,7 @@ def test_auto_follows_the_session_and_says_where_it_does_not(deployment, monkeyp
         assert (decoder.backend_name, decoder.chosen_because) == ("tensorrt", "as the session")
     with follow(deployment, backend="eager") as decoder:
         assert decoder.backend_name == "onnxruntime"
-    deployment.change(forget_decoder)
+    change(deployment.bundle, forget_decoder)
     with follow(deployment) as decoder:
         assert decoder.backend_name == "onnxruntime"
         assert "holds no vae decoder; make it with `fkv build" in decoder.chosen_because
@@ -311,8 +305,9 @@ def test_auto_does_not_pass_over_an_engine_of_another_decoder(deployment, monkey
     monkeypatch.setattr("forcing_kv.runtime_trt.tensorrt.open.Cuda", lambda **_: deployment.cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", deployment.modules["vae"])
     part = "engines/tensorrt-sm89"
-    deployment.change(
-        lambda content: content["engines"][0]["decoders"]["vae"].update(decoder_sha256="0")
+    change(
+        deployment.bundle,
+        lambda content: content["engines"][0]["decoders"]["vae"].update(decoder_sha256="0" * 64),
     )
     with pytest.raises(BundleError, match=rf"{part}: its vae decoder .*--backend tensorrt`"):
         follow(deployment)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRt
 from host_cuda import HostCuda
+from manifests import edit
 
 from forcing_kv.export.tensorrt.options import EngineOptions
 from forcing_kv.export.tensorrt.stripped import shared_weights, write_stripped
-from forcing_kv.runtime_trt.bundle.constants import read_constants, read_table, write_table
+from forcing_kv.runtime_trt.bundle.constants import parse_table, read_constants, write_table
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, read_manifest
+from forcing_kv.runtime_trt.bundle.manifest import MANIFEST_FILE, Bundle, read_manifest
 from forcing_kv.runtime_trt.cuda.runtime import DRIVER_HINT
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, ForcingKvError
 from forcing_kv.runtime_trt.open import choose_backend, open_backend
@@ -63,10 +64,7 @@ class Deployment:
             "options": options or {}, "build_seconds": 1.0,
             "details": {name: {"weight_nbytes": 1000, "scratch_nbytes": 5000} for name in graphs},
         }  # fmt: skip
-        path = self.bundle / MANIFEST_FILE
-        content = json.loads(path.read_text())
-        content["engines"].append(record)
-        path.write_text(json.dumps(content))
+        edit(self.bundle, lambda content: content["engines"].append(record))
         return paths
 
     def weight_tables(self):
@@ -75,12 +73,13 @@ class Deployment:
         for name, info in read_manifest(self.bundle).graphs.items():
             table = shared_weights(self.bundle / info.file)
             write_stripped(self.bundle / "table.json", table, PurePath("graphs"))
-            tables[name] = read_table(self.bundle / "table.json")
+            path = self.bundle / "table.json"
+            tables[name] = parse_table(path.read_bytes(), path)
         return tables
 
     def open(self, name="tensorrt", **options):
-        manifest = read_manifest(self.bundle)
-        return open_tensorrt(self.bundle, manifest, name, cuda=self.cuda, **options)
+        with Bundle(self.bundle) as bundle:
+            return open_tensorrt(bundle, name, cuda=self.cuda, **options)
 
 
 @pytest.fixture
@@ -230,13 +229,14 @@ def test_a_stripped_engine_that_does_not_fit_is_refused(deployment, fault):
 
 def renew_hashes(bundle):
     """Make the manifest's record of the engine fit the files as they are."""
-    path = bundle / MANIFEST_FILE
-    content = json.loads(path.read_text())
-    (record,) = content["engines"]
-    record["files"] = {file: sha256_of(bundle / file) for file in record["files"]}
-    for graph in record["graphs"].values():
-        graph["sha256"] = record["files"][graph["file"]]
-    path.write_text(json.dumps(content))
+
+    def renew(content):
+        (record,) = content["engines"]
+        record["files"] = {file: sha256_of(bundle / file) for file in record["files"]}
+        for graph in record["graphs"].values():
+            graph["sha256"] = record["files"][graph["file"]]
+
+    edit(bundle, renew)
 
 
 REFUSALS = {
@@ -363,8 +363,7 @@ def test_the_driver_is_checked_before_tensorrt_is_touched(deployment, monkeypatc
 def test_a_damaged_record_is_named_and_nothing_is_opened(deployment):
     """Every entry of an engine's record, taken out or replaced."""
     deployment.record()
-    path = deployment.bundle / MANIFEST_FILE
-    content = json.loads(path.read_text())
+    content = json.loads((deployment.bundle / MANIFEST_FILE).read_text())
 
     def entries(node, place=()):
         for key in node if isinstance(node, dict) else ():
@@ -382,7 +381,7 @@ def test_a_damaged_record_is_named_and_nothing_is_opened(deployment):
                 del holder[place[-1]]
             else:
                 holder[place[-1]] = value
-            path.write_text(json.dumps(damaged))
+            edit(deployment.bundle, lambda data, new=damaged: data.update(new))
             try:  # Names for people may be anything.
                 deployment.open().close()
             except ForcingKvError:

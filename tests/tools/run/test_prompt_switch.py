@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from host_cuda import HostCuda, HostEngine
+from manifests import edit
 from shared_exports import export_once
 
 from forcing_kv.export.bundle.write import BundleLabels
@@ -58,10 +59,7 @@ def made(request, tmp_path_factory):
     # The host alone knows of the sink: both run the same graphs.
     plain = replace(config, policy=shipped.POLICY)
     export_once(model, plain, bundle, BundleLabels("digits", "digits", "digits"))
-    manifest = bundle / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["config"]["policy"]["global_sink"] = request.param
-    manifest.write_text(json.dumps(content))
+    edit(bundle, lambda data: data["config"]["policy"].update(global_sink=request.param))
     assert read_manifest(bundle).config == config
     return bundle, wanted
 

@@ -108,11 +108,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         InputError: a line is not a row of this schema.
     """
-    if not path.exists():
-        return
     try:
         with open_regular(path) as file:
             lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise InputError(f"{path}: cannot be read as rows ({error.strerror or error})") from error
     for number, line in enumerate(lines, 1):
