@@ -6,6 +6,7 @@ workers (doubles/shared_exports.py).
 """
 
 import ctypes
+import gc
 import importlib.util
 import os
 import subprocess
@@ -24,6 +25,9 @@ IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_WORKER:
     # Workers that have a thread for every core each would wait for one another.
     os.environ |= dict.fromkeys(("MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+
+# Looking for cycles among all that PyTorch and ONNX made took an eighth of the processor time.
+gc.set_threshold(50_000, 10, 10)
 
 # Output is compared as plain text, also where the environment asks for colours.
 for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):

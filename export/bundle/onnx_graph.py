@@ -19,6 +19,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import rewriter
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter.rules.common import slice_split_rule
+from torch._export import utils as export_utils
+from torch.fx import config as fx_config
 
 from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.fp8 import onnx_decomposition as fp8_decomposition
@@ -104,6 +106,27 @@ def _parse_functions_once() -> None:
         _schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)
 
 
+@contextlib.contextmanager
+def _lean_tracing() -> Iterator[None]:
+    """Spare what PyTorch does for each node and namespace and nobody here reads: a seventh.
+
+    That are stack traces of nodes, and a list of composite operators that it makes again for each
+    of its 28 namespaces. Where a release has no such setting or function, all is as it was.
+    """
+    listed = "_materialize_cpp_cia_ops"
+    spared: list[tuple[Any, str, Any]] = [(fx_config, "do_not_emit_stack_traces", True)]
+    if hasattr(export_utils, listed):
+        spared.append((export_utils, listed, cache(getattr(export_utils, listed))))
+    before = [getattr(module, name, None) for module, name, _ in spared]
+    try:
+        for module, name, value in spared:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(spared, before, strict=True):
+            setattr(module, name, value)
+
+
 class _Captured(torch.export.ExportedProgram):
     """A captured program that takes this project's operators along in any decomposition.
 
@@ -122,7 +145,7 @@ class _Captured(torch.export.ExportedProgram):
 def onnx_model(source: GraphSource) -> ir.Model:
     """Translate one graph: custom nodes with function bodies attached, constants folded."""
     _parse_functions_once()
-    with _quiet_exporter():
+    with _quiet_exporter(), _lean_tracing():
         program = source.capture()
         program.__class__ = _Captured
         exported = torch.onnx.export(

@@ -66,11 +66,13 @@ def key_of(
 
 
 class _ContentPickler(pickle.Pickler):
-    """Writes tensors as what they hold, not as where they lie."""
+    """Writes tensors as what they hold, not as where they lie, and no path they came from."""
 
     def reducer_override(self, value: Any) -> Any:
         import torch
 
+        if type(value).__name__ == "FrozenDict":  # The configuration of a model of diffusers.
+            return dict, ({key: each for key, each in value.items() if key != "_name_or_path"},)
         if not isinstance(value, torch.Tensor):
             return NotImplemented
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -127,8 +129,9 @@ def export_once(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():  # It appears whole or not at all.
-            exporter.export_bundle(
-                model, config, folder, labels, fp8=fp8, allow_non_finite=allow_non_finite
-            )
+            with shared_graphs():
+                exporter.export_bundle(
+                    model, config, folder, labels, fp8=fp8, allow_non_finite=allow_non_finite
+                )
     shutil.copytree(folder, target)
     return read_manifest(target)

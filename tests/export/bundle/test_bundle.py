@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from shared_exports import export_once
+from shared_exports import export_once, shared_graphs
 
-from forcing_kv.export.bundle import write
+from forcing_kv.export.bundle import onnx_graph, write
 from forcing_kv.export.bundle.write import BundleLabels, export_bundle, replaced_directory
+from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.export.verify.eager import eager_session
@@ -50,11 +51,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def bundles(model, tmp_path_factory):
-    """One bundle a dtype; that of float32 as tests of other subjects get theirs."""
+    """One bundle a dtype."""
     folder = tmp_path_factory.mktemp("bundles")
     for dtype in DTYPES:
-        export = export_once if dtype == "float32" else export_bundle
-        export(model, make_config(dtype), folder / dtype, BundleLabels("tiny"))
+        export_once(model, make_config(dtype), folder / dtype, BundleLabels("tiny"))
     return folder
 
 
@@ -229,6 +229,33 @@ def test_a_second_export_is_the_same(model, bundles, tmp_path):
     )
 
 
+def test_a_graph_is_decomposed_once_and_pytorch_left_as_it_was(model, monkeypatch):
+    """Names private to other packages among them: without those an export is right, but slow."""
+    from onnxscript import rewriter
+    from torch._export import utils
+    from torch.fx import config
+    from torch.onnx._internal.exporter import _schemas
+
+    def told():
+        return config.do_not_emit_stack_traces, utils._materialize_cpp_cia_ops
+
+    before, calls, plain = told(), [], torch.export.ExportedProgram.run_decompositions
+
+    def counted(program, table, **options):
+        calls.append(told())
+        return plain(program, table, **options)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    (source,) = (each for each in graph_sources(model, make_config()) if each.name == "evict")
+    onnx_graph.onnx_model(source)
+    ((stacks, listed),) = calls
+    assert stacks is True
+    assert listed is not before[1]
+    assert told() == before
+    assert hasattr(_schemas.op_signature_from_function, "cache_info")
+    assert len(onnx_graph._REWRITE_RULES) == len(rewriter._DEFAULT_REWRITE_RULES) - 1
+
+
 @pytest.mark.parametrize(
     ("stage", "error", "raised"),
     [
@@ -241,7 +268,7 @@ def test_a_crash_leaves_nothing(model, tmp_path, monkeypatch, stage, error, rais
         raise error
 
     monkeypatch.setattr(write, stage, fail)
-    with pytest.raises(raised):
+    with pytest.raises(raised), shared_graphs():
         export_bundle(model, make_config(), tmp_path / "b", BundleLabels("tiny"))
     assert list(tmp_path.iterdir()) == []
 
@@ -254,7 +281,7 @@ def test_a_crash_leaves_the_old_bundle(model, bundles, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(write, "sha256_of", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError), shared_graphs():
         export_bundle(model, make_config(), old, BundleLabels("new"), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert sha256_of(old / "manifest.json") == before

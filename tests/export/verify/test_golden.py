@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared_exports import shared_graphs
 
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden import (
@@ -28,6 +29,13 @@ CASES = (
     "fkv_temporal3_nodynamic",
 )
 CASE = "fkv_retention_half_p1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_graphs():
+    """What is exported here, other tests of the cases use too."""
+    with shared_graphs():
+        yield
 
 
 def fails(case: GoldenCase, checkpoint: Path | None = None) -> bool:
