@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import fkv
+from stand_ins import peft_file
 
 from forcing_kv.export.checkpoint.files import checkpoint_sha256
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -149,3 +150,21 @@ def test_export_of_a_preset_writes_a_bundle_and_a_failure_writes_nothing(tiny):
     with pytest.raises(InputError):
         fkv(*options[:-1], tiny / "second")
     assert {file.name for file in tiny.iterdir()} == before
+
+
+def test_adapters_are_said_before_anything_is_written_and_recorded(tiny):
+    """Several at once; the preset's alpha is of another file than either."""
+    preset = json.loads((tiny / "tiny.json").read_text()) | {"lora": ["own.pt"], "lora_alpha": 8}
+    (tiny / "tiny.json").write_text(json.dumps(preset))
+    for rank, name in ((2, "own.pt"), (4, "style.pt")):
+        factors = {"blocks.0.self_attn.q": (torch.randn(rank, 24), torch.randn(24, rank))}
+        torch.save(peft_file(factors), tiny / name)
+    words = ["export", "--model", tiny / "tiny.json", "--checkpoint", tiny / "tiny.pt", "--dense"]
+    words += ["--out", tiny / "bundle", "--dry-run"]
+    words += ["--lora", tiny / "own.pt", "--lora", f"{tiny / 'style.pt'}:0.5"]
+    said = fkv(*words).stderr
+    assert "own.pt: 1 x LoRA, alpha 8 (the preset), rank 2, scale 4; strength 1" in said
+    assert "style.pt: 1 x LoRA, alpha 4 (the rank" in said
+    assert "scale 1; strength 0.5" in said
+    with pytest.raises(InputError, match="--lora-alpha is of one adapter"):
+        fkv(*words, "--lora-alpha", 2)
