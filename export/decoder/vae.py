@@ -147,7 +147,7 @@ def load_wan_vae(path: Path) -> Any:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         try:
-            return kind.from_pretrained(str(folder), low_cpu_mem_usage=False)
+            return kind.from_pretrained(str(folder), low_cpu_mem_usage=False, local_files_only=True)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(
