@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ from typing import NamedTuple
 from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from forcing_kv.export.request.flags import MANNERS, OPTIONS
-from forcing_kv.runtime_trt.console import ExitCode, project_version, shown, talk
+from forcing_kv.runtime_trt.console import ExitCode, PlainFormatter, project_version, shown, talk
 from forcing_kv.runtime_trt.errors import (
     EXTRA_OF_MODULE,
     REMEDIES,
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     fill_closed_descriptors()
+    if logging.lastResort is not None:  # What prints warnings where nobody has set up more.
+        logging.lastResort.setFormatter(PlainFormatter())
     with ended_by_signals():
         code = _call(arguments)
     sys.exit(code)
