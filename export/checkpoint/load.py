@@ -24,20 +24,20 @@ from forcing_kv.export.checkpoint.files import (
     RawCheckpoint,
     checkpoint_sha256,
     read_checkpoint,
-    weight_files,
 )
 from forcing_kv.export.checkpoint.finite import IN_FILE, FiniteCheck
 from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.checkpoint.quantised import FP8_DTYPES
+from forcing_kv.export.checkpoint.shards import find_weights
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DType, dtype_name
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 
-_MAX_COMPARED, _MAX_LENGTH = 2000, 120
-"""Names of a file, and their characters, among which the nearest to a missing one is looked for."""
 _log = logging.getLogger(__name__)
 
+_MAX_COMPARED, _MAX_LENGTH = 2000, 120
+"""Names of a file, and their characters, among which the nearest to a missing one is looked for."""
 _OTHER_MODELS = {
     "img_emb.": "an image-to-video Wan model",
     "vace_blocks.": "a VACE Wan model",
@@ -135,8 +135,7 @@ def load_model(
         tensors[name] = value.to(torch.float32 if model.is_island(name) else wanted)
         stages = {IN_FILE: given}
         if adapters:
-            merged_from = " and ".join(str(adapter.path) for adapter in adapters)
-            stages[f"once {merged_from} is merged"] = value
+            stages[f"once {', '.join(str(adapter.path) for adapter in adapters)} is merged"] = value
         check.look(name, tensors[name], stages)
     merged.finish()
     if not allow_non_finite:
@@ -159,11 +158,6 @@ def _adapters(
         raise InputError(
             f"--lora-alpha is of an adapter, but {source.path} holds none and --lora names none"
         )
-    if factors and checkpoint.packed:
-        raise InputError(
-            f"{source.path}: holds an adapter to quantised weights; give the unquantised "
-            "checkpoint and the adapter with --lora"
-        )
     if not factors:
         return read_adapters(source.adapters, source.alpha, names), checkpoint.tensors
     others = {name: value for name, value in checkpoint.tensors.items() if name not in factors}
@@ -175,7 +169,12 @@ def _adapters(
             else f"{source.path}: is an adapter; give its base model with --checkpoint, and this "
             "with --lora"
         )
-    file = AdapterFile(weight_files(source.path)[0])
+    if checkpoint.packed:
+        raise InputError(
+            f"{source.path}: holds an adapter to quantised weights; give the unquantised "
+            "checkpoint and the adapter with --lora"
+        )
+    file = AdapterFile(find_weights(source.path).files[0])
     adapter = adapter_of(RawAdapter(factors, {}), file, source.alpha, names)
     for line in adapter.describe():
         _log.warning("%s", line)

@@ -124,9 +124,13 @@ def load_wan_vae(path: Path) -> WanVae:
 
 def _from_folder(folder: Path) -> WanVae:
     config = _read_config(folder / "config.json")
-    usual = (folder / f"diffusion_pytorch_model{end}" for end in (".safetensors", INDEX_SUFFIX))
+    ends = (".safetensors", f".safetensors{INDEX_SUFFIX}")
+    usual = (folder / f"diffusion_pytorch_model{end}" for end in ends)
     file = next((file for file in usual if file.is_file()), folder)
-    return _loaded(config, read_checkpoint(file).tensors, str(file))
+    read = read_checkpoint(file)
+    if read.form is not None:
+        raise InputError(f"{file}: is quantised ({read.form}); {_REMEDY}, unquantised")
+    return _loaded(config, read.tensors, str(file))
 
 
 def _read_config(path: Path) -> VaeConfig:

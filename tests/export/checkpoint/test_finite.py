@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from stand_ins import peft_file
 
 from forcing_kv.export.bundle.write import BundleLabels, export_bundle
-from forcing_kv.export.checkpoint.adapter.file import AdapterFile
+from forcing_kv.export.checkpoint.adapter.file import adapter_files
 from forcing_kv.export.checkpoint.finite import FiniteCheck, is_finite
 from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
 from forcing_kv.export.model.denoiser import CausalWanModel
@@ -68,7 +68,7 @@ def test_an_adapter_that_makes_them_is_named(checkpoint, tmp_path):
     path = checkpoint(0.0)
     down, up = torch.ones(2, 32), torch.full((48, 2), 3e38)
     save_file(peft_file({NAME.removesuffix(".weight"): (down, up)}), tmp_path / "lora.safetensors")
-    source = CheckpointSource(path, adapters=(AdapterFile(tmp_path / "lora.safetensors"),))
+    source = CheckpointSource(path, adapters=adapter_files(tmp_path / "lora.safetensors"))
     told = rf"tensor {NAME} holds 1536 .* once .*lora\.safetensors is merged"
     with pytest.raises(InputError, match=told):
         load_model(source, SHAPE)

@@ -6,8 +6,9 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
-from stand_ins import diffusers_name, prefixed, write_sharded
+from stand_ins import diffusers_name, peft_file, prefixed, write_sharded
 
+from forcing_kv.export.checkpoint.adapter.file import adapter_files
 from forcing_kv.export.checkpoint.files import read_checkpoint
 from forcing_kv.export.checkpoint.load import CheckpointSource, load_model
 from forcing_kv.export.commands.export import BundleOutput, export
@@ -145,6 +146,24 @@ def test_deepseeks_last_block_may_be_shorter(tmp_path):
     wanted[128:, :128] *= 4
     wanted[128:, 128:] *= 8
     assert torch.equal(found, wanted)
+
+
+def test_adapters_and_overflows_of_computed_weights(tmp_path, weights):
+    """An adapter is added to what the codes mean; a scale that overflows float16 is told."""
+    file, meant = scaled(weights, "scale_weight", per_tensor)
+    save_file(file, tmp_path / "w.safetensors")
+    layer = linears(weights)[0]
+    down, up = torch.randn(4, 64), torch.randn(64, 4)
+    save_file(peft_file({layer: (down, up)}), tmp_path / "lora.safetensors")
+    meant[f"{layer}.weight"] = meant[f"{layer}.weight"] + up @ down
+    assert_loads(
+        tmp_path / "w.safetensors", meant, adapters=adapter_files(tmp_path / "lora.safetensors")
+    )
+    save_file(file | {f"{layer}.scale_weight": torch.tensor(1e4)}, tmp_path / "w.safetensors")
+    with pytest.raises(
+        InputError, match=rf"tensor {layer}\.weight holds .* as float16, which ends"
+    ):
+        load_model(tmp_path / "w.safetensors", SHAPE, "float16")
 
 
 def test_plain_fp8_diffusers_names_and_shards(tmp_path, weights):
