@@ -54,14 +54,15 @@ def encode_prompt(prompt: str) -> NDArray[np.float32]:
         InputError: an unknown word, no word, or too many of them.
     """
     words = prompt.split()
-    unknown = [word for word in words if word not in WORDS]
+    unknown = [word[:40] for word in words if word not in WORDS]
     if unknown:
         raise InputError(
-            f"prompt {prompt!r}: unknown words {unknown}; the digits model knows {list(WORDS)}"
+            f"prompt {prompt[:80]!r}: unknown words {unknown[:5]}; the digits model knows "
+            f"{list(WORDS)}"
         )
     if not 1 <= len(words) <= TEXT_LEN:
         raise InputError(
-            f"prompt {prompt!r} has {len(words)} words; the digits model takes 1 to {TEXT_LEN}"
+            f"prompt {prompt[:80]!r} has {len(words)} words; the digits model takes 1 to {TEXT_LEN}"
         )
     embeds = np.zeros((TEXT_LEN, TEXT_DIM), np.float32)
     embeds[: len(words)] = word_table()[[WORDS.index(word) for word in words]]

@@ -76,8 +76,11 @@ class Subject:
         chunk = self.base.chunk
         segments = chosen.num_segments if chosen.num_dynamic_frames else 1
         size = (chunk.latent_height, chunk.latent_width)
-        check_latent_size(size, chunk.patch_size, segments)
-        return replace(self.base, policy=chosen)
+        try:
+            check_latent_size(size, chunk.patch_size, segments)
+            return replace(self.base, policy=chosen)
+        except InputError as error:
+            raise InputError(f"{policy}: {error}") from error
 
     def _policy(self, text: str) -> CachePolicy:
         known = {"forcing-kv": self.own_policy, "dense": self.base.policy}
