@@ -67,8 +67,8 @@ def read_fp8(path: Path, model: ModelShape) -> Fp8File:
     found = content.get("format") if isinstance(content, Mapping) else None
     if found != FP8_FORMAT or content.get("schema_version") != FP8_SCHEMA_VERSION:
         raise InputError(
-            f"{path}: not a {FP8_FORMAT} file of version {FP8_SCHEMA_VERSION} (format {found!r}); "
-            f"{_REMEDY}"
+            f"{path}: not a {FP8_FORMAT} file of version {FP8_SCHEMA_VERSION} "
+            f"(format {repr(found)[:40]}); {_REMEDY}"
         )
     try:
         loaded = load_as(_Content, content)

@@ -39,7 +39,9 @@ class _Official:
         fixed = {"qk_norm": True, "cross_attn_norm": True, "model_type": "t2v"}
         for name, value in fixed.items():
             if (found := getattr(self, name)) != value:
-                raise InputError(f"{where}: {name} is {found!r}; only {value!r} is supported")
+                raise InputError(
+                    f"{where}: {name} is {repr(found)[:40]}; only {value!r} is supported"
+                )
         time, height, width = self.patch_size
         if time != 1 or height != width:
             raise InputError(
@@ -85,7 +87,8 @@ class _Diffusers:
             raise InputError(f"{where}: an image-to-video model; only text-to-video is supported")
         if self.qk_norm != "rms_norm_across_heads":
             raise InputError(
-                f"{where}: qk_norm is {self.qk_norm!r}; only 'rms_norm_across_heads' is supported"
+                f"{where}: qk_norm is {self.qk_norm[:40]!r}; only 'rms_norm_across_heads' is "
+                "supported"
             )
         return _Official(
             dim=self.num_attention_heads * self.attention_head_dim,

@@ -151,7 +151,7 @@ def _check_version(payload: Any, where: str) -> None:
     version = payload.get("schema_version")
     if version != HEADS_SCHEMA_VERSION:
         raise InputError(
-            f"{where}: head partition schema version {version!r}; this release reads "
+            f"{where}: head partition schema version {repr(version)[:40]}; this release reads "
             f"{HEADS_SCHEMA_VERSION}; upgrade forcing-kv or calibrate again with "
             "`fkv calibrate heads`"
         )

@@ -54,10 +54,10 @@ def encode_prompt(prompt: str) -> NDArray[np.float32]:
         InputError: an unknown word, no word, or too many of them.
     """
     words = prompt.split()
-    unknown = [word for word in words if word not in WORDS]
+    unknown = [word[:40] for word in words if word not in WORDS]
     if unknown:
         raise InputError(
-            f"prompt {shown(prompt)}: unknown words {shown(unknown)}; the digits model knows "
+            f"prompt {shown(prompt)}: unknown words {shown(unknown[:5])}; the digits model knows "
             f"{list(WORDS)}"
         )
     if not 1 <= len(words) <= TEXT_LEN:

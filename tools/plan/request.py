@@ -82,9 +82,12 @@ class Subject:
         chosen = _read_policy(policy, self.own_policy, self.base.policy)
         chunk = self.base.chunk
         size = (chunk.latent_height, chunk.latent_width)
-        check_latent_size(size, chunk.patch_size, _segments(chosen))
-        _check_extent(chosen, chunk.num_frames)
-        return replace(self.base, policy=chosen)
+        try:
+            check_latent_size(size, chunk.patch_size, _segments(chosen))
+            _check_extent(chosen, chunk.num_frames)
+            return replace(self.base, policy=chosen)
+        except InputError as error:
+            raise InputError(f"{policy}: {error}") from error
 
 
 def _read_policy(text: str, own: CachePolicy, dense: CachePolicy) -> CachePolicy:
