@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from forcing_kv.export.cost.devices import DEVICES, find_device
-from forcing_kv.export.request.flags import Json, PositiveInt, flags
+from forcing_kv.export.request.flags import File, Json, PositiveInt, flags
 from forcing_kv.runtime_trt.bundle.files import check_file, replaced_file
 from forcing_kv.runtime_trt.console import print_json, talk
 from forcing_kv.tools.plan.report import Plan, draw, print_tables
@@ -30,7 +29,7 @@ class PlanOptions:
     """Chunks that the mean is taken over; 7 make 5 s of video."""
     compare: str | None = None
     """A second policy to show beside, such as dense."""
-    plot: Path | None = None
+    plot: File | None = None
     """Write stacked bars to this .png."""
     force: bool = False
     """Replace an earlier one."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.export.request.flags import Int, Json, Natural, PositiveInt, YesNo, flags
+from forcing_kv.export.request.flags import File, Int, Json, Natural, PositiveInt, YesNo, flags
 from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
@@ -36,7 +36,7 @@ from forcing_kv.tools.run.video import Writer, check_output, open_writer
 class VideoOptions:
     """What is generated, and where it goes."""
 
-    out: Path
+    out: File
     """Video (.mp4, .gif) or latents (.npz); of several prompts, numbered files."""
     num_chunks: PositiveInt = 7
     """Chunks to generate."""
@@ -46,7 +46,7 @@ class VideoOptions:
     """Frames per second of the video. Default: the model's own."""
     scale: PositiveInt = 1
     """Enlarge pixels by this factor."""
-    live: Path | None = None
+    live: File | None = None
     """PNG that always shows the latest chunk, while generating."""
     force: bool = False
     """Replace earlier files."""

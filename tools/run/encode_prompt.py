@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from forcing_kv.export.request.flags import Json, Natural, PositiveInt, flags
+from forcing_kv.export.request.flags import File, Json, Natural, PositiveInt, flags
 from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
@@ -39,7 +39,7 @@ class EncoderOptions:
 
 def encode_prompt(
     *prompt: str,
-    out: Path,
+    out: File,
     prompts: Path | None = None,
     encoder: EncoderOptions = EncoderOptions(),
     force: bool = False,
