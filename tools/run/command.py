@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.request.flags import File, Int, Json, Natural, PositiveInt, YesNo, flags
-from forcing_kv.runtime_trt.bundle.locks import claimed
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError

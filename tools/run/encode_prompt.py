@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from forcing_kv.export.request.flags import File, Json, Natural, PositiveInt, flags
-from forcing_kv.runtime_trt.bundle.locks import claimed
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType

@@ -21,7 +21,7 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt import Session
-from forcing_kv.runtime_trt.bundle import places
+from forcing_kv.runtime_trt.bundle.atomic import places
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
