@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from forcing_kv.export.request.flags import Int, Json, YesNo, flags, given, panel
+from forcing_kv.export.request.flags import File, Int, Json, YesNo, flags, given, panel
 from forcing_kv.export.tensorrt.options import EngineOptions, TensorRtBackend, TensorRtOptions
 from forcing_kv.runtime_trt.bundle.files import check_file, write_json
 from forcing_kv.runtime_trt.console import print_json, progress, talk
@@ -28,7 +28,7 @@ class TensorRtBuild(TensorRtOptions):
     refit_from: Path | None = None
     """Give this bundle's weights to the engines that another bundle of the same model has from a
     build with --refit, instead of building."""
-    layer_info: Path | None = None
+    layer_info: File | None = None
     """Write the layers of the graphs that were built, JSON."""
 
     def engine(self, backend: TensorRtBackend) -> EngineOptions:

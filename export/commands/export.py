@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from forcing_kv.export.request.flags import Json, flags
 from forcing_kv.export.request.options import ExportRequest
-from forcing_kv.runtime_trt.bundle.locks import claimed
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from cyclopts import CoercionError, Group, Parameter, Token
@@ -101,6 +102,17 @@ Json = Annotated[bool, Parameter(name="--json")]
 """Field `as_json`."""
 Computed = Parameter(parse=False)
 """Marks a field that no flag sets."""
+
+
+def _file(_: Any, tokens: Sequence[Token]) -> Path:
+    option, text = tokens[-1].keyword, tokens[-1].value
+    if text.endswith(("/", "/.")):
+        raise CoercionError(f"{option} is {text!r}, which names a folder; name a file")
+    return Path(text)
+
+
+File = Annotated[Path, Parameter(converter=_file)]
+"""A file to write: `Path` alone would drop a slash at its end."""
 
 
 def _list_of(number: Callable[[str], T], kind: str, _: Any, tokens: Sequence[Token]) -> Any:

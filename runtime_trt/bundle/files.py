@@ -1,10 +1,10 @@
 """Files and folders that appear whole or not at all.
 
 What is being made stands beside its target under a hidden name that nobody can foresee
-(`places.py`), so that two writers never share it and no link can lie in wait there. It takes the
-target's place by one rename, and is removed on any error, an interruption included. It is locked
-(`locks.py`) for as long as its maker lives: what a killed process has left is not, and goes when
-the next one writes to the same folder.
+(`atomic/places.py`), so that two writers never share it and no link can lie in wait there. It takes
+the target's place by one rename, and is removed on any error, an interruption included. It is
+locked (`atomic/locks.py`) for as long as its maker lives: what a killed process has left is not,
+and goes when the next one writes to the same folder.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from forcing_kv.runtime_trt.bundle.locks import (
+from forcing_kv.runtime_trt.bundle.atomic.locks import (
     NoLocksError,
     is_at,
     lock,
     locked_folder,
     remove_dead_claim,
 )
-from forcing_kv.runtime_trt.bundle.places import (
+from forcing_kv.runtime_trt.bundle.atomic.places import (
     CLAIM,
     LITTER,
     MARK,

@@ -24,7 +24,8 @@ from forcing_kv.export.bundle.edit import changed_bundle, discard_engines, free_
 from forcing_kv.export.bundle.write import write_manifest
 from forcing_kv.export.decoder import add
 from forcing_kv.export.tensorrt.build import write_record
-from forcing_kv.runtime_trt.bundle import places
+from forcing_kv.runtime_trt.bundle.atomic import places
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.engines import EngineRecord
 from forcing_kv.runtime_trt.bundle.files import (
     filled_folder,
@@ -36,7 +37,6 @@ from forcing_kv.runtime_trt.bundle.files import (
 )
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
-from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import (
     WEIGHT_FILE,
     Manifest,

@@ -1,8 +1,11 @@
 """The command table of `fkv`, its flags, its help with nothing heavy installed, its exit codes."""
 
+import errno
 import importlib
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -177,11 +180,95 @@ def test_success_exits_with_0(fkv):
             OSError(28, "No space left on device"),
             "Error: No space left on device; free some, or choose another disk\n",
         ),
+        (
+            OSError(errno.EFBIG, "File too large", "b/weights.bin"),
+            (
+                "Error: b/weights.bin: File too large; choose another file system, or raise "
+                "`ulimit -f`\n"
+            ),
+        ),
+        (
+            MemoryError("9 GiB are too many"),
+            (
+                "Error: not enough memory (9 GiB are too many); close other programs, or use a "
+                "machine with more memory\n"
+            ),
+        ),
     ],
-    ids=["ForcingKvError", "ValueError", "OSError", "a full disk"],
+    ids=["ForcingKvError", "ValueError", "OSError", "a full disk", "a large file", "MemoryError"],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(fkv, error, message):
     assert fkv(raiser(error)) == (2, "", message)
+
+
+SYSTEM_ERRORS = (
+    "EFBIG", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EMFILE", "ENFILE", "ENAMETOOLONG", "ELOOP",
+    "EIO", "EISDIR", "ENOTDIR", "EPERM", "ETXTBSY", "ENOMEM", "EBUSY", "ESTALE",
+)  # fmt: skip
+
+
+def test_errors_of_the_system_are_no_defects_of_ours(fkv):
+    for name in SYSTEM_ERRORS:
+        number = getattr(errno, name)
+        code, _, message = fkv(raiser(OSError(number, os.strerror(number))))
+        assert (code, message.count("\n")) == (2, 1), name
+        assert message.startswith(f"Error: {os.strerror(number)}; "), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_what_runs_and_further_ones_do_not_disturb(fkv, number):
+    unwound = []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(number)
+            unwound.append("too far")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            unwound.append("removed")
+
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    earlier = {each: signal.signal(each, signal.SIG_DFL) for each in asked}
+    try:
+        assert fkv(command) == (128 + number, "", "")
+        assert [signal.getsignal(each) for each in asked] == [signal.SIG_DFL] * 3
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+    assert unwound == ["removed"]
+
+
+def test_a_signal_that_is_ignored_stays_so(fkv):
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert fkv(lambda: signal.raise_signal(signal.SIGHUP))[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def shell(command):
+    script = Path(sys.executable).with_name("fkv")
+    return subprocess.run(
+        ["bash", "-c", command, "bash", script], capture_output=True, text=True, check=False
+    )
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    """As other tools of Unix end, whoever has printed."""
+    done = shell('"$1" --help | true; "$1" plan --json | true; echo "${PIPESTATUS[0]}"')
+    assert done.stdout == "141\n"
+    assert "Broken pipe" not in done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_output_that_cannot_be_written_is_said():
+    done = shell('"$1" --version >&-; echo "$?"; "$1" --help >/dev/full; echo "$?"')
+    assert done.stdout == "2\n2\n"
+    assert done.stderr.splitlines() == [
+        "Error: standard output is closed, and this command prints there; open it",
+        "Error: No space left on device; free some, or choose another disk",
+    ]
 
 
 def test_a_missing_package_names_its_extra(fkv, monkeypatch):

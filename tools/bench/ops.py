@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from forcing_kv.export.request.flags import Json, PositiveInt, flags
+from forcing_kv.export.request.flags import File, Json, PositiveInt, flags
 from forcing_kv.runtime_trt.console import ExitCode, print_json, screen, talk
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError, require
 from forcing_kv.runtime_trt.rollout.resolution import parse_latent_size
@@ -34,7 +33,7 @@ class OpsOptions(LayerOptions):
     """Untimed calls before the timed ones."""
     iterations: PositiveInt = 100
     """Timed calls."""
-    out: Path | None = None
+    out: File | None = None
     """File to append the rows to, as JSON lines."""
     update_table: bool = False
     """Write the fastest tactics to the tuned table."""

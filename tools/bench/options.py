@@ -8,14 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from forcing_kv.export.request.flags import (
-    Computed,
-    Int,
-    Json,
-    PositiveInt,
-    between,
-    flags,
-)
+from forcing_kv.export.request.flags import Computed, File, Int, Json, PositiveInt, between, flags
 from forcing_kv.runtime_trt.dtypes import DType
 
 DeviceName = Literal["cuda", "cpu"]
@@ -80,7 +73,7 @@ class LoadRequest(BenchRequest):
 class BenchOutput:
     """Where rows go, and what is shown."""
 
-    out: Path | None = None
+    out: File | None = None
     """Append every row to this file (JSON lines)."""
     list_subjects: Annotated[bool, Parameter(name="--list")] = False
     """Name every subject and stop."""
@@ -93,7 +86,7 @@ class BenchOutput:
 class SuiteOptions:
     """How a suite is run."""
 
-    out: Path
+    out: File
     """File that rows are appended to (JSON lines)."""
     folder: Path = Path(".bench")
     """Where reference rollouts, measured tactics and compiled kernels are kept."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from forcing_kv.export.cost.devices import find_device
-from forcing_kv.export.request.flags import Int, Json, between, flags
+from forcing_kv.export.request.flags import File, Int, Json, between, flags
 from forcing_kv.runtime_trt.bundle.files import check_file, replaced_file
 from forcing_kv.runtime_trt.console import print_json, talk
 from forcing_kv.runtime_trt.rollout.resolution import pixel_text
@@ -29,7 +28,7 @@ class PlanOptions:
     """Chunks that the mean is taken over; 7 make 5 s of video."""
     compare: str | None = None
     """A second policy to show beside, such as dense."""
-    plot: Path | None = None
+    plot: File | None = None
     """Write stacked bars to this .png."""
     force: bool = False
     """Replace an earlier one."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.request.flags import (
+    File,
     Int,
     Json,
     PositiveInt,
@@ -23,7 +24,7 @@ from forcing_kv.export.request.flags import (
     between,
     flags,
 )
-from forcing_kv.runtime_trt.bundle.locks import claimed
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, NonFiniteError
@@ -50,7 +51,7 @@ MAX_SCALE = 64
 class VideoOptions:
     """What is generated, and where it goes."""
 
-    out: Path
+    out: File
     """Video (.mp4, .gif) or latents (.npz); of several prompts, numbered files."""
     num_chunks: PositiveInt = 7
     """Chunks to generate."""
@@ -60,7 +61,7 @@ class VideoOptions:
     """Frames per second of the video: 24, 23.976, 30000/1001. Default: the model's own."""
     scale: Annotated[Int, between(1, MAX_SCALE)] = 1
     """Enlarge pixels by this factor."""
-    live: Path | None = None
+    live: File | None = None
     """PNG that always shows the latest chunk, while generating."""
     force: bool = False
     """Replace earlier files."""

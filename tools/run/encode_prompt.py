@@ -10,9 +10,9 @@ from unicodedata import category
 
 import numpy as np
 
-from forcing_kv.export.request.flags import Json, PositiveInt, Threads, flags
+from forcing_kv.export.request.flags import File, Json, PositiveInt, Threads, flags
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
-from forcing_kv.runtime_trt.bundle.locks import claimed
 from forcing_kv.runtime_trt.bundle.prompt_file import PromptFile, write_prompts
 from forcing_kv.runtime_trt.console import print_json, talk, track
 from forcing_kv.runtime_trt.dtypes import DType
@@ -47,7 +47,7 @@ class EncoderOptions:
 
 def encode_prompt(
     *prompt: str,
-    out: Path,
+    out: File,
     prompts: Path | None = None,
     encoder: EncoderOptions = EncoderOptions(),
     force: bool = False,

@@ -22,6 +22,7 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt import Session
+from forcing_kv.runtime_trt.bundle.atomic import places
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
@@ -324,8 +325,9 @@ def test_a_failed_replacement_puts_the_old_bundle_back(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(target))
         return rename(path, target)
 
+    monkeypatch.setattr(places, "_rename", lambda *_: False)  # A system that cannot exchange.
     monkeypatch.setattr(Path, "rename", fail_on_the_new)
-    with pytest.raises(ForcingKvError, match=r"/b: Permission denied$"):
+    with pytest.raises(ForcingKvError, match=r"/b: Permission denied; check"):
         write_word(tmp_path / "b", "two", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "manifest.json").read_text() == "one"

@@ -1,10 +1,13 @@
 """`fkv run` and `fkv inspect` on a small bundle: files that appear, and mistakes that are named."""
 
 import json
+import os
 
 import av
 import numpy as np
 import pytest
+
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 
 PROMPT = "a digit 3 moving left ."
 
@@ -104,3 +107,16 @@ def test_inspect_finds_an_altered_file(run_fkv, digits_bundle, tmp_path):
     assert done.code == 2
     assert "step.onnx" in done.err
     assert "fkv export" in done.err
+
+
+def test_a_second_run_to_the_same_file_is_refused_at_once(run_fkv, digits_bundle, tmp_path):
+    out = tmp_path / "v.npz"
+    with claimed(out):
+        done = run(run_fkv, tmp_path / "not read yet", out, "--force")
+    assert done.code == 2
+    assert f"v.npz: process {os.getpid()} (`" in done.err
+    out.write_text("there")
+    done = run(run_fkv, digits_bundle, out)
+    assert done.code == 2
+    assert "exists already" in done.err
+    assert os.listdir(tmp_path) == ["v.npz"]  # noqa: PTH208

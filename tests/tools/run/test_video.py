@@ -1,6 +1,8 @@
 """Writers: a growing file can be watched, the finished one is whole, a failed one is not there."""
 
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -108,6 +110,39 @@ def test_a_gif_is_not_made_faster_than_it_plays(tmp_path):
         open_writer(tmp_path / "v.gif", Fraction(60)),
     ):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "%d.gif", "-x.mp4", os.fsdecode(b"\xff.mp4")])
+def test_every_name_is_a_file_here(tmp_path, monkeypatch, name):
+    """And neither a URL nor a pattern to FFmpeg."""
+    monkeypatch.chdir(tmp_path)
+    with open_writer(Path(name), fps=16) as writer:
+        writer.write(LATENTS, frames(3))
+    assert os.listdir() == [name]  # noqa: PTH208
+    with Path(name).open("rb") as file, av.open(file) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 3
+
+
+def test_what_is_there_is_left_or_replaced_as_asked(tmp_path):
+    out, others = tmp_path / "v.mp4", tmp_path / "v.partial.mp4"
+    others.write_text("a user's file")
+    out.write_text("an earlier one")
+    with pytest.raises(InputError, match="exists already"), open_writer(out, fps=16):
+        pass
+    assert out.read_text() == "an earlier one"
+    with open_writer(out, fps=16, force=True) as writer:
+        writer.write(LATENTS, frames(3))
+    assert count_frames(out) == 3
+    assert others.read_text() == "a user's file"
+
+
+def test_frames_larger_than_a_video_are_refused(tmp_path):
+    with (
+        pytest.raises(InputError, match="--scale 600 makes frames of 28800x19200 pixels"),
+        open_writer(tmp_path / "v.mp4", fps=16, scale=600) as writer,
+    ):
+        writer.write(LATENTS, frames(3))
     assert list(tmp_path.iterdir()) == []
 
 

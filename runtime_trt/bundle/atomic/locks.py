@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from forcing_kv.runtime_trt.bundle.places import CLAIM, hidden, made_parents, naming, surely
+from forcing_kv.runtime_trt.bundle.atomic.places import CLAIM, hidden, made_parents, naming, surely
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 _log = logging.getLogger(__name__)

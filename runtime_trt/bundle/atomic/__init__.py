@@ -1,0 +1,1 @@
+"""What stands below `files.py`: locks, hidden names, and renames that destroy nothing."""
