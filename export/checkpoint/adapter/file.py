@@ -120,7 +120,7 @@ def read_raw(path: Path) -> RawAdapter:
         InputError: unreadable, or it is not clear where its tensors are.
     """
     raw, entries = read_tensor_file(path), dict[str, Any]()
-    if path.suffix in SAFETENSORS_SUFFIXES:
+    if path.suffix.lower() in SAFETENSORS_SUFFIXES:
         with require("safetensors").safe_open(path, framework="numpy") as file:
             entries |= file.metadata() or {}
     for _ in range(_MAX_DEPTH):

@@ -65,7 +65,7 @@ def adapter_of(
     statements = read_statements(raw, file.config, str(path))
     assembly = Assembly(path, parts_of(raw.tensors, names, path), raw.tensors, statements, rule)
     updates = {name: assembly.update(name, names.shapes[name]) for name in assembly.parts}
-    if all(update.replaces for update in updates.values()):
+    if not updates:
         raise InputError(
             f"{path}: holds no LoRA factors (such as lora_A and lora_B) nor differences; found "
             f"{some(raw.tensors)}"

@@ -267,7 +267,7 @@ def test_the_scale_is_said_and_one_far_from_one_pointed_out(tmp_path, factors):
         assert part in line
     for alpha in (17 * RANK, RANK / 16, 0, -5 * RANK):
         assert "far from 1" in said(alpha)[1]
-    assert len(said(4 * RANK)) == 1
+    assert len(said(4 * RANK)) == len(said(-RANK)) == 1
 
 
 def test_what_the_manifest_says(tmp_path, factors):

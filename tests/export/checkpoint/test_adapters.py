@@ -1,5 +1,6 @@
 """Adapters as every trainer names and writes them merge exactly, against sums in numpy."""
 
+import itertools
 import json
 
 import numpy as np
@@ -228,18 +229,18 @@ LAYER = "blocks.1.ffn.0"
 
 @pytest.mark.parametrize("whole", [(), ("w1",), ("w1", "w2"), ("w2",)])
 def test_lokr(tmp_path, base, weights, whole):
-    """[5 x 8, 4 x 6]; alpha has a meaning where a side is of two factors."""
+    """[5 x 8, 4 x 6]; the rank is of the larger side that is of two factors, if one is."""
     torch.manual_seed(4)
-    sides = {"w1": (5, 4), "w2": (8, 6)}
+    sides = {"w1": (5, 3, 4), "w2": (8, 2, 6)}
     tensors, parts = {}, {}
-    for side, (rows, columns) in sides.items():
-        a, b = torch.randn(rows, 2), torch.randn(2, columns)
+    for side, (rows, rank, columns) in sides.items():
+        a, b = torch.randn(rows, rank), torch.randn(rank, columns)
         parts[side] = (a @ b).numpy().astype(float)
         split = {f"{side}_a": a, f"{side}_b": b}
         tensors |= {side: a @ b} if side in whole else split
     named = {f"lora_unet_blocks_1_ffn_0.lokr_{name}": value for name, value in tensors.items()}
     named["lora_unet_blocks_1_ffn_0.alpha"] = torch.tensor(3.0)
-    scale = 1.0 if len(whole) == 2 else 1.5
+    scale = {("w1", "w2"): 1.0, ("w2",): 1.0}.get(whole, 1.5)
     change = {f"{LAYER}.weight": scale * np.kron(parts["w1"], parts["w2"])}
     file = save(tmp_path, named, "lokr.safetensors")
     assert_close(merged(base, file), expected(weights, change))
@@ -317,6 +318,23 @@ def test_several_adapters_add_up_in_any_order(tmp_path, base, weights, factors):
     alone = merged(base, three)[f"{LAYER}.weight"] - weights[f"{LAYER}.weight"].numpy()
     change[f"{LAYER}.weight"] = change[f"{LAYER}.weight"] + alone
     assert_close(found, expected(weights, change))
+
+
+def test_sums_that_lose_digits_do_not_depend_on_the_order(tmp_path, base):
+    name = "blocks.0.norm3"
+    files = [save(tmp_path, {f"{name}.diff": torch.ones(24)}, f"{i}.safetensors") for i in range(3)]
+    given = [f"{file}:{strength}" for file, strength in zip(files, (1e17, -1e17, 1), strict=True)]
+    found = [merged(base, *order)[f"{name}.weight"] for order in itertools.permutations(given)]
+    assert all(np.array_equal(found[0], other) for other in found)
+
+
+def test_a_float64_base_is_rounded_once(tmp_path, weights, factors):
+    precise = {name: value.double() * (1 + 1e-8) for name, value in weights.items()}
+    base = save(tmp_path, precise, "precise.safetensors")
+    found = merged(base, save(tmp_path, peft_file(factors), "style.safetensors"))
+    for layer, (a, b) in factors.items():
+        wanted = (precise[f"{layer}.weight"] + (b @ a).double()).float()
+        assert np.array_equal(found[f"{layer}.weight"], wanted.numpy()), layer
 
 
 def test_folders_of_peft_and_diffusers(tmp_path, base, weights, factors):
