@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("model_signing", reason="needs the Python package model-signing")
+pytest.importorskip("model_signing", reason="needs the packages model-signing and pyopenssl")
 if shutil.which("openssl") is None:
     pytest.skip("needs openssl", allow_module_level=True)
 
