@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,3 +150,23 @@ def test_export_of_a_preset_writes_a_bundle_and_a_failure_writes_nothing(tiny):
     with pytest.raises(InputError):
         fkv(*options[:-1], tiny / "second")
     assert {file.name for file in tiny.iterdir()} == before
+
+
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(tiny, monkeypatch):
+    weights = torch.load(tiny / "tiny.pt", weights_only=True)
+    weights["generator"]["head.head.bias"][0] = torch.inf
+    torch.save(weights, tiny / "tiny.pt")
+    options = ["export", "--model", tiny / "tiny.json", "--checkpoint", tiny / "tiny.pt"]
+    options += ["--heads", tiny / "heads.json", "--out", tiny / "bundle"]
+    with pytest.raises(InputError, match=r"tiny\.pt: tensor head\.head\.bias holds 1 NaN or"):
+        fkv(*options)
+    assert not (tiny / "bundle").exists()
+    asked = []
+
+    def export_bundle(model, *_, **options):
+        asked.append((options["allow_non_finite"], model.head.head.bias[0].item()))
+        return SimpleNamespace(digest="sha256:0")
+
+    monkeypatch.setattr("forcing_kv.export.bundle.write.export_bundle", export_bundle)
+    assert fkv(*options, "--allow-non-finite").exit_code == 0
+    assert asked == [(True, torch.inf)]
