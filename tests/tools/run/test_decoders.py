@@ -180,6 +180,7 @@ def test_weights_that_are_not_finite_are_refused_unless_asked_for(
 
     def export_decoder(bundle, source, **options):
         asked.append(options["allow_non_finite"])
+        return read_manifest(bundle)
 
     monkeypatch.setattr("forcing_kv.export.decoder.add.add_decoder", export_decoder)
     assert run_fkv(*words, "--allow-non-finite").code == 0
