@@ -70,10 +70,14 @@ class TextEncoder:
         tokenizer, weights = _find(folder)
         transformers = require("transformers")
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(tokenizer), local_files_only=True
+            )
             if weights.is_dir():
                 loader = transformers.UMT5EncoderModel
-                model = loader.from_pretrained(str(weights), torch_dtype=compute)
+                model = loader.from_pretrained(
+                    str(weights), torch_dtype=compute, local_files_only=True
+                )
             else:
                 model = umt5_from_original(read_tensor_file(weights), compute, str(weights))
         except InputError:

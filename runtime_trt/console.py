@@ -7,6 +7,7 @@ use, so that a process that only runs a bundle does not load it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sized
@@ -89,6 +90,13 @@ def talk(message: str, *, style: str | None = None) -> None:
         style: A `rich` style such as "green" or "bold red", dropped where there is no terminal.
     """
     console().print(message, style=style, soft_wrap=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Log messages as `talk` prints them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def print_json(record: Any) -> None:

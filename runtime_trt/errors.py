@@ -30,6 +30,7 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
         "onnxruntime": "onnxruntime",
         "onnxscript": "export",
         "PIL": "video",
+        "platformdirs": "rtx",
         "polygraphy": "trt",
         "safetensors": "export",
         "sentencepiece": "text",

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -36,7 +37,7 @@ from typing import NamedTuple
 from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from forcing_kv.export.request.flags import MANNERS, OPTIONS
-from forcing_kv.runtime_trt.console import ExitCode, project_version, shown, talk
+from forcing_kv.runtime_trt.console import ExitCode, PlainFormatter, project_version, shown, talk
 from forcing_kv.runtime_trt.errors import EXTRA_OF_MODULE, ForcingKvError, missing_dependency
 
 
@@ -116,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     app = build_app(COMMANDS)
+    if logging.lastResort is not None:  # What prints warnings where nobody has set up more.
+        logging.lastResort.setFormatter(PlainFormatter())
     try:
         if _load_what_is_listed(app, arguments):
             app.help_print(arguments)

@@ -39,6 +39,7 @@ def inspect(
         print_json({**manifest.to_json(), "nbytes_kv": manifest.config.nbytes_kv})
         return
     out = screen()
+    out.print(f"digest: {manifest.digest}", soft_wrap=True)
     for table in (_summary(manifest), _heads(manifest), _graphs(bundle, manifest)):
         out.print(table)
     for engine in manifest.engines:
@@ -61,7 +62,6 @@ def _summary(manifest: Manifest) -> Any:
     dense_nbytes = 2 * dense_rows * chunk.tokens_per_frame * model.head_dim
     dense_nbytes *= DTYPES[config.dtype].nbytes
     table = _table(manifest.name, "what", "value")
-    table.add_row("digest", manifest.digest)
     shape = f"{model.num_layers} layers, {model.num_heads} heads x {model.head_dim}"
     table.add_row("model", f"{shape}, ffn {model.ffn_dim}, text {model.text_len}x{model.text_dim}")
     table.add_row(

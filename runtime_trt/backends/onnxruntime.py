@@ -118,19 +118,15 @@ def onnx_sessions(
 
 
 def _outside_values(ort: Any, bundle: Bundle, file: OnnxFile) -> dict[str, Any]:
-    """A graph's larger tensors where the weight file is mapped; no copy is made."""
-    if not file.outside:
-        return {}
-    content = bundle.map(file.weights_file)
-    return {
-        tensor.name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            content[tensor.offset : tensor.offset + tensor.nbytes]
-            .view(tensor.element.numpy)
-            .reshape(tensor.shape),
-            tensor.element.onnx_code,
+    """A graph's larger tensors; a session copies them when it is made."""
+    values = {}
+    for tensor in file.outside:
+        content = bundle.piece(file.weights_file, tensor.offset, tensor.nbytes)
+        array = content.view(tensor.element.numpy).reshape(tensor.shape)
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array, tensor.element.onnx_code
         )
-        for tensor in file.outside
-    }
+    return values
 
 
 class _BoundGraph:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 
@@ -16,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.fields import BundlePath, Count
-from forcing_kv.runtime_trt.bundle.hashes import HashedFiles, mapped, open_regular
+from forcing_kv.runtime_trt.bundle.hashes import (
+    HashedFiles,
+    mapped,
+    open_regular,
+    read_piece,
+)
 from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json_file
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BundleError, InputError
@@ -105,10 +111,9 @@ def read_constants(
     Raises:
         BundleError: a file is missing or shorter than the table says.
     """
-    files = _Files(bundle)
     for name, entry in table.items():
-        runs = [files.run(piece, name) for piece in entry.pieces]
-        yield name, entry, np.concatenate(runs)
+        runs = [_run(bundle, piece, name) for piece in entry.pieces]
+        yield name, entry, runs[0] if len(runs) == 1 else np.concatenate(runs)
 
 
 def map_constants(
@@ -125,47 +130,50 @@ def map_constants(
     Raises:
         BundleError: a file is missing or shorter than the table says.
     """
-    files = _Files(bundle)
+    files: dict[str, NDArray[np.uint8]] = {}
     for name, entry in table.items():
         if len(entry.pieces) != 1:
             raise BundleError(
                 f"{bundle}: constant {name} is in {len(entry.pieces)} pieces; {_REMEDY}"
             )
-        yield name, entry, files.run(entry.pieces[0], name)
+        (piece,) = entry.pieces
+        if piece.file not in files:
+            files[piece.file] = _mapped(bundle, piece.file)
+        run = files[piece.file][piece.offset : piece.offset + piece.nbytes]
+        yield name, entry, _whole(run, bundle, piece, name)
 
 
-class _Files:
-    """Files of a bundle, mapped when they are first read."""
+def _run(bundle: HashedFiles | Path, piece: Piece, name: str) -> NDArray[np.uint8]:
+    """The bytes of one piece of constant `name`, a new array."""
+    if isinstance(bundle, HashedFiles):
+        run = bundle.piece(piece.file, piece.offset, piece.nbytes)
+    else:
+        with _opened(bundle / piece.file) as file:
+            run = read_piece(file, piece.offset, piece.nbytes)
+    return _whole(run, bundle, piece, name)
 
-    def __init__(self, bundle: HashedFiles | Path) -> None:
-        self._bundle = bundle
-        self._mapped: dict[str, NDArray[np.uint8]] = {}
 
-    def run(self, piece: Piece, name: str) -> NDArray[np.uint8]:
-        """The bytes of one piece of constant `name`.
+def _mapped(bundle: HashedFiles | Path, name: str) -> NDArray[np.uint8]:
+    if isinstance(bundle, HashedFiles):
+        return bundle.map(name)
+    with _opened(bundle / name) as file:
+        return mapped(file)
 
-        Raises:
-            BundleError: there are fewer.
-        """
-        if piece.file not in self._mapped:
-            self._mapped[piece.file] = self._map(piece.file)
-        content = self._mapped[piece.file]
-        run = content[piece.offset : piece.offset + piece.nbytes]
-        if len(run) != piece.nbytes:
-            raise BundleError(
-                f"{self._bundle}/{piece.file}: {len(content)} bytes, but constant {name} ends at "
-                f"{piece.offset + piece.nbytes}; {_REMEDY}"
-            )
-        return run
 
-    def _map(self, name: str) -> NDArray[np.uint8]:
-        if isinstance(self._bundle, HashedFiles):
-            return self._bundle.map(name)
-        path = self._bundle / name
-        try:
-            with open_regular(path) as file:
-                return mapped(file)
-        except OSError as error:
-            raise BundleError(
-                f"{path}: cannot be read ({error}); export the bundle again"
-            ) from error
+def _opened(path: Path) -> BufferedReader:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error}); export the bundle again") from error
+
+
+def _whole(
+    run: NDArray[np.uint8], bundle: HashedFiles | Path, piece: Piece, name: str
+) -> NDArray[np.uint8]:
+    """The same bytes, if there are as many as the piece has."""
+    if len(run) != piece.nbytes:
+        raise BundleError(
+            f"{bundle}/{piece.file}: too short, for constant {name} ends at "
+            f"{piece.offset + piece.nbytes}; {_REMEDY}"
+        )
+    return run

@@ -62,6 +62,13 @@ def mapped(file: BufferedReader) -> NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
+def read_piece(file: BufferedReader, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    """A copy of a part of an open file, [nbytes], or what there is of it."""
+    file.seek(offset)
+    content = np.empty(min(nbytes, max(0, os.fstat(file.fileno()).st_size - offset)), np.uint8)
+    return content[: file.readinto(content.data)]
+
+
 @dataclass(frozen=True)
 class RecordedFile:
     """What is known of a file before it is opened."""
@@ -135,8 +142,29 @@ class HashedFiles:
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 
+    def piece(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """A copy of a part of a file; ask `require_unchanged` when all have been read.
+
+        Returns:
+            [nbytes].
+
+        Raises:
+            BundleError: see `check`; or the file is too short.
+        """
+        self.check([name])
+        content = read_piece(self._files[name][0], offset, nbytes)
+        if len(content) != nbytes:
+            raise BundleError(
+                f"{self.folder / name}: too short, for {nbytes} bytes at {offset} are needed; "
+                f"{self.recorded[name].remedy}"
+            )
+        return content
+
     def map(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a file where they lie; ask `require_unchanged` when they have been read.
+
+        A file that is cut in place while it is mapped ends the process: for what is too large to
+        be copied alone.
 
         Raises:
             BundleError: see `check`.
@@ -219,7 +247,10 @@ class HashedFiles:
         if not any(stat.S_ISLNK(os.lstat(path, dir_fd=self._root).st_mode) for path in paths):
             return
         here = Path(f"/proc/self/fd/{self._root}")
-        root, target = here.resolve(), (here / name).resolve()
+        try:
+            root, target = here.resolve(), (here / name).resolve()
+        except RuntimeError as error:  # What Python before 3.13 makes of links in a circle.
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from error
         if not (target.is_relative_to(root) or target.parent == _hub_blobs(root)):
             raise BundleError(
                 f"{self.folder / name}: a link that leads out of the bundle, to {target}; put the "

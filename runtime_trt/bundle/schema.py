@@ -24,6 +24,8 @@ MAX_DEPTH = 64
 
 _SHOWN = 60
 """Characters of a wrong value in a message."""
+_MAX_PROBLEM = 500
+"""Characters of what a type says of a value, which may quote it."""
 _MAX_NAMES = 8
 """Unknown keys in a message."""
 _T = TypeVar("_T")
@@ -199,7 +201,7 @@ def _message(kind: Any, errors: list[Any], where: str) -> str:
         shown = [_cut(each) for each in sorted(unknown)[:_MAX_NAMES]]
         return _joined(where, holder, f"unknown keys {shown}; allowed are {known}")
     if error["type"] in ("value_error", "json_invalid"):
-        return _joined(where, place, str(error["ctx"]["error"]))
+        return _joined(where, place, _cut(str(error["ctx"]["error"]), _MAX_PROBLEM))
     wanted = error.get("ctx", {}).get("expected") or _KINDS.get(error["type"], error["msg"])
     path = _dotted(place) or "the content"
     return _joined(where, [], f"{path} is {_cut(repr(error['input']))}; it must be {wanted}")
@@ -213,8 +215,8 @@ def _dotted(place: list[Any]) -> str:
     return ".".join(_cut(str(step)) for step in place)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def _cut(text: str, most: int = _SHOWN) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _kind_at(kind: Any, place: list[Any]) -> Any:

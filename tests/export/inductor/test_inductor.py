@@ -22,7 +22,6 @@ from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
 from forcing_kv.runtime_trt.inductor.backend import InductorBackend
-from forcing_kv.runtime_trt.inductor.open import open_package
 from forcing_kv.runtime_trt.inductor.package import check_environment, environment
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -69,8 +68,10 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
     content = bytearray(package.read_bytes())
     content[len(content) // 2] ^= 1
     package.write_bytes(content)
-    with pytest.raises(BundleError, match=r"package\.pt2: altered since it was built .*`fkv build"):
-        open_package(bundle, record)
+    message = r"package\.pt2: altered since it was built .*`fkv build"
+    for backend in ("inductor", "auto"):
+        with pytest.raises(BundleError, match=message):
+            open_backend(bundle, backend)
 
 
 def test_single_tensors_are_shown():
