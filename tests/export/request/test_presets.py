@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,3 +169,23 @@ def test_adapters_are_said_before_anything_is_written_and_recorded(tiny):
     assert "scale 1; strength 0.5" in said
     with pytest.raises(InputError, match="--lora-alpha is of one adapter"):
         fkv(*words, "--lora-alpha", 2)
+
+
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(tiny, monkeypatch):
+    weights = torch.load(tiny / "tiny.pt", weights_only=True)
+    weights["generator"]["head.head.bias"][0] = torch.inf
+    torch.save(weights, tiny / "tiny.pt")
+    options = ["export", "--model", tiny / "tiny.json", "--checkpoint", tiny / "tiny.pt"]
+    options += ["--heads", tiny / "heads.json", "--out", tiny / "bundle"]
+    with pytest.raises(InputError, match=r"tiny\.pt: tensor head\.head\.bias holds 1 NaN or"):
+        fkv(*options)
+    assert not (tiny / "bundle").exists()
+    asked = []
+
+    def export_bundle(model, *_, **options):
+        asked.append((options["allow_non_finite"], model.head.head.bias[0].item()))
+        return SimpleNamespace(digest="sha256:0")
+
+    monkeypatch.setattr("forcing_kv.export.bundle.write.export_bundle", export_bundle)
+    assert fkv(*options, "--allow-non-finite").exit_code == 0
+    assert asked == [(True, torch.inf)]

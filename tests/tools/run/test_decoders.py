@@ -160,3 +160,28 @@ def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, run_fkv, 
     decoder = VideoDecoder.open(bundle, read_manifest(bundle), "tae", num_threads=1)
     with pytest.raises(InputError, match=r"takes frames of \[16, 8, 8\]"):
         decoder.decode(np.zeros((3, 16, 4, 8), np.float32))
+
+
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(
+    digits_bundle, sources, run_fkv, tmp_path, monkeypatch
+):
+    weights = torch.load(sources / "taew2_1.pth", weights_only=True)
+    weights["decoder.22.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    words = ("add-decoder", digits_bundle, "--tae", tmp_path / "nan.pth")
+    before = (digits_bundle / "manifest.json").read_bytes()
+    done = run_fkv(*words)
+    assert done.code == 2
+    assert "nan.pth: tensor decoder.22.bias holds 1 NaN or infinite values of 3 in the file" in (
+        done.err
+    )
+    assert (digits_bundle / "manifest.json").read_bytes() == before
+    asked = []
+
+    def export_decoder(bundle, source, **options):
+        asked.append(options["allow_non_finite"])
+        return read_manifest(bundle)
+
+    monkeypatch.setattr("forcing_kv.export.decoder.add.add_decoder", export_decoder)
+    assert run_fkv(*words, "--allow-non-finite").code == 0
+    assert asked == [True]

@@ -120,3 +120,20 @@ def test_a_second_run_to_the_same_file_is_refused_at_once(run_fkv, digits_bundle
     assert done.code == 2
     assert "exists already" in done.err
     assert os.listdir(tmp_path) == ["v.npz"]  # noqa: PTH208
+
+
+def test_a_video_that_is_not_finite_is_not_written_unless_asked_for(
+    run_fkv, digits_bundle, tmp_path
+):
+    from forcing_kv.tools.digits.text import encode_prompt
+
+    np.save(tmp_path / "p.npy", np.copysign(np.float32(3e38), encode_prompt(PROMPT)))
+    words = ("run", digits_bundle, "--prompt-file", tmp_path / "p.npy", "--num-chunks", 1,
+             "--num-threads", 1, "--out", tmp_path / "v.npz")  # fmt: skip
+    done = run_fkv(*words)
+    assert done.code == 2
+    assert "Error: chunk 0: 3072 of 3072 latent values are NaN or infinite" in done.err
+    assert [file.name for file in tmp_path.iterdir()] == ["p.npy"]
+    assert run_fkv(*words, "--allow-non-finite").code == 0
+    with np.load(tmp_path / "v.npz") as data:
+        assert np.isnan(data["latents"]).all()
