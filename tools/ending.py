@@ -20,14 +20,16 @@ from forcing_kv.runtime_trt.errors import ForcingKvError
 
 OUTPUT_CLOSED = 128 + signal.SIGPIPE
 """Exit code where whoever read the output has left, such as `head`."""
+_AGAIN_S = 0.2
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Within the block SIGTERM and SIGHUP unwind it as Ctrl-C does.
 
-    Further ones are ignored, so that they do not cut short the removal of what is half-made. A
-    signal that is ignored already, as under `nohup`, stays so.
+    Further ones do not disturb the unwinding. Where the first is lost (Python drops what is raised
+    in a finaliser, libraries catch it), it is told again until the block ends. A signal that is
+    ignored already, as under `nohup`, stays so.
 
     Raises:
         KeyboardInterrupt: on SIGINT.
@@ -39,21 +41,36 @@ def ended_by_signals() -> Iterator[None]:
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.getsignal(each) for each in asked}
     heard = [each for each in asked if before[each] not in (signal.SIG_IGN, None)]
+    before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+    told: list[BaseException] = []
 
-    def end(number: int, _: object) -> NoReturn:
-        for each in heard:
-            signal.signal(each, signal.SIG_IGN)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+    def end(number: int, _: object) -> None:
+        if not told:
+            ending = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+            told.append(ending)
+            signal.signal(signal.SIGALRM, end)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        if not _unwinding(told[0]):
+            raise told[0]
 
     for each in heard:
         signal.signal(each, end)
     try:
         yield
     finally:
+        if told:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before[signal.SIGALRM])
         for each in heard:
             signal.signal(each, before[each])
+
+
+def _unwinding(error: BaseException) -> bool:
+    """Whether `error`, or what it became, is being handled where a signal has arrived."""
+    current = sys.exc_info()[1]
+    while current is not None and current is not error:
+        current = current.__context__
+    return current is error
 
 
 class _Closed(io.TextIOBase):

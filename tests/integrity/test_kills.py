@@ -369,7 +369,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "heads", "--out", "c", "--num-chunks", "3", "--seeds", "0",
                   "--force"),
 }  # fmt: skip
-KILLS = 60
+KILLS = 25
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -237,6 +238,27 @@ def test_a_signal_unwinds_what_runs_and_further_ones_do_not_disturb(fkv, number)
         for each, handler in earlier.items():
             signal.signal(each, handler)
     assert unwound == ["removed"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_finaliser_swallows_is_told_again(fkv):
+    class Swallows:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    reached = []
+
+    def command() -> None:
+        Swallows()
+        reached.append("further")
+        try:
+            time.sleep(20)
+        finally:
+            time.sleep(0.5)  # It is told again meanwhile.
+            reached.append("removed")
+
+    assert fkv(command)[0] == 143
+    assert reached == ["further", "removed"]
 
 
 def test_a_signal_that_is_ignored_stays_so(fkv):
