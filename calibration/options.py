@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from forcing_kv.export.request.flags import Int, Integers, Json, PositiveInt, flags, panel
 from forcing_kv.export.request.options import ModelOptions
+from forcing_kv.runtime_trt.bundle.atomic.files import check_names, filled_folder
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed_in
-from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import require
 

@@ -128,8 +128,8 @@ class VideoDecoder:
                 bundle has another digest.
         """
         bundle = file_path("bundle", bundle)
-        manifest.require_digest(digest, bundle / MANIFEST_FILE)
         check_choice(bundle, manifest, kind, backend)
+        manifest.require_digest(digest, bundle / MANIFEST_FILE)
         num_threads, use_graphs = check_threads(num_threads), yes_or_no("use_graphs", use_graphs)
 
         def load(opened: Bundle) -> DecodeRunner:

@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from forcing_kv.export.request.flags import Json, flags
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.runtime_trt.console import ExitCode, print_json, project_version, talk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import run
 
 from forcing_kv.export.request.flags import Int
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
 from forcing_kv.tools.digits.training.config import TrainConfig
 from forcing_kv.tools.ending import ended_by_signals
 

@@ -20,7 +20,7 @@ from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.checkpoint.fp8_file import FP8_FORMAT, FP8_SCHEMA_VERSION, check_amax
 from forcing_kv.export.model.fp8_layers import scale_of
 from forcing_kv.export.verify.eager import EagerBackend
-from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.bundle.fp8 import FP8_MAX, LINEARS
 from forcing_kv.runtime_trt.console import project_version
 from forcing_kv.runtime_trt.dtypes import DType

@@ -13,7 +13,7 @@ from forcing_kv.calibration.heads.picture import draw_heads
 from forcing_kv.calibration.heads.record import heads_record
 from forcing_kv.calibration.heads.rollouts import ProfilePlan, profile_heads, recorded_chunks
 from forcing_kv.calibration.model_source import ModelSource
-from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 

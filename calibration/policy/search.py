@@ -29,7 +29,7 @@ from forcing_kv.calibration.rollouts import Rollout
 from forcing_kv.export.cost.devices import Device
 from forcing_kv.export.cost.work import fps_bound, histories, step_cost
 from forcing_kv.export.verify.eager import eager_session
-from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition

@@ -12,8 +12,8 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
+from forcing_kv.runtime_trt.bundle.atomic.files import remove_litter
 from forcing_kv.runtime_trt.bundle.atomic.locks import locked_folder
-from forcing_kv.runtime_trt.bundle.files import remove_litter
 from forcing_kv.runtime_trt.bundle.manifest import GRAPH_FOLDER, Manifest, read_manifest
 
 DECODER_GRAPHS = ("decode", "decode_first")

@@ -20,7 +20,7 @@ from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import quantize_
 from forcing_kv.export.model.rewrite import sort_heads_
-from forcing_kv.runtime_trt.bundle.files import check_folder, replaced_folder, write_file
+from forcing_kv.runtime_trt.bundle.atomic.files import check_folder, replaced_folder, write_file
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forcing_kv.export.request.flags import File, Int, Json, YesNo, flags, given, panel
 from forcing_kv.export.tensorrt.options import EngineOptions, TensorRtBackend, TensorRtOptions
-from forcing_kv.runtime_trt.bundle.files import check_file, write_json
+from forcing_kv.runtime_trt.bundle.atomic.files import check_file, write_json
 from forcing_kv.runtime_trt.console import print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError
 

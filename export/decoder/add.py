@@ -22,7 +22,7 @@ from forcing_kv.export.bundle.onnx_graph import WeightStore, onnx_model, write_o
 from forcing_kv.export.bundle.write import Report, graph_info, write_manifest
 from forcing_kv.export.checkpoint.finite import FiniteCheck
 from forcing_kv.export.model.capture import GraphSource
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import (

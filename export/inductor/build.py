@@ -18,9 +18,9 @@ from forcing_kv.export.inductor.compile import InductorOptions, compile_sources
 from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.tensorrt.build import write_record
 from forcing_kv.export.tensorrt.plan import ENGINE_FOLDER
+from forcing_kv.runtime_trt.bundle.atomic.files import replaced_folder
 from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece, write_table
 from forcing_kv.runtime_trt.bundle.engines import DecoderEngines, EngineRecord
-from forcing_kv.runtime_trt.bundle.files import replaced_folder
 from forcing_kv.runtime_trt.bundle.fp8 import check_sm
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of

@@ -17,7 +17,7 @@ from forcing_kv.export.inductor.compile import (
 from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.rewrite import sort_heads_
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.inductor.open import package_backend
 from forcing_kv.runtime_trt.inductor.package import InductorPackage
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

@@ -26,13 +26,13 @@ from forcing_kv.export.bundle.write import write_manifest
 from forcing_kv.export.tensorrt.builder import BuiltPlan, LayerInfo, build_plan
 from forcing_kv.export.tensorrt.plan import BuildPlan, GraphBuild
 from forcing_kv.export.tensorrt.stripped import write_stripped
+from forcing_kv.runtime_trt.bundle.atomic.files import replaced_folder, scratch_folder, write_file
 from forcing_kv.runtime_trt.bundle.engines import (
     DecoderEngines,
     EngineDetail,
     EngineRecord,
     weight_table,
 )
-from forcing_kv.runtime_trt.bundle.files import replaced_folder, scratch_folder, write_file
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE, Bundle, Manifest
 from forcing_kv.runtime_trt.errors import BundleError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forcing_kv.plugins.compile.launch import PtxError
 from forcing_kv.plugins.compile.ptx import CompiledKernel
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.errors import require
 
 _FIRST_BLACKWELL = 100

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from forcing_kv.plugins.compile.launch import Problem, Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.runtime_trt.bundle.atomic.files import write_file
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
-from forcing_kv.runtime_trt.bundle.files import write_file
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 
 TABLE = Path(__file__).with_name("tuned_tactics.json")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.arrays import MAX_NBYTES, read_arrays
-from forcing_kv.runtime_trt.bundle.files import replaced_file
+from forcing_kv.runtime_trt.bundle.atomic.files import replaced_file
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, widened

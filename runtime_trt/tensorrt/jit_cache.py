@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forcing_kv.runtime_trt.bundle.files import write_file
+from forcing_kv.runtime_trt.bundle.atomic.files import write_file
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
 

@@ -25,9 +25,7 @@ from forcing_kv.export.bundle.write import write_manifest
 from forcing_kv.export.decoder import add
 from forcing_kv.export.tensorrt.build import write_record
 from forcing_kv.runtime_trt.bundle.atomic import places
-from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
-from forcing_kv.runtime_trt.bundle.engines import EngineRecord
-from forcing_kv.runtime_trt.bundle.files import (
+from forcing_kv.runtime_trt.bundle.atomic.files import (
     filled_folder,
     partial_file,
     replaced_file,
@@ -35,14 +33,14 @@ from forcing_kv.runtime_trt.bundle.files import (
     scratch_folder,
     write_file,
 )
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
+from forcing_kv.runtime_trt.bundle.engines import EngineRecord
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.manifest import (
     WEIGHT_FILE,
+    Bundle,
     Manifest,
-    check_decoder_files,
-    check_files,
-    read_manifest,
 )
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -297,14 +295,13 @@ def add_engine(bundle, text):
 
 def parts(bundle):
     """What a bundle holds, every file of it checked."""
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
-    found = {}
-    for kind, info in manifest.decoders.items():
-        check_decoder_files(bundle, info)
-        found[kind] = info.source
+    with Bundle(bundle) as opened:
+        manifest = opened.manifest
+        opened.check_exported()
+        for record in manifest.engines:
+            opened.check(record.hashes)
+    found = {kind: info.source for kind, info in manifest.decoders.items()}
     for record in manifest.engines:
-        record.check_files(bundle)
         ((file, _),) = record.files.items()
         found["engine"] = (bundle / file).read_text()
     return found

@@ -215,7 +215,8 @@ def test_a_decoder_serves_one_call_at_a_time(other, running, call):
     if running == "close":
         assert runner.closed
     else:
-        assert (decoder.decode(LATENTS) == {"decode": 3, "reset": 1}[running]).all()
+        decoder.decode(LATENTS)
+        assert runner.count == {"decode": 3, "reset": 1}[running]
 
 
 def test_a_session_needs_a_backend():

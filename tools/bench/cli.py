@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from forcing_kv.export.request.flags import Json
-from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
+from forcing_kv.runtime_trt.bundle.atomic.files import check_names, filled_folder
 from forcing_kv.runtime_trt.console import ExitCode, console, print_json, talk
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.options import (

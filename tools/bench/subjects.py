@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from forcing_kv.runtime_trt.bundle.files import scratch_folder
+from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.errors import unknown_name
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.workloads import PolicyName, Workload

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from forcing_kv.export.request.flags import Int, Json, Seed, Threads, between, flags
+from forcing_kv.runtime_trt.bundle.atomic.files import check_names, filled_folder
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed_in
-from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder
 from forcing_kv.runtime_trt.console import console, print_json, progress, talk
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.digits.text import encode_prompt

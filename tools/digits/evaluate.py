@@ -14,8 +14,8 @@ from cyclopts import Parameter
 from forcing_kv.export.checkpoint.fp8_file import read_fp8
 from forcing_kv.export.checkpoint.origin import Origin
 from forcing_kv.export.request.flags import Int, Json, PositiveInt, YesNo, between, flags
+from forcing_kv.runtime_trt.bundle.atomic.files import check_names, filled_folder, write_file
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed_in
-from forcing_kv.runtime_trt.bundle.files import check_names, filled_folder, write_file
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.console import ExitCode, print_json, talk, track

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.request.flags import File, Int, Json, between, flags
-from forcing_kv.runtime_trt.bundle.files import check_file, replaced_file
+from forcing_kv.runtime_trt.bundle.atomic.files import check_file, replaced_file
 from forcing_kv.runtime_trt.console import print_json, talk
 from forcing_kv.runtime_trt.rollout.resolution import pixel_text
 from forcing_kv.tools.plan.report import Plan, draw, print_tables

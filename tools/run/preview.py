@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.bundle.files import replaced_file
+from forcing_kv.runtime_trt.bundle.atomic.files import replaced_file
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.tools.run.video import check_output
 

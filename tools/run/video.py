@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.bundle.files import check_file, partial_file, replaced_file
+from forcing_kv.runtime_trt.bundle.atomic.files import check_file, partial_file, replaced_file
 from forcing_kv.runtime_trt.errors import InputError, require
 from forcing_kv.tools.run.frame_rate import check_rate
 

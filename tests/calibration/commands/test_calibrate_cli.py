@@ -79,7 +79,7 @@ def test_dry_run_writes_nothing(tmp_path, model_options):
         (("--prompt", "text"), "takes no --prompt"),
         (("--prompt-embeds", GOLDEN / "inputs.npz"), "needed are finite floats of shape .16, 64."),
         (("--prompt-embeds", GOLDEN / "weights.safetensors"), "not a file of encoded prompts"),
-        (("--prompt-embeds", "absent.npz"), "cannot be read"),
+        (("--prompt-embeds", "absent.npz"), "no such encoded prompts"),
         (("--checkpoint", "absent.pt"), "no such checkpoint"),
     ],
 )

@@ -15,7 +15,7 @@ from forcing_kv.calibration.heads.picture import draw_heads
 from forcing_kv.calibration.heads.record import heads_record
 from forcing_kv.calibration.heads.rule import HeadRule
 from forcing_kv.calibration.heads.stability import measure_stability
-from forcing_kv.runtime_trt.bundle.files import write_json
+from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

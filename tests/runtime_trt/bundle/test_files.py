@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from forcing_kv.runtime_trt.bundle.atomic import locks, places
-from forcing_kv.runtime_trt.bundle.atomic.locks import claimed, claimed_in, locked_folder
-from forcing_kv.runtime_trt.bundle.files import (
+from forcing_kv.runtime_trt.bundle.atomic.files import (
     append_line,
     check_file,
     check_names,
@@ -18,6 +17,7 @@ from forcing_kv.runtime_trt.bundle.files import (
     replaced_folder,
     write_file,
 )
+from forcing_kv.runtime_trt.bundle.atomic.locks import claimed, claimed_in, locked_folder
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 
@@ -259,7 +259,7 @@ def test_where_there_are_no_locks_that_is_said_and_nothing_removed(tmp_path, mon
     dead = tmp_path / ".dead.fkv-0123456789abcdef"
     dead.touch()
     monkeypatch.setattr(locks, "lock", lock)
-    monkeypatch.setattr("forcing_kv.runtime_trt.bundle.files.lock", lock)
+    monkeypatch.setattr("forcing_kv.runtime_trt.bundle.atomic.files.lock", lock)
     with claimed(tmp_path / "thing"), locked_folder(tmp_path):
         write_file(tmp_path / "thing", b"new")
     assert caplog.text.count("this file system has no locks") == 2

@@ -116,7 +116,7 @@ def test_a_second_decoder_of_a_kind_needs_force(bundle, sources, run_fkv):
     assert (bundle / "manifest.json").read_bytes() == before
     done = run_fkv("add-decoder", bundle, "--tae", sources / "taew2_1.pth", "--force", "--json")
     assert done.code == 0, done.err
-    assert set(json.loads(done.out)) == {"vae", "tae"}
+    assert set(json.loads(done.out)) == {"vae", "tae", "digest"}
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,12 @@ def test_missing_and_altered_decoders_are_named(bundle, digits_bundle, run_fkv, 
         VideoDecoder.open(digits_bundle, read_manifest(digits_bundle), "vae")
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder)
-    with (folder / "graphs" / "tae.bin").open("r+b") as file:
+    weights = read_manifest(folder).decoders["tae"].weights_file
+    with (folder / weights).open("r+b") as file:
         file.write(b"\1\2\3\4")
     with pytest.raises(BundleError, match="altered since export"):
         VideoDecoder.open(folder, read_manifest(folder), "tae")
-    assert "tae.bin" in run_fkv("inspect", folder).err
+    assert weights in run_fkv("inspect", folder).err
     assert run_fkv("inspect", bundle).code == 0
     with pytest.raises(InputError, match="backend 'tpu' is unknown; choose one of"):
         VideoDecoder.open(bundle, read_manifest(bundle), "tae", "tpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcing_kv.export.cost.work import mean_frames, steady_history
-from forcing_kv.runtime_trt.bundle.files import append_line, check_file
+from forcing_kv.runtime_trt.bundle.atomic.files import append_line, check_file
 from forcing_kv.runtime_trt.bundle.hashes import open_regular
 from forcing_kv.runtime_trt.bundle.schema import load_as, parse_json
 from forcing_kv.runtime_trt.errors import InputError

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from forcing_kv.runtime_trt.bundle.files import append_line, replaced_file, write_file
+from forcing_kv.runtime_trt.bundle.atomic.files import append_line, replaced_file, write_file
 from forcing_kv.runtime_trt.bundle.schema import parse_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.digits.training.config import TrainConfig
