@@ -297,9 +297,8 @@ def parts(bundle):
     """What a bundle holds, every file of it checked."""
     with Bundle(bundle) as opened:
         manifest = opened.manifest
-        opened.check_exported()
-        for record in manifest.engines:
-            opened.check(record.hashes)
+        for part in (manifest, *manifest.decoders.values(), *manifest.engines):
+            opened.check(part.hashes)
     found = {kind: info.source for kind, info in manifest.decoders.items()}
     for record in manifest.engines:
         ((file, _),) = record.files.items()
