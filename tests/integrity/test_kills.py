@@ -272,7 +272,8 @@ def fake_graphs(monkeypatch):
 
 
 def decoder(text, kind="tae"):
-    return add.DecoderSource(kind, torch.nn.Identity(), (), torch.float32, source=text)
+    channels, path = 2, Path(text)
+    return add.DecoderSource(kind, torch.nn.Identity(), (), torch.float32, channels, path=path)
 
 
 def add_engine(bundle, text):
@@ -290,6 +291,7 @@ def add_engine(bundle, text):
                 folder=relative, build_seconds=1.0, files=files, graphs={}, backend="tensorrt",
                 environment={"sm": "89"}, options={},
             ),
+            manifest,
         )  # fmt: skip
 
 
