@@ -116,7 +116,7 @@ def test_a_second_decoder_of_a_kind_needs_force(bundle, sources, run_fkv):
     assert (bundle / "manifest.json").read_bytes() == before
     done = run_fkv("add-decoder", bundle, "--tae", sources / "taew2_1.pth", "--force", "--json")
     assert done.code == 0, done.err
-    assert set(json.loads(done.out)) == {"vae", "tae"}
+    assert set(json.loads(done.out)) == {"vae", "tae", "digest"}
 
 
 @pytest.mark.parametrize(
