@@ -1,5 +1,6 @@
 """Which files a bundle may name, and which an engine may open."""
 
+import ast
 import os
 import shutil
 from pathlib import Path
@@ -237,3 +238,20 @@ def test_engines_read_nothing_that_has_no_hash(whole_bundle, tmp_path):
             patch.setattr(inductor, "check_environment", lambda *_: None)
             with pytest.raises(BundleError, match=message):
                 inductor.checked_inductor_record(opened)
+
+
+def test_nothing_is_fetched_unasked(repository):
+    """Whatever loads a model by its folder says that it is to be there."""
+    calls = [
+        (file, call)
+        for package in ("calibration", "export", "plugins", "runtime_trt", "tools")
+        for file in sorted((repository / package).rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "from_pretrained"
+    ]
+    assert len(calls) >= 3
+    for file, call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("local_files_only") == "True", f"{file}:{call.lineno}"

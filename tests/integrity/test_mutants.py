@@ -135,6 +135,8 @@ def nudged(value):
         return value + 1
     if isinstance(value, str):
         return value[:-1] + ("0" if value[-1:] != "0" else "1")
+    if value is None:
+        return 1
     return type(value)(list(value.items())[:-1] if isinstance(value, dict) else value[:-1])
 
 

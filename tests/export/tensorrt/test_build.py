@@ -352,6 +352,34 @@ def test_the_timing_cache_is_of_one_gpu_and_version(half_bundle):
     assert rtx_plan.timing_cache is None
 
 
+def test_the_builder_gets_no_timing_cache_but_the_one_that_is_recorded(half_bundle, tmp_path):
+    from forcing_kv.export.tensorrt import build
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(half_bundle, bundle)
+    environment = {"tensorrt": "11.4.0.106", "sm": "90"}
+
+    def plan():
+        manifest = read_manifest(bundle)
+        return BuildPlan(bundle, manifest, EngineOptions("tensorrt"), environment, ())
+
+    kept = bundle / plan().timing_cache
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_bytes(b"somebody's")
+    with build._timing_cache(plan()) as path:
+        assert not path.exists()
+    caches = build._keep_timing_cache(plan(), b"measured")
+    assert kept.read_bytes() == b"measured"
+    edit(bundle, lambda data: data.update(timing_caches=caches))
+    with build._timing_cache(plan()) as path:
+        assert path.read_bytes() == b"measured"
+    assert not path.exists()
+    kept.write_bytes(b"altered")
+    message = r"\.cache: altered .*; remove it; the next build"
+    with pytest.raises(BundleError, match=message), build._timing_cache(plan()):
+        pass
+
+
 def test_what_is_missing_is_named(half_bundle, monkeypatch):
     import sys
 
