@@ -111,7 +111,8 @@ def _timing_cache(plan: BuildPlan) -> Iterator[Path | None]:
         return
     with scratch_folder() as folder:
         path = folder / "timing.cache"
-        if plan.timing_cache in plan.manifest.timing_caches:
+        known = plan.timing_cache in plan.manifest.timing_caches
+        if known and (plan.bundle / plan.timing_cache).exists():
             with Bundle(plan.bundle) as bundle:
                 path.write_bytes(bundle.read(plan.timing_cache))
         yield path

@@ -141,7 +141,7 @@ class Manifest:
         for record in self.engines:
             for part in record.parts:
                 yield ("it was built", record.rebuild_command(bundle)), part.hashes
-        yield ("it was written", "remove it; the next build measures anew"), self.timing_caches
+        yield ("it was written", "`fkv build` without it measures anew"), self.timing_caches
 
     def recorded(self, bundle: Path) -> dict[str, RecordedFile]:
         """Every file that a bundle may load, by its path within."""

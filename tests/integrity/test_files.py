@@ -17,6 +17,8 @@ from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import BundleError, InputError
 from forcing_kv.runtime_trt.session import Session
 
+INDUCTOR = "engines/inductor-cpu"
+
 
 @pytest.mark.parametrize(
     "path",
@@ -225,7 +227,7 @@ def test_engines_read_nothing_that_has_no_hash(whole_bundle, tmp_path):
     from forcing_kv.runtime_trt.inductor import open as inductor
 
     bundle = Path(shutil.copytree(whole_bundle, tmp_path / "bundle"))
-    table = bundle / "engines/inductor-cpu/constants.json"
+    table = bundle / INDUCTOR / "constants.json"
     (bundle / "secret").write_bytes(bytes(100))
     for place, message in (("secret", "no hash of it is recorded"), ("../secret", "is no path")):
         table.write_text(
@@ -240,6 +242,62 @@ def test_engines_read_nothing_that_has_no_hash(whole_bundle, tmp_path):
                 inductor.checked_inductor_record(opened)
 
 
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+LATE = {
+    "package": lambda bundle: flip(bundle / INDUCTOR / "package.pt2"),
+    "table of constants": lambda bundle: flip(bundle / INDUCTOR / "constants.json"),
+    "constants": lambda bundle: flip(bundle / INDUCTOR / "constants.bin"),
+    "weights": lambda bundle: flip(bundle / "graphs" / "weights.bin"),
+    "portable graph": lambda bundle: flip(bundle / "graphs" / "evict.onnx"),
+    "ports": lambda bundle: edit(
+        bundle, lambda data: data["engines"][0]["graphs"]["clean"]["inputs"].pop()
+    ),
+    "order": lambda bundle: edit(
+        bundle, lambda data: data["engines"][0]["graphs"]["step"]["outputs"].reverse()
+    ),
+    "a second package": lambda bundle: edit(
+        bundle,
+        lambda data: data["engines"][0]["graphs"]["step"].update(
+            file="graphs/step.onnx", sha256=(data["graphs"]["step"]["sha256"])
+        ),
+    ),
+    "another file of the table": lambda bundle: (bundle / "graphs" / "weights.bin").unlink(),
+}
+
+
+@pytest.mark.parametrize("spoil", [None, *LATE.values()], ids=["whole", *LATE])
+@pytest.mark.parametrize("backend", ["auto", "inductor"])
+def test_native_code_is_loaded_after_every_check(
+    whole_bundle, tmp_path, monkeypatch, backend, spoil
+):
+    """Whatever is wrong, the library of an Inductor package has not been loaded by then."""
+    from forcing_kv.runtime_trt.inductor import open as inductor
+    from forcing_kv.runtime_trt.inductor.package import environment
+
+    class LoadedError(Exception):
+        pass
+
+    def load(*_):
+        raise LoadedError
+
+    bundle = Path(shutil.copytree(whole_bundle, tmp_path / "bundle"))
+    here = environment("cpu")
+    edit(bundle, lambda data: data["engines"][0].update(environment=here))
+    monkeypatch.setattr(inductor, "InductorPackage", load)
+    if spoil is None:
+        with pytest.raises(LoadedError):
+            Session.open(bundle, backend)
+        return
+    spoil(bundle)
+    with pytest.raises(BundleError):
+        Session.open(bundle, backend)
+
+
 def test_nothing_is_fetched_unasked(repository):
     """Whatever loads a model by its folder says that it is to be there."""
     calls = [
@@ -251,7 +309,7 @@ def test_nothing_is_fetched_unasked(repository):
         and isinstance(call.func, ast.Attribute)
         and call.func.attr == "from_pretrained"
     ]
-    assert len(calls) >= 3
+    assert len(calls) >= 2
     for file, call in calls:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert given.get("local_files_only") == "True", f"{file}:{call.lineno}"
