@@ -135,15 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fill_closed_descriptors()
     if logging.lastResort is not None:  # What prints warnings where nobody has set up more.
         logging.lastResort.setFormatter(PlainFormatter())
-    with ended_by_signals():
-        code = _call(arguments)
+    with ended_by_signals() as told:
+        code = _call(arguments, told)
     sys.exit(code)
 
 
-def _call(arguments: Sequence[str]) -> int:
+def _call(arguments: Sequence[str], told: Sequence[int]) -> int:
     """Run a command; returns the exit code of the process."""
     try:
-        return _attempt(arguments)
+        return _attempt(arguments, told)
     except BaseException as error:
         if not nobody_reads(error):
             raise
@@ -151,8 +151,12 @@ def _call(arguments: Sequence[str]) -> int:
         return OUTPUT_CLOSED
 
 
-def _attempt(arguments: Sequence[str]) -> int:
-    """Run a command and tell what goes wrong; returns its exit code."""
+def _attempt(arguments: Sequence[str], told: Sequence[int]) -> int:
+    """Run a command and tell what goes wrong; returns its exit code.
+
+    Args:
+        told: the signal that has arrived, if one has; what goes wrong after it comes of it.
+    """
     try:
         try:
             _run(build_app(COMMANDS), arguments)
@@ -161,6 +165,8 @@ def _attempt(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (Exception, SystemExit) as error:
+        if told:
+            return 128 + told[0]
         if nobody_reads(error):
             raise
         return int(error.code or 0) if isinstance(error, SystemExit) else _report(error)

@@ -24,39 +24,44 @@ _AGAIN_S = 0.2
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[list[int]]:
     """Within the block SIGTERM and SIGHUP unwind it as Ctrl-C does.
 
     Further ones do not disturb the unwinding. Where the first is lost (Python drops what is raised
     in a finaliser, libraries catch it), it is told again until the block ends. A signal that is
     ignored already, as under `nohup`, stays so.
 
+    Yields:
+        The signal that has arrived, also where something else has come of it meanwhile.
+
     Raises:
         KeyboardInterrupt: on SIGINT.
         SystemExit: on the others.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python tells the main thread alone.
+        yield []  # Python tells the main thread alone.
         return
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.getsignal(each) for each in asked}
     heard = [each for each in asked if before[each] not in (signal.SIG_IGN, None)]
     before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
-    told: list[BaseException] = []
+    told: list[int] = []
+    raised: list[BaseException] = []
 
     def end(number: int, _: object) -> None:
         if not told:
-            ending = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-            told.append(ending)
+            told.append(number)
+            interrupt = number == signal.SIGINT
+            raised.append(KeyboardInterrupt() if interrupt else SystemExit(128 + number))
             signal.signal(signal.SIGALRM, end)
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
-        if not _unwinding(told[0]):
-            raise told[0]
+        if not _unwinding(raised[0]):
+            raise raised[0]
 
     for each in heard:
         signal.signal(each, end)
     try:
-        yield
+        yield told
     finally:
         if told:
             signal.setitimer(signal.ITIMER_REAL, 0)

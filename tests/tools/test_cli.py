@@ -240,6 +240,18 @@ def test_a_signal_unwinds_what_runs_and_further_ones_do_not_disturb(fkv, number)
     assert unwound == ["removed"]
 
 
+def test_what_a_library_makes_of_a_signal_is_not_told_as_an_error(fkv):
+    """An import that is interrupted says that its package is broken."""
+
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("reinstall it") from error
+
+    assert fkv(command) == (143, "", "")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_a_finaliser_swallows_is_told_again(fkv):
     class Swallows:
