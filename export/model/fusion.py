@@ -36,6 +36,8 @@ class FusionOptions:
     clean_graph: bool = False
     """A fourth graph `clean` for the clean pass, cut after the last layer's K and V; `step` then
     returns x0 and x_next alone."""
+    steady: bool = True
+    """The steady form of the passes over a chunk too."""
     gelu: bool = False
     """GELU as part of the feed-forward's first product, on CUDA: one pass less over the hidden
     layer, the largest tensor of a step."""
@@ -61,6 +63,7 @@ class FusionOptions:
             time_tables=self.time_tables,
             clean_graph=self.clean_graph,
             text_rows=self.text_rows,
+            steady=self.steady,
         )
 
 

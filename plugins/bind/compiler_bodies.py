@@ -19,7 +19,7 @@ from torch import Tensor
 from forcing_kv.plugins.bind.torch_library import overload
 from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
-from forcing_kv.plugins.registry import OPS
+from forcing_kv.plugins.registry import NODES, OPS
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
@@ -33,11 +33,11 @@ torch/_inductor/codegen/cuda/device_op_overrides.py)."""
 
 def aten_bodies() -> Bodies:
     """Every operator in plain torch operators, without a host read."""
-    return {overload(spec): _aten_body(spec) for spec in OPS}
+    return {overload(spec): _aten_body(spec) for spec in NODES}
 
 
 def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
-    """Every operator as a launch of its Triton kernel; for CUDA tensors.
+    """Every operator that has a Triton kernel as a launch of it; for CUDA tensors.
 
     Args:
         tactics: tactic of an operator by its torch name; where none is named, the one measured for

@@ -13,6 +13,7 @@ from forcing_kv.runtime_trt.backends.base import (
     ChunkPositions,
     Float32,
     StepScalars,
+    form_of,
 )
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
@@ -46,7 +47,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.buffers: dict[str, NDArray[Any]] = {}
         self._graphs = {
             name: _BoundGraph(bundle, name, graph, self.buffers, num_threads)
-            for name, graph in manifest.graphs.items()
+            for name, graph in {**manifest.graphs, **manifest.onnxruntime}.items()
         }
 
     def set_prompt(self, prompt_embeds: Float32) -> None:
@@ -60,7 +61,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
             if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
-        self._graphs["step"].run()
+        self._graphs[form_of("step", positions.plan, self._graphs)].run()
         return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:

@@ -58,6 +58,8 @@ class Manifest:
     """prompt, step and, with segments, evict."""
     weights_sha256: str
     weights_nbytes: int
+    onnxruntime: Mapping[str, GraphInfo] = field(default_factory=dict)
+    """Graphs that ONNX Runtime takes in place of those of the same name: its own attention."""
     fp8: Fp8Scales | None = None
     """Layers whose products run in FP8; None for none."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +139,8 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a file is missing or altered.
     """
-    wanted = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
+    graphs = (*manifest.graphs.values(), *manifest.onnxruntime.values())
+    wanted = {graph.file: graph.sha256 for graph in graphs}
     wanted[WEIGHT_FILE] = manifest.weights_sha256
     check_hashes(bundle, wanted, "export", "make it again with `fkv export`")
 

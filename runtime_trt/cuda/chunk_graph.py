@@ -41,7 +41,7 @@ from forcing_kv.runtime_trt.cuda.engine import GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import pool_ports
+from forcing_kv.runtime_trt.rollout.ports import pool_ports, steady_name
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
@@ -130,11 +130,11 @@ class ChunkGraphBackend(Backend):
     def _chunk_graphs(self) -> Mapping[str, Callable[[], object]]:
         """A launch of each graph that chunks are made of, by its name."""
         program, stream = self._program, self._stream
-        runs: dict[str, Callable[[], object]] = {
-            "step": partial(program.step, stream, 0, "noise", "eps/0", "x/0"),
-            "clean": partial(program.clean, stream, "noise"),
-            "evict": partial(program.evict, stream),
-        }
+        runs: dict[str, Callable[[], object]] = {"evict": partial(program.evict, stream)}
+        for steady, named in ((False, str), (True, steady_name)):
+            step = partial(program.step, stream, 0, "noise", "eps/0", "x/0", steady=steady)
+            runs[named("step")] = step
+            runs[named("clean")] = partial(program.clean, stream, "noise", steady=steady)
         return {name: run for name, run in runs.items() if name in self._graph_infos}
 
     def _capture_expected(self) -> None:
@@ -142,7 +142,7 @@ class ChunkGraphBackend(Backend):
         for name, run in self._chunk_graphs().items():
             captured = self._capture(run, f"graph {name}")
             self._cuda.destroy_executable(captured.executable)
-        for variant in expected_variants(self.config)[:MAX_PREPARED]:
+        for variant in expected_variants(self.config, self._graph_infos)[:MAX_PREPARED]:
             self._captured_chunk(variant)
 
     def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
@@ -211,6 +211,9 @@ class ChunkGraphBackend(Backend):
         target = self.memory.address(upload_names(self.config)[0])
         self._cuda.copy(target, slot.upload.address, slot.upload.nbytes, self._stream)
 
+    def _variant(self, plan: ChunkPlan, *, recache: bool = False) -> ChunkVariant:
+        return ChunkVariant.of(plan, self.config, self._graph_infos, recache=recache)
+
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
         if self.use_graphs:
@@ -231,7 +234,7 @@ class ChunkGraphBackend(Backend):
 
         self._upload(slot, request)
         cuda.record(slot.events["start"], stream)
-        self._run(ChunkVariant.of(request.plan, self.config, recache=False), mark)
+        self._run(self._variant(request.plan), mark)
         held, nbytes = self.memory.address(slot.held), slot.result.nbytes
         cuda.copy(held, self.memory.address(result_names(self.config)[0]), nbytes, stream)
         cuda.record(slot.events["held"], stream)
@@ -279,8 +282,7 @@ class ChunkGraphBackend(Backend):
     def recache(self, request: ChunkRequest) -> None:
         self._enter()
         self._upload(self._next_slot(), request)
-        variant = ChunkVariant.of(request.plan, self.config, recache=True)
-        self._run(variant, lambda _: None)
+        self._run(self._variant(request.plan, recache=True), lambda _: None)
         self._cuda.synchronize(self._stream)
 
     def run_step(
@@ -292,10 +294,12 @@ class ChunkGraphBackend(Backend):
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
         for name, value in positions.arrays.items():
             self._write(name, value)
+        steady = self._variant(positions.plan).steady
         if scalars.index == self.clean_scalars.index:
-            self._program.clean(self._stream, "noise")
+            self._program.clean(self._stream, "noise", steady=steady)
         else:
-            self._program.step(self._stream, scalars.index, "noise", "eps/0", "x/0")
+            index, names = scalars.index, ("noise", "eps/0", "x/0")
+            self._program.step(self._stream, index, *names, steady=steady)
         return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
@@ -307,7 +311,7 @@ class ChunkGraphBackend(Backend):
     def commit(self, plan: ChunkPlan) -> None:
         """Enqueued on its own (for checks)."""
         self._enter()
-        self._program.commit(self._stream, ChunkVariant.of(plan, self.config, recache=False))
+        self._program.commit(self._stream, self._variant(plan))
         self._cuda.synchronize(self._stream)
 
     def sibling(self) -> ChunkGraphBackend:

@@ -55,6 +55,8 @@ class ChunkPlan:
     evict: bool
     """Whether segments are scored and selected after the clean pass."""
     groups: Mapping[HeadKind, GroupPlan]
+    steady: bool
+    """Whether the chunk is whole and every kind of head sees what it sees in the long run."""
 
 
 @dataclass
@@ -137,6 +139,9 @@ class Timeline:
 
     def _plan(self, chunk: int, first: int, count: int, evict: bool) -> ChunkPlan:
         history = {kind: self._history(kind) for kind in KINDS}
+        steady = count == self._chunk_frames and all(
+            len(history[kind]) == self._policy.steady_frames(kind) for kind in KINDS
+        )
         groups: dict[HeadKind, GroupPlan] = {}
         for kind in KINDS:
             moves, writes = self._commit(kind, first, count)
@@ -145,7 +150,7 @@ class Timeline:
                 slot = policy.num_sink_frames + policy.num_temporal_frames
             groups[kind] = GroupPlan(history[kind], moves, writes, slot)
         self._has_dynamic = self._has_dynamic or evict
-        return ChunkPlan(chunk, first, count, evict, groups)
+        return ChunkPlan(chunk, first, count, evict, groups, steady)
 
     def _commit(
         self, kind: HeadKind, first: int, count: int

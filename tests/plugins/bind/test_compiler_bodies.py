@@ -9,7 +9,7 @@ import torch
 from forcing_kv.plugins.bind.compiler_bodies import aten_bodies
 from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, NODES, OPS
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -38,7 +38,7 @@ def test_aten_body_equals_reference(op_case):
         torch.testing.assert_close(found, truth, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_aten_body_is_traced_without_a_host_read(spec):
     case = next(case for case in CASES if case.spec is spec)
     operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
