@@ -35,9 +35,9 @@ def make_steady_(model: ir.Model, config: RolloutConfig) -> ir.Model:
         node.resize_inputs(len(STEADY_ATTENTION.inputs))
     RemoveUnusedNodesPass()(model)
     inputs = model.graph.inputs
-    for value in [value for value in inputs if value.name in LENGTHS]:
-        assert not value.uses(), f"{value.name} is read by attention alone"
-        inputs.remove(value)
+    for length in [each for each in inputs if each.name in LENGTHS]:
+        assert not length.uses(), f"{length.name} is read by attention alone"
+        inputs.remove(length)
     attach_functions(model)
     return model
 

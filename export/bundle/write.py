@@ -157,7 +157,8 @@ def _write_graphs(
                 fuse_attention(own, config)
                 fused[name] = write(own, f"{name}.onnxruntime.onnx")
 
-        for source in graph_sources(model, config, replace(PLAIN, steady=False)):
+        # Of the general form the steady one is made without another capture.
+        for source in graph_sources(model, config, replace(PLAIN, attention="triton")):
             report(source.name)
             graph = onnx_model(source)
             if source.name == "step":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forcing_kv.export.bundle.read import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.decoder.onnx_module import OnnxModule
-from forcing_kv.export.inductor.compile import InductorOptions, compile_sources
+from forcing_kv.export.inductor.compile import NO_CUDA, InductorOptions, compile_sources
 from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.tensorrt.build import write_record
 from forcing_kv.export.tensorrt.plan import ENGINE_FOLDER
@@ -50,10 +50,7 @@ def build_inductor(
         BundleError: the bundle is not readable.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch "
-            "finds no CUDA device here; build there, or give --device cpu"
-        )
+        raise BackendUnavailableError(NO_CUDA)
     manifest = read_manifest(bundle)
     if manifest.fp8 is not None and options.device == "cuda":
         major, minor = torch.cuda.get_device_capability()

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -43,7 +44,7 @@ from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.ports import pool_ports, steady_name
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, steady_plan
 
 MAX_PREPARED = 16
 """Graphs captured on opening; a longer dense ring captures the rest when it first meets them."""
@@ -301,6 +302,21 @@ class ChunkGraphBackend(Backend):
             index, names = scalars.index, ("noise", "eps/0", "x/0")
             self._program.step(self._stream, index, *names, steady=steady)
         return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
+
+    def time_step(self, repeats: int = 10, *, steady: bool) -> float:
+        """Median time of one denoise step of a steady chunk over zeros, ms, enqueued on its own."""
+        self._enter()
+        plan = steady_plan(self.config.policy, self.config.chunk.num_frames)
+        for name, value in ChunkPositions.of(plan, self.config).arrays.items():
+            self._write(name, value)
+        events, times = self._resources.slots[0].events, []
+        for _ in range(repeats + 1):
+            self._cuda.record(events["start"], self._stream)
+            self._program.step(self._stream, 0, "noise", "eps/0", "x/0", steady=steady)
+            self._cuda.record(events["steps"], self._stream)
+            self._cuda.synchronize_event(events["steps"])
+            times.append(self._cuda.elapsed_ms(events["start"], events["steps"]))
+        return median(times[1:])
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """Enqueued on its own (for checks)."""

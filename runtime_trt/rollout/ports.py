@@ -185,7 +185,7 @@ def ports(
         graph: str, own: tuple[Argument, ...], read: Sequence[int], results: tuple[Argument, ...]
     ) -> None:
         """Both forms of a pass that attends in the layers `read`."""
-        kv = (*pair("hist", read), *pair("cross", read), *single(*text))
+        kv: tuple[Argument, ...] = (*pair("hist", read), *pair("cross", read), *single(*text))
         found[graph] = GraphPorts((*own, *single(*POSITIONS), *kv), results)
         if steady:
             known_lengths = [name for name in POSITIONS if name not in LENGTHS]

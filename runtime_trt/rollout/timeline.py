@@ -83,6 +83,16 @@ def _runs(pairs: Sequence[tuple[int, int]]) -> tuple[FrameCopy, ...]:
     return tuple(runs)
 
 
+def steady_plan(policy: CachePolicy, chunk_frames: int) -> ChunkPlan:
+    """The plan of a chunk in the long run: all that follow it see as much."""
+    timeline = Timeline(policy, chunk_frames)
+    # The warm-up is over, the window is full and, where there is a selection, one was made.
+    window = policy.num_sink_frames + policy.warmup_frames
+    for _ in range(policy.last_warmup_chunk + 3 + -(-window // chunk_frames)):
+        timeline.advance()
+    return timeline.advance()
+
+
 class Timeline:
     """Frames in the pools as chunks go by; semantics of the paper, section 3 of the design."""
 

@@ -13,7 +13,7 @@ from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 from forcing_kv.runtime_trt.rollout.ports import kv_names
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline, steady_plan
 
 MODEL = ModelShape(3, dim=12, ffn_dim=4, num_heads=3, text_len=1, text_dim=1, freq_dim=2)
 GRID = (6, 4)
@@ -174,11 +174,11 @@ def frames_of(new, frames, encoded, tokens):
 @given(data=st.data())
 def test_a_long_video_becomes_steady(data, configs):
     config = data.draw(configs(MODEL, GRID), "config")
+    plan = steady_plan(config.policy, config.chunk.num_frames)
     timeline = Timeline(config.policy, config.chunk.num_frames)
-    longest = config.policy.num_sink_frames + config.policy.warmup_frames
-    num_chunks = config.policy.last_warmup_chunk + 3 + longest
-    steady = [timeline.advance().steady for _ in range(num_chunks + 5)]
-    assert all(steady[num_chunks:])
+    plans = [timeline.advance() for _ in range(plan.index + 5)]
+    assert plans[plan.index] == plan
+    assert all(later.steady for later in plans[plan.index :])
 
 
 @settings(max_examples=200)
