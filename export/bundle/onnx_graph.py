@@ -61,6 +61,10 @@ class WeightStore:
     folder: Path
     _entries: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
+    def holds(self, tensor: ir.TensorProtocol) -> bool:
+        """Whether `tensor` is such a reference."""
+        return isinstance(tensor, ir.ExternalTensor) and tensor.location == self.name
+
     def add(self, tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
         """Store `tensor` and return a reference to it."""
         content = tensor.tobytes()
@@ -161,14 +165,21 @@ def onnx_model(source: GraphSource) -> ir.Model:
     assert exported is not None
     model = exported.model
     _optimize(model, program.graph_signature.parameters)
+    attach_functions(model)
+    model.producer_name, model.producer_version = "forcing_kv", ""
+    _strip_metadata(model)
+    return model
+
+
+def attach_functions(model: ir.Model) -> None:
+    """Give the custom nodes their bodies in standard operators, and drop those of no node."""
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
     for function in onnx_functions(OPSET):
         if function.name in used:
             body = cast(ir.Function, ir.from_proto(function))
             model.functions[body.identifier()] = body
-    model.producer_name, model.producer_version = "forcing_kv", ""
-    _strip_metadata(model)
-    return model
 
 
 def _optimize(model: ir.Model, parameters: Collection[str]) -> None:
@@ -233,7 +244,7 @@ def write_onnx(model: ir.Model, path: Path, weights: WeightStore) -> None:
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None, f"initializer {name} has no value"
-        if tensor.nbytes > INLINE_NBYTES:
+        if tensor.nbytes > INLINE_NBYTES and not weights.holds(tensor):
             value.const_value = weights.add(tensor, name)
     weights.file.flush()
     onnx.save(ir.to_proto(model), path)

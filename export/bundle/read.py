@@ -15,6 +15,7 @@ from forcing_kv.runtime_trt.bundle.constants import ConstantEntry, Piece, read_c
 from forcing_kv.runtime_trt.bundle.manifest import WEIGHT_FILE, Manifest
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import BundleError
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 
 MODEL_PREFIX = "model."
 """What graphs put before the names of the denoiser's parameters."""
@@ -74,7 +75,9 @@ def _initializers(
     found: dict[str, ir.TensorProtocol] = {}
     patches: list[ir.TensorProtocol] = []
     flat = (wanted[_PATCH_WEIGHT][0], torch.Size(wanted[_PATCH_WEIGHT][1:]).numel())
-    for graph in manifest.graphs.values():
+    for graph_name, graph in manifest.graphs.items():
+        if graph_name == steady_name("step"):  # It has those of the general form.
+            continue
         for name, value in ir.load(bundle / graph.file).graph.initializers.items():
             tensor, official = value.const_value, name.removeprefix(MODEL_PREFIX)
             assert tensor is not None, f"initializer {name} has no value"

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from typing import Any
 import onnx_ir as ir
 
 from forcing_kv.export.bundle.onnx_graph import WeightStore, onnx_model, write_onnx
+from forcing_kv.export.bundle.onnxruntime_graph import fuse_attention
+from forcing_kv.export.bundle.steady_graph import make_steady_
 from forcing_kv.export.checkpoint.finite import FiniteCheck
-from forcing_kv.export.model.capture import GraphSource, graph_sources
+from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import quantize_
+from forcing_kv.export.model.fusion import PLAIN
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.bundle.atomic.files import check_folder, replaced_folder, write_file
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales
@@ -33,6 +36,7 @@ from forcing_kv.runtime_trt.bundle.manifest import (
 from forcing_kv.runtime_trt.dtypes import BY_ONNX
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 
 Report = Callable[[str], None]
 """Called with the name of what is being written."""
@@ -114,7 +118,7 @@ def export_bundle(
             check = FiniteCheck(labels.name)
             check.look_at(model)
             check.refuse()
-        graphs = _write_graphs(graph_sources(model, config), folder, report)
+        graphs, onnxruntime = _write_graphs(model, config, folder, report)
         report("manifest")
         weights_path = folder / WEIGHT_FILE
         tools = {name: version(name) for name in ("forcing-kv", "torch", "onnx", "onnxscript")}
@@ -122,6 +126,7 @@ def export_bundle(
             name=labels.name,
             config=config,
             graphs=graphs,
+            onnxruntime=onnxruntime,
             weights_sha256=sha256_of(weights_path),
             weights_nbytes=weights_path.stat().st_size,
             fp8=fp8,
@@ -133,20 +138,42 @@ def export_bundle(
 
 
 def _write_graphs(
-    sources: Iterator[GraphSource], folder: Path, report: Report
-) -> dict[str, GraphInfo]:
-    """Write graphs and the one file of all their weights; what the manifest says of each."""
+    model: CausalWanModel, config: RolloutConfig, folder: Path, report: Report
+) -> tuple[dict[str, GraphInfo], dict[str, GraphInfo]]:
+    """Write graphs and the one file of all their weights.
+
+    Returns:
+        What the manifest says of the portable graphs, and of those for ONNX Runtime.
+    """
     (folder / GRAPH_FOLDER).mkdir()
-    graphs, weights_path = {}, folder / WEIGHT_FILE
+    portable: dict[str, GraphInfo] = {}
+    fused: dict[str, GraphInfo] = {}
+    weights_path = folder / WEIGHT_FILE
     with weights_path.open("wb") as file:
         store = WeightStore(file, weights_path.name, weights_path.parent)
-        for source in sources:
+
+        def write(graph: ir.Model, file: str) -> GraphInfo:
+            relative = f"{GRAPH_FOLDER}/{file}"
+            write_onnx(graph, folder / relative, store)
+            return graph_info(graph, relative, folder)
+
+        def write_pass(name: str, graph: ir.Model) -> None:
+            portable[name] = write(graph, f"{name}.onnx")
+            if config.dtype != "bfloat16":  # ONNX Runtime does not run it on a CPU.
+                own = graph.clone()
+                fuse_attention(own, config)
+                fused[name] = write(own, f"{name}.onnxruntime.onnx")
+
+        # Of the general form the steady one is made without another capture.
+        for source in graph_sources(model, config, replace(PLAIN, attention="triton")):
             report(source.name)
             graph = onnx_model(source)
-            relative = f"{GRAPH_FOLDER}/{source.name}.onnx"
-            write_onnx(graph, folder / relative, store)
-            graphs[source.name] = graph_info(graph, relative, folder)
-    return graphs
+            if source.name == "step":
+                write_pass("step", graph)
+                write_pass(steady_name("step"), make_steady_(graph, config))
+            else:
+                portable[source.name] = write(graph, f"{source.name}.onnx")
+    return portable, fused
 
 
 def graph_info(graph: ir.Model, relative: str, folder: Path) -> GraphInfo:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from forcing_kv.export.request.flags import File, Int, Json, YesNo, flags, given, panel
 from forcing_kv.export.tensorrt.options import EngineOptions, TensorRtBackend, TensorRtOptions
@@ -31,9 +31,11 @@ class TensorRtBuild(TensorRtOptions):
     layer_info: File | None = None
     """Write the layers of the graphs that were built, JSON."""
 
-    def engine(self, backend: TensorRtBackend) -> EngineOptions:
+    def engine(self, backend: TensorRtBackend, attention: Any) -> EngineOptions:
         own = {field.name: getattr(self, field.name) for field in fields(TensorRtOptions)}
-        return EngineOptions(backend, **own | {"refit": self.refit or self.refit_from is not None})
+        return EngineOptions(
+            backend, attention, **own | {"refit": self.refit or self.refit_from is not None}
+        )
 
 
 @flags(panel("Inductor"))
@@ -50,6 +52,16 @@ class InductorBuild:
     """Measure matrix-product kernels and keep the fastest."""
 
 
+Attention = Literal["auto", "plugin", "native", "triton", "cudnn", "flash"]
+
+ATTENTIONS: Mapping[str, tuple[Attention, ...]] = {
+    "tensorrt": ("auto", "plugin", "native"),
+    "tensorrt-rtx": ("auto", "native"),
+    "inductor": ("auto", "triton", "cudnn", "flash"),
+}
+"""What each backend can attend with."""
+
+
 @flags()
 @dataclass(frozen=True, kw_only=True)
 class BuildRun:
@@ -57,6 +69,10 @@ class BuildRun:
 
     backend: Literal["tensorrt", "tensorrt-rtx", "inductor"]
     """What runs the engines (onnxruntime needs no build)."""
+    attention: Attention = "auto"
+    """What steady chunks attend with, and every other chunk if it is `plugin` or `triton`, our own
+    kernel. TensorRT: plugin, native (NVIDIA's fused layer; a second engine). Inductor on CUDA:
+    triton, cudnn, flash. Default: the fastest, measured where that can be."""
     force: bool = False
     """Build what is up to date too."""
     dry_run: bool = False
@@ -81,10 +97,15 @@ def build(
     backend = run.backend
     if foreign := given(tensorrt if backend == "inductor" else inductor):
         raise InputError(f"--backend {backend} does not have {', '.join(foreign)}")
+    if run.attention not in ATTENTIONS[backend]:
+        raise InputError(
+            f"--attention {run.attention} is none of --backend {backend}; it has "
+            f"{list(ATTENTIONS[backend])}"
+        )
     if backend == "inductor":
         _build_inductor(bundle, inductor, run)
     else:
-        _build_tensorrt(bundle, tensorrt, tensorrt.engine(backend), run)
+        _build_tensorrt(bundle, tensorrt, tensorrt.engine(backend, run.attention), run)
 
 
 def _build_tensorrt(
@@ -134,7 +155,7 @@ def _carry_out(plan: BuildPlan, wanted: TensorRtBuild, run: BuildRun) -> None:
 def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
     """Compile with PyTorch's own compiler; always anew, for its cache knows what is unchanged."""
     from forcing_kv.export.inductor.build import build_inductor
-    from forcing_kv.export.inductor.compile import InductorOptions
+    from forcing_kv.export.inductor.compile import InductorOptions, choose_attention
     from forcing_kv.export.model.fusion import FUSED
     from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 
@@ -142,7 +163,6 @@ def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
     manifest = read_manifest(bundle)
     config = manifest.config
     fusion.check(config.model.text_len)
-    options = InductorOptions(wanted.device, fusion, wanted.autotune)
     decoders = [
         f"{kind}.{name}" for kind, info in manifest.decoders.items() for name in info.graphs
     ]
@@ -153,7 +173,11 @@ def _build_inductor(bundle: Path, wanted: InductorBuild, run: BuildRun) -> None:
     )
     if run.dry_run:
         return
-    with progress("reading the weights", 7.0 + len(decoders)) as bar:
+    attention = choose_attention(cast(Any, run.attention), wanted.device, config)
+    fusion = replace(fusion, attention=attention)
+    options = InductorOptions(wanted.device, fusion, wanted.autotune)
+    num_parts = 3 + len(fusion.ports(config)) + len(decoders)
+    with progress("reading the weights", float(num_parts)) as bar:
 
         def report(part: str) -> None:
             bar.advance()

@@ -14,7 +14,7 @@ from torch import Tensor
 from forcing_kv.export.bundle.edit import changed_bundle, discard_engines, free_name
 from forcing_kv.export.bundle.read import MODEL_PREFIX, read_bundle_weights
 from forcing_kv.export.decoder.onnx_module import OnnxModule
-from forcing_kv.export.inductor.compile import InductorOptions, compile_sources
+from forcing_kv.export.inductor.compile import NO_CUDA, InductorOptions, compile_sources
 from forcing_kv.export.model.capture import GraphSource, graph_sources
 from forcing_kv.export.tensorrt.build import write_record
 from forcing_kv.export.tensorrt.plan import ENGINE_FOLDER
@@ -51,10 +51,7 @@ def build_inductor(
         BundleError: the bundle is not readable.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch "
-            "finds no CUDA device here; build there, or give --device cpu"
-        )
+        raise BackendUnavailableError(NO_CUDA)
     with changed_bundle(bundle):
         with Bundle(bundle) as opened:
             opened.check_exported()

@@ -19,13 +19,23 @@ from torch.export import ExportedProgram
 from forcing_kv.export.inductor.toolchain import cuda_toolchain
 from forcing_kv.export.model.capture import GraphSource
 from forcing_kv.export.model.fp8 import compiler_body as fp8_body
-from forcing_kv.export.model.fusion import FUSED, FusionOptions
-from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, triton_bodies
+from forcing_kv.export.model.fusion import FUSED, FusionOptions, SteadyAttention
+from forcing_kv.plugins.bind.compiler_bodies import Bodies, aten_bodies, cuda_bodies
+from forcing_kv.plugins.compile.tuning import measured_best
+from forcing_kv.plugins.registry import STEADY_ATTENTION
+from forcing_kv.plugins.steady_attention.cuda_body import KERNELS
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.dtypes import dtype_name
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
 PACKAGE_FILE = "package.pt2"
+
+NO_CUDA = (
+    "an Inductor engine for CUDA is compiled on the machine that will run it, and PyTorch finds no "
+    "CUDA device here; build there, or give --device cpu"
+)
 
 _SHARED_WEIGHTS = {
     "aot_inductor.package": True,
@@ -60,7 +70,8 @@ class InductorOptions:
     the measured one, or the device's default."""
 
     def bodies(self) -> Bodies:
-        own = aten_bodies() if self.device == "cpu" else triton_bodies(self.tactics)
+        cpu = self.device == "cpu"
+        own = aten_bodies() if cpu else cuda_bodies(self.tactics, self.fusion.attention)
         return own | fp8_body(self.device)
 
     def inductor_settings(self) -> dict[str, Any]:
@@ -68,6 +79,49 @@ class InductorOptions:
         if self.device == "cpu":
             return dict(_SHARED_WEIGHTS)
         return _SHARED_WEIGHTS | _CUDA | (_AUTOTUNE if self.autotune else {})
+
+
+def choose_attention(
+    wanted: Literal["auto", "cudnn", "flash", "triton"], device: str, config: RolloutConfig
+) -> SteadyAttention:
+    """What steady chunks of a package attend with.
+
+    Args:
+        wanted: a kernel, or `auto` for the fastest that was measured on this GPU; where none was,
+            cuDNN on Hopper and data-centre Blackwell, and Triton elsewhere.
+        device: cpu or cuda, the one of this machine.
+
+    Raises:
+        InputError: there is no such kernel on this device, or not in this dtype.
+        BackendUnavailableError: there is no CUDA device to choose for.
+    """
+    if device == "cpu":
+        if wanted != "auto":
+            raise InputError(f"--attention {wanted} is a kernel for CUDA; leave it out on a CPU")
+        return "torch"
+    if config.dtype == "float32":
+        if wanted in KERNELS:
+            raise InputError(
+                f"--attention {wanted} has no float32; take triton, or export with --dtype bfloat16"
+            )
+        return "triton"
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(NO_CUDA)
+    layer = config.layouts[-1]
+    sizes = {
+        "H": config.model.num_heads,
+        "N": config.chunk.num_tokens,
+        "D": config.model.head_dim,
+        "R": layer.num_rows,
+    }
+    names = (*KERNELS, "triton")
+    gpu = torch.cuda.get_device_name()
+    measured = measured_best(STEADY_ATTENTION, names, gpu, config.dtype, sizes)
+    if measured is not None:
+        return cast(SteadyAttention, measured)
+    return "cudnn" if torch.cuda.get_device_capability()[0] in (9, 10) else "triton"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fusion import PLAIN, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.export.model.graphs import CleanGraph, EvictGraph, PromptGraph, StepGraph
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def graph_sources(
     modules: Mapping[str, Callable[[], nn.Module]] = {
         "prompt": lambda: PromptGraph(model),
         "step": lambda: StepGraph(model, config, fusion=fusion),
+        steady_name("step"): lambda: StepGraph(model, config, fusion=fusion, steady=True),
         "clean": lambda: CleanGraph(model, config, fusion=fusion),
+        steady_name("clean"): lambda: CleanGraph(model, config, fusion=fusion, steady=True),
         "evict": lambda: EvictGraph(config),
     }
     device = model.patch_embedding.weight.device

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from forcing_kv.runtime_trt.rollout.ports import GraphPorts, ports
 from forcing_kv.runtime_trt.rollout.schedule import Schedule, time_sinusoid
 from forcing_kv.runtime_trt.rollout.text_fold import MAX_PAD_ROWS
 
+SteadyAttention = Literal["torch", "cudnn", "flash", "triton"]
+
 
 @dataclass(frozen=True)
 class FusionOptions:
@@ -36,6 +38,10 @@ class FusionOptions:
     clean_graph: bool = False
     """A fourth graph `clean` for the clean pass, cut after the last layer's K and V; `step` then
     returns x0 and x_next alone."""
+    attention: SteadyAttention = "torch"
+    """What steady chunks attend with: a dense call for each block of heads, by the named kernel or
+    by the one that PyTorch chooses; or `triton`, the kernel that serves every chunk, and no steady
+    form at all."""
     gelu: bool = False
     """GELU as part of the feed-forward's first product, on CUDA: one pass less over the hidden
     layer, the largest tensor of a step."""
@@ -61,6 +67,7 @@ class FusionOptions:
             time_tables=self.time_tables,
             clean_graph=self.clean_graph,
             text_rows=self.text_rows,
+            steady=self.attention != "triton",
         )
 
 

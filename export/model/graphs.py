@@ -31,8 +31,11 @@ from forcing_kv.plugins.registry import (
     QK_NORM_ROPE,
     SEGMENT_SIMILARITY,
     SIMILARITY_EVICTION,
+    STEADY_ATTENTION,
 )
+from forcing_kv.plugins.steady_attention.layout import SteadyLayout
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+from forcing_kv.runtime_trt.rollout.layout import LayerLayout
 from forcing_kv.runtime_trt.rollout.schedule import rope_table
 
 AttentionObserver = Callable[[int, Tensor, Tensor], None]
@@ -59,8 +62,8 @@ class ChunkInputs:
 
     rope_cos: Tensor
     rope_sin: Tensor
-    hist_len: Tensor
-    new_len: Tensor
+    lengths: tuple[Tensor, Tensor] | None
+    """hist_len and new_len; None in the steady form."""
     hist_k: Sequence[Tensor]
     hist_v: Sequence[Tensor]
     cross_k: Sequence[Tensor]
@@ -68,12 +71,23 @@ class ChunkInputs:
     text_bias: Tensor | None = None
     """None for text that is not folded."""
 
+    @classmethod
+    def of(cls, rope_cos: Tensor, rope_sin: Tensor, *rest: Any, steady: bool) -> ChunkInputs:
+        """From the arguments of a graph, in the order of its ports."""
+        if steady:
+            return cls(rope_cos, rope_sin, None, *rest)
+        hist_len, new_len, *others = rest
+        return cls(rope_cos, rope_sin, (hist_len, new_len), *others)
+
 
 class ChunkGraph(nn.Module):
     """The blocks over one chunk: what a denoise step and a clean pass share.
 
     The model's heads must be in exported order (`export.model.rewrite.sort_heads_`), and its q, k
     and v fused if `fusion.qkv` says so (`export.model.fusion.fuse_qkv_`).
+
+    Args:
+        steady: bake in the rows that a steady chunk sees, instead of reading lengths.
     """
 
     def __init__(
@@ -82,11 +96,14 @@ class ChunkGraph(nn.Module):
         config: RolloutConfig,
         observer: AttentionObserver | None = None,
         fusion: FusionOptions = PLAIN,
+        *,
+        steady: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.fusion = fusion
+        self.steady = steady
         self._observer = observer
         _, height_pairs, width_pairs = config.model.rope_pairs
         rows, columns = config.chunk.grid
@@ -96,7 +113,7 @@ class ChunkGraph(nn.Module):
                 [np.repeat(height, columns, axis=0), np.tile(width, (rows, 1))], axis=1
             )
             self.register_buffer(f"spatial_{name}", torch.from_numpy(grid), persistent=False)
-        for layer, layout in enumerate(config.layouts):
+        for layer, layout in enumerate(() if steady else config.layouts):
             offset = torch.tensor(layout.head_offset, dtype=torch.int32)
             self.register_buffer(f"head_offset_{layer}", offset, persistent=False)
         if fusion.time_tables:
@@ -145,7 +162,7 @@ class ChunkGraph(nn.Module):
         new_v: list[Tensor],
     ) -> Attend:
         """Self-attention of one layer; appends the chunk's rows to `new_k` and `new_v`."""
-        shape = self.config.model
+        shape, layouts = self.config.model, self.config.layouts
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = OPERATORS[QK_NORM_ROPE](
@@ -157,11 +174,15 @@ class ChunkGraph(nn.Module):
             new_v.append(v)
             if self._observer is not None:
                 self._observer(layer, q, k)
-            out = OPERATORS[HEAD_INDEXED_ATTENTION](
-                q, k, v, inputs.hist_k[layer], inputs.hist_v[layer],
-                self.get_buffer(f"head_offset_{layer}"), inputs.hist_len[layer], inputs.new_len,
-                self.config.layouts[layer].max_rows_per_head,
-            )  # fmt: skip
+            rows, layout = (q, k, v, inputs.hist_k[layer], inputs.hist_v[layer]), layouts[layer]
+            if inputs.lengths is None:
+                out = OPERATORS[STEADY_ATTENTION](*rows, *astuple(steady_layout(layout)))
+            else:
+                hist_len, new_len = inputs.lengths
+                out = OPERATORS[HEAD_INDEXED_ATTENTION](
+                    *rows, self.get_buffer(f"head_offset_{layer}"), hist_len[layer], new_len,
+                    layout.max_rows_per_head,
+                )  # fmt: skip
             return out.flatten(1)
 
         return attend
@@ -198,7 +219,10 @@ class StepGraph(ChunkGraph):
         model, chunk = self.model, self.config.chunk
         embedding, projected = self.embed_time(time)
         tokens, new_k, new_v = self.run_blocks(
-            model.embed_latents(x), projected, ChunkInputs(*inputs), len(model.layers)
+            model.embed_latents(x),
+            projected,
+            ChunkInputs.of(*inputs, steady=self.steady),
+            len(model.layers),
         )
         patches = model.head(tokens, embedding).float()
         flow = unpatchify(patches, chunk.num_frames, chunk.grid, chunk.patch_size)
@@ -214,7 +238,7 @@ class CleanGraph(ChunkGraph):
 
     def forward(self, x: Tensor, time: Tensor, *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Compute new_k and new_v of clean latents; pools and text of the last layer stay out."""
-        inputs = ChunkInputs(*rest)
+        inputs = ChunkInputs.of(*rest, steady=self.steady)
         model = self.model
         _, projected = self.embed_time(time)
         tokens, new_k, new_v = self.run_blocks(
@@ -288,6 +312,19 @@ class EvictGraph(nn.Module):
         ]
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[layers.index(1)]
+
+
+def steady_layout(layout: LayerLayout) -> SteadyLayout:
+    """What the heads of a layer see in a steady chunk."""
+    first, *others = layout.groups
+    second = others[0] if others else None
+    return SteadyLayout(
+        num_first=first.num_heads,
+        first_capacity=first.rows_per_head,
+        first_rows=first.steady_rows,
+        second_capacity=second.rows_per_head if second else 0,
+        second_rows=second.steady_rows if second else 0,
+    )
 
 
 def candidate_layout(config: RolloutConfig, layer: int) -> CandidateLayout:

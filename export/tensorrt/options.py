@@ -12,6 +12,7 @@ from forcing_kv.runtime_trt.errors import InputError
 
 TensorRtBackend = Literal["tensorrt", "tensorrt-rtx"]
 Frontend = Literal["onnx", "torch-tensorrt"]
+PlanAttention = Literal["auto", "plugin", "native"]
 Verbosity = Literal["detailed", "layer-names", "none"]
 
 RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
@@ -67,6 +68,10 @@ class EngineOptions(TensorRtOptions):
     """
 
     backend: TensorRtBackend
+    attention: PlanAttention = "auto"
+    """What steady chunks attend with: `plugin`, our kernel, which serves every chunk; `native`,
+    NVIDIA's fused layer in a second engine; `auto` keeps the faster of both, timed on the GPU.
+    TensorRT-RTX, which has no plugins, has native alone."""
 
     def __post_init__(self) -> None:
         where = f"--backend {self.backend}"
@@ -74,6 +79,7 @@ class EngineOptions(TensorRtOptions):
             ("backend", get_args(TensorRtBackend)),
             ("frontend", get_args(Frontend)),
             ("profiling_verbosity", get_args(Verbosity)),
+            ("attention", get_args(PlanAttention)),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed are {list(allowed)}")
@@ -85,6 +91,10 @@ class EngineOptions(TensorRtOptions):
             raise InputError(
                 "--frontend torch-tensorrt gives weights names of its own, by which the bundle "
                 "cannot supply them; leave out --strip-weights, or take --frontend onnx"
+            )
+        if self.frontend == "torch-tensorrt" and self.attention == "native":
+            raise InputError(
+                "--frontend torch-tensorrt has --attention plugin alone; take --frontend onnx"
             )
         if self.backend == "tensorrt-rtx":
             self._check_rtx(where)
@@ -104,10 +114,31 @@ class EngineOptions(TensorRtOptions):
             "--version-compatible": self.version_compatible,
             "--hardware-compatible (build once for each --target)": self.hardware_compatible,
             "--frontend torch-tensorrt": self.frontend != "onnx",
+            "--attention plugin": self.attention == "plugin",
         }
         for option, given in refused.items():
             if given:
                 raise InputError(f"{where} does not have {option}")
+
+    def attentions(self, dtype: str) -> tuple[PlanAttention, ...]:
+        """What steady chunks may attend with; the first is there in any case.
+
+        Raises:
+            InputError: native attention is asked for in float32, in which NVIDIA has none.
+        """
+        if self.backend == "tensorrt-rtx":
+            return ("native",)
+        fused = dtype != "float32" and self.frontend == "onnx"
+        if self.attention == "native" and not fused:
+            raise InputError(
+                "TensorRT has no fused attention in float32; take --attention plugin, or export "
+                "with --dtype bfloat16"
+            )
+        if self.attention == "auto":
+            # Without their weights there is nothing to time.
+            timed = fused and not self.strip_weights
+            return ("plugin", "native") if timed else ("plugin",)
+        return (self.attention,)
 
     @property
     def module(self) -> str:
@@ -122,7 +153,7 @@ class EngineOptions(TensorRtOptions):
         """What differs from the defaults, as plain data for an engine record."""
         changed = {
             field.name: getattr(self, field.name)
-            for field in fields(TensorRtOptions)
-            if getattr(self, field.name) != field.default
+            for field in (*fields(TensorRtOptions), *fields(EngineOptions))
+            if field.name != "backend" and getattr(self, field.name) != field.default
         }
         return {"backend": self.backend, **changed}

@@ -18,8 +18,9 @@ from forcing_kv.runtime_trt.bundle.hashes import is_intact
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
 from forcing_kv.runtime_trt.cuda.runtime import Cuda, DeviceInfo
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, require
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 """Raised when the same inputs give other engines, or plugins have other tactics."""
 
 ENGINE_FOLDER = "engines"
@@ -127,12 +128,26 @@ def plan_build(
         _check_fp8(manifest.fp8, options, environment.get("sm"))
     plan = BuildPlan(bundle, manifest, options, environment, ())
     record = None if force else record_of(manifest, plan.folder)
-    graphs = _part(plan, record, None, manifest.graphs, manifest.weights_sha256)
+    chosen = _denoiser_graphs(manifest, options, record)
+    graphs = _part(plan, record, None, chosen, manifest.weights_sha256)
     for kind, decoder in manifest.decoders.items():
         part = None if record is None else record.part(kind)
         graphs += _part(plan, part, kind, decoder.graphs, decoder.weights_sha256)
     plan = replace(plan, graphs=tuple(graphs))
     return plan if refit_from is None else replace(plan, source=_source(plan, refit_from, device))
+
+
+def _denoiser_graphs(
+    manifest: Manifest, options: EngineOptions, record: EngineRecord | None
+) -> Mapping[str, GraphInfo]:
+    """Graphs that get an engine: with plugins alone the general form serves every chunk."""
+    attentions = options.attentions(manifest.config.dtype)
+    times_ms = {} if record is None else record.attention_ms
+    if attentions == tuple(times_ms):  # Both were timed, and the slower one was left out.
+        attentions = (min(attentions, key=times_ms.__getitem__),)
+    if "native" in attentions:
+        return manifest.graphs
+    return {name: graph for name, graph in manifest.graphs.items() if name != steady_name("step")}
 
 
 def _check_builder(options: EngineOptions, version: str) -> None:

@@ -1,11 +1,12 @@
 """Attention of a graph in the form that TensorRT without plugins fuses.
 
-The function body of FkHeadIndexedAttention gathers rows in float32, which runs everywhere but not
-well. TensorRT-RTX has no plugins, so here each node becomes one standard `Attention` over a history
-that is padded to the widest head, with a boolean mask [1, H, 1, K]: no gather, for the heads of a
-group are a dense block of the pool, and one launch for all heads. The fused kernel skips runs of
-masked keys, so padding costs copies, not products. A mask with a query axis would cost hundreds of
-megabytes of scratch, and float32 has no fused kernel at all, so float32 keeps the portable body.
+The portable function bodies work in float32 and keep every score, which runs everywhere but not
+well. Here each becomes standard `Attention`: in the steady form one for each block of heads, over
+exactly the rows that it sees. In the general form one for all heads over a history that is padded
+to the widest, with a boolean mask [1, H, 1, K]: no gather, for the heads of a group are a dense
+block of the pool. The fused kernel skips runs of masked keys, so padding costs copies, not
+products. A mask with a query axis would cost hundreds of megabytes of scratch, and float32 has no
+fused kernel at all, so float32 keeps the portable bodies.
 
 Masked rows are finite, never NaN: the runtime fills the pools with zeros when it allocates them and
 when a session is reset.
@@ -16,25 +17,21 @@ K = M + N keys.
 
 from __future__ import annotations
 
-from typing import cast
-
-import onnx
-import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
+from forcing_kv.export.bundle.fused_attention import dense_body, replace_attention
+from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.plugins.registry import STEADY_ATTENTION
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import LayerLayout
-from forcing_kv.runtime_trt.rollout.ports import split_name
 
 ATTENTION_OPSET = 23
 """First version of the standard domain with `Attention`; nothing else that we use differs."""
 
 
 def fuse_attention(model: ir.Model, config: RolloutConfig) -> int:
-    """Replace every FkHeadIndexedAttention by one `Attention`; changes the model.
+    """Replace every attention over a history by standard `Attention`; changes the model.
 
     Args:
         model: a graph as exported, custom nodes with function bodies.
@@ -44,27 +41,13 @@ def fuse_attention(model: ir.Model, config: RolloutConfig) -> int:
         Number of nodes replaced.
     """
     assert config.dtype != "float32", "TensorRT has no fused attention in float32"
-    count = 0
-    for node in model.graph:
-        if (node.domain, node.op_type) != (DOMAIN, HEAD_INDEXED_ATTENTION.name):
-            continue
-        hist_k = node.inputs[3]
-        assert hist_k is not None
-        assert hist_k.name is not None, "the pool is a graph input"
-        _, layer = split_name(hist_k.name)
-        assert layer is not None, f"{hist_k.name} is the pool of a layer"
-        function = attention_function(config.layouts[layer], layer, config)
-        node.op_type = function.name
-        for name in list(node.attributes):
-            node.attributes.pop(name)
-        body = cast(ir.Function, ir.from_proto(function))
-        model.functions[body.identifier()] = body
-        count += 1
-    if count:
-        model.opset_imports[""] = ATTENTION_OPSET
-        for function_ir in model.functions.values():
-            function_ir.opset_imports[""] = ATTENTION_OPSET
-    return count
+
+    def body(layout: LayerLayout, spec: OpSpec) -> str:
+        if spec is STEADY_ATTENTION:
+            return dense_body(layout, spec, _ATTEND, config.model.head_dim)
+        return _nodes(layout, config)
+
+    return replace_attention(model, config, {"": ATTENTION_OPSET}, body)
 
 
 def inline_bodies(model: ir.Model) -> ir.Model:
@@ -73,23 +56,13 @@ def inline_bodies(model: ir.Model) -> ir.Model:
     return result.model
 
 
-def attention_function(
-    layout: LayerLayout, layer: int, config: RolloutConfig
-) -> onnx.FunctionProto:
-    """Fused form of the operator for one layer, its pool layout baked in.
-
-    Args:
-        layer: its index, which makes the name unique.
-    """
-    inputs = ", ".join(tensor.name for tensor in HEAD_INDEXED_ATTENTION.inputs)
-    body = _nodes(layout, config)
-    function = onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {ATTENTION_OPSET}]>\n'
-        f"FkFusedAttention{layer} ({inputs}) => (out) {{\n{body}\n}}"
-    )
-    onnx.checker.check_function(function)
-    return function
-
+_ATTEND = """
+    {b}_q4 = Unsqueeze ({b}_q, axis0)
+    {b}_k4 = Unsqueeze ({b}_k, axis0)
+    {b}_v4 = Unsqueeze ({b}_v, axis0)
+    {b}_mixed4 = Attention ({b}_q4, {b}_k4, {b}_v4)
+    {b}_mixed = Squeeze ({b}_mixed4, axis0)
+"""
 
 _BODY = """
     axis0 = Constant <value_ints: ints = [0]> ()

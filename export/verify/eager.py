@@ -19,10 +19,11 @@ from forcing_kv.runtime_trt.backends.base import (
     ChunkPositions,
     Float32,
     StepScalars,
+    form_of,
 )
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import kv_name, kv_names, pool_ports, ports
+from forcing_kv.runtime_trt.rollout.ports import kv_name, kv_names, pool_ports, ports, steady_name
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 from forcing_kv.runtime_trt.session import Session
 
@@ -59,6 +60,7 @@ class EagerBackend(StepwiseBackend):
         config: rollout configuration; its dtype is the compute dtype.
         observer: called in every self-attention, once for each group of heads.
         select: replaces the published selection (for ablations).
+        use_steady: steady chunks take the steady form; else the general one serves them all.
     """
 
     name = "eager"
@@ -70,6 +72,8 @@ class EagerBackend(StepwiseBackend):
         device: torch.device | str = "cpu",
         observer: Observer | None = None,
         select: SelectSegments | None = None,
+        *,
+        use_steady: bool = False,
     ) -> None:
         super().__init__(config)
         self.device = torch.device(device)
@@ -78,13 +82,16 @@ class EagerBackend(StepwiseBackend):
         sorted_model = sorted_model.cast_(self.dtype).to(self.device).eval()
         self.model = sorted_model
         """What runs: heads in exported order, weights in the compute dtype."""
-        step = StepGraph(sorted_model, config, None if observer is None else self._observe)
+        watch = None if observer is None else self._observe
         self._evict = EvictGraph(config)
         self._modules: dict[str, Callable[..., Any]] = {
             "prompt": PromptGraph(sorted_model),
-            "step": step.to(self.device),
+            "step": StepGraph(sorted_model, config, watch).to(self.device),
             "evict": self._evict,
         }
+        if use_steady:
+            step = StepGraph(sorted_model, config, watch, steady=True)
+            self._modules[steady_name("step")] = step.to(self.device)
         self._select = select
         self._observer = observer
         self._running: tuple[ChunkPlan, int] | None = None
@@ -123,7 +130,7 @@ class EagerBackend(StepwiseBackend):
         for name in kv_names("new", range(self.config.model.num_layers)):
             self.tensors.pop(name, None)
         self._put(self.pass_inputs(x, eps, scalars, positions))
-        self._run("step")
+        self._run(form_of("step", positions.plan, self._modules))
         return self.tensors["x0"], self.tensors["x_next"]
 
     def to_host(self, x: Tensor) -> Float32:

@@ -19,7 +19,8 @@ from torch import Tensor
 from forcing_kv.plugins.bind.torch_library import overload
 from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.op_spec import DOMAIN, OpSpec, result_of
-from forcing_kv.plugins.registry import OPS
+from forcing_kv.plugins.registry import NODES, OPS, STEADY_ATTENTION
+from forcing_kv.plugins.steady_attention.cuda_body import KERNELS, steady_attention
 from forcing_kv.runtime_trt.errors import InputError
 
 Bodies = dict[Any, Callable[..., Any]]
@@ -33,15 +34,18 @@ torch/_inductor/codegen/cuda/device_op_overrides.py)."""
 
 def aten_bodies() -> Bodies:
     """Every operator in plain torch operators, without a host read."""
-    return {overload(spec): _aten_body(spec) for spec in OPS}
+    return {overload(spec): _aten_body(spec) for spec in NODES}
 
 
-def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
-    """Every operator as a launch of its Triton kernel; for CUDA tensors.
+def cuda_bodies(
+    tactics: Mapping[str, str] = MappingProxyType({}), attention: str = "torch"
+) -> Bodies:
+    """Every operator as a launch of its Triton kernel, steady attention as named; for CUDA tensors.
 
     Args:
         tactics: tactic of an operator by its torch name; where none is named, the one measured for
             the call's problem on this device, or the device's default.
+        attention: kernel of FkSteadyAttention, `torch` for the one that PyTorch chooses.
 
     Raises:
         InputError: no such operator or tactic, or a tactic that this PyTorch cannot package.
@@ -50,7 +54,10 @@ def triton_bodies(tactics: Mapping[str, str] = MappingProxyType({})) -> Bodies:
     unknown = sorted(set(tactics) - set(known))
     if unknown:
         raise InputError(f"tactics name unknown operators {unknown}; there are {known}")
-    return {overload(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
+    bodies = {overload(s): _triton_operator(s, tactics.get(s.torch_name)) for s in OPS}
+    named = attention in KERNELS
+    steady = steady_attention(attention) if named else _aten_body(STEADY_ATTENTION)
+    return bodies | {overload(STEADY_ATTENTION): steady}
 
 
 def packaged_tactics(tactics: Sequence[Tactic]) -> list[Tactic]:

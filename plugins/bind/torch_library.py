@@ -13,7 +13,7 @@ import torch
 
 from forcing_kv.plugins.bind.triton_run import empty_outputs, run_on_cuda, torch_output_dtypes
 from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION, OpSpec, result_of
-from forcing_kv.plugins.registry import OPS
+from forcing_kv.plugins.registry import NODES, OPS
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -29,7 +29,7 @@ def torch_schema(spec: OpSpec) -> str:
 
 
 def _define(spec: OpSpec) -> CustomOpDef:
-    """Define the torch operator of `spec`: the Triton kernel on CUDA, the reference elsewhere.
+    """Define the torch operator of `spec`: its kernel on CUDA if it has one, else the reference.
 
     Shapes are checked when the operator is traced and when the kernel is launched.
     """
@@ -47,11 +47,12 @@ def _define(spec: OpSpec) -> CustomOpDef:
         return result_of(run_on_cuda(spec, *arguments))
 
     operator.register_fake(fake)
-    operator.register_kernel("cuda")(on_cuda)
+    if spec in OPS:
+        operator.register_kernel("cuda")(on_cuda)
     return operator
 
 
-OPERATORS = {spec: _define(spec) for spec in OPS}
+OPERATORS = {spec: _define(spec) for spec in NODES}
 """Every operator as torch knows it, `torch.ops.forcing_kv.*`."""
 
 
@@ -66,7 +67,7 @@ def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
     Returns:
         A table for `ExportedProgram.run_decompositions`; merge it with other decompositions.
     """
-    return {overload(spec): _onnx_decomposition(spec) for spec in OPS}
+    return {overload(spec): _onnx_decomposition(spec) for spec in NODES}
 
 
 def _onnx_decomposition(spec: OpSpec) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 from forcing_kv.plugins.frame_chain.reference import frame_chain
 from forcing_kv.plugins.op_spec import Attributes, OpSpec
+from forcing_kv.plugins.steady_attention.layout import SteadyLayout
 
 _QUERY_BLOCK = 2048
 """Queries at a time, to bound the memory of the scores."""
@@ -106,6 +107,18 @@ def _head_indexed_attention(*arguments: Any) -> tuple[Tensor, ...]:
     return (torch.stack(heads, dim=1),)
 
 
+def _steady_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, layout = arguments[:5], SteadyLayout(*arguments[5:])
+    num_heads, num_tokens, _ = tensors[0].shape
+    heads = [
+        (block.pool.start + head * block.capacity, block.num_rows)
+        for block in layout.blocks(num_heads)
+        for head in range(block.num_heads)
+    ]
+    offsets, lengths = torch.tensor(heads).unbind(-1)
+    return _head_indexed_attention(*tensors, offsets, lengths, num_tokens, int(lengths.max()))
+
+
 def _segment_similarity(hist_k: Tensor, new_k: Tensor, *attributes: int) -> tuple[Tensor, ...]:
     layout = CandidateLayout(*attributes)
     chain = frame_chain(hist_k, new_k, layout).double()
@@ -120,4 +133,5 @@ _FLOAT64: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "qk_norm_rope": _qk_norm_rope,
     "head_indexed_attention": _head_indexed_attention,
     "segment_similarity": _segment_similarity,
+    "steady_attention": _steady_attention,
 }

@@ -20,7 +20,9 @@ from forcing_kv.plugins.registry import (
     QK_NORM_ROPE,
     SEGMENT_SIMILARITY,
     SIMILARITY_EVICTION,
+    STEADY_ATTENTION,
 )
+from forcing_kv.plugins.steady_attention.layout import SteadyLayout
 
 Rows = tuple[int, int]
 """First row and row after the last."""
@@ -133,6 +135,26 @@ def attention_case(
     )
 
 
+def steady_case(
+    name: str, num_tokens: int, head_dim: int, num_heads: int, layout: SteadyLayout
+) -> OpCase:
+    """A case of FkSteadyAttention."""
+    blocks = tuple(layout.blocks(num_heads))
+    starts = [
+        (block.pool.start + head * block.capacity, block.num_rows)
+        for block in blocks
+        for head in range(block.num_heads)
+    ]
+    num_rows = max(1, blocks[-1].pool.stop)
+    return OpCase(
+        STEADY_ATTENTION,
+        name,
+        {"N": num_tokens, "H": num_heads, "D": head_dim, "R": num_rows},
+        dict(layout.attributes()),
+        valid_pool_rows=tuple((start, start + rows) for start, rows in starts),
+    )
+
+
 def candidate_case(
     spec: OpSpec,
     name: str,
@@ -193,7 +215,7 @@ def _evicted(
     return candidate_case(SIMILARITY_EVICTION, name, layout, **sizes, num_levels=num_levels)
 
 
-CASES: tuple[OpCase, ...] = (
+KERNEL_CASES: tuple[OpCase, ...] = (
     norm_rope_case("one row", 1, 2, 32),
     norm_rope_case("below the tile", 3, 3, 64),
     norm_rope_case("above the tile", 5, 1, 128),
@@ -214,4 +236,15 @@ CASES: tuple[OpCase, ...] = (
     _evicted("everything kept", _NO_SINK, 12),
     _evicted("odd tokens", _ODD_TOKENS, 1),
 )
-"""Small cases of every operator: tile edges, empty history, unequal heads, padding, ties."""
+"""Small cases of every operator that has a kernel: tile edges, empty history, unequal heads,
+padding, ties."""
+
+CASES: tuple[OpCase, ...] = (
+    *KERNEL_CASES,
+    steady_case("two blocks", 33, 32, 3, SteadyLayout(2, 64, 40, 96, 96)),
+    steady_case("first block alone", 17, 64, 2, SteadyLayout(2, 48, 48, 0, 0)),
+    steady_case("second block alone", 17, 32, 2, SteadyLayout(0, 0, 0, 80, 33)),
+    steady_case("a block without history", 5, 32, 3, SteadyLayout(1, 0, 0, 32, 16)),
+    steady_case("no history", 7, 128, 2, SteadyLayout(1, 0, 0, 32, 0)),
+)
+"""Small cases of every operator."""

@@ -7,7 +7,7 @@ TensorRT does not read it: it times the tactics itself when it builds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import log
@@ -108,18 +108,32 @@ def best_tactic(
         device_sm: its compute capability, 90 for 9.0.
     """
     named = {tactic.name: tactic for tactic in tactics}
+    fastest = measured_best(spec, named, gpu, problem.dtype, problem.sizes)
+    chosen = default_tactic(tactics, device_sm) if fastest is None else named[fastest]
+    CHOSEN.setdefault(spec.name, set()).add(chosen.name)
+    return chosen
+
+
+def measured_best(
+    spec: OpSpec, names: Collection[str], gpu: str, dtype: str, sizes: Mapping[str, int]
+) -> str | None:
+    """The fastest of some tactics on the most similar problem measured; None if none was.
+
+    Args:
+        names: tactics that may be taken.
+        gpu: name of the GPU, as its driver has it.
+        sizes: size of every named axis of the operator.
+    """
     measured = [
         entry
         for entry in {**_committed_table(), **_added}.values()
-        if (entry.op, entry.gpu, entry.dtype) == (spec.name, gpu, problem.dtype)
-        and named.keys() & entry.times_ms
+        if (entry.op, entry.gpu, entry.dtype) == (spec.name, gpu, dtype)
+        and any(name in entry.times_ms for name in names)
     ]
-    chosen = default_tactic(tactics, device_sm)
-    if measured:
-        times_ms = min(measured, key=lambda entry: _distance(entry.sizes, problem.sizes)).times_ms
-        chosen = named[min(named.keys() & times_ms, key=times_ms.__getitem__)]
-    CHOSEN.setdefault(spec.name, set()).add(chosen.name)
-    return chosen
+    if not measured:
+        return None
+    times_ms = min(measured, key=lambda entry: _distance(entry.sizes, sizes)).times_ms
+    return min((name for name in names if name in times_ms), key=times_ms.__getitem__)
 
 
 def _distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:

@@ -14,7 +14,7 @@ from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import HeadKind
-from forcing_kv.runtime_trt.rollout.ports import POSITIONS, STEP_SCALARS, kv_names
+from forcing_kv.runtime_trt.rollout.ports import POSITIONS, STEP_SCALARS, kv_names, steady_name
 from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
@@ -210,6 +210,12 @@ class ChunkPositions:
             for group in layout.groups:
                 hist_len[layer, group.heads] = history[group.kind]
         return cls(plan, cos, sin, hist_len, np.asarray([plan.num_frames * tokens], np.int32))
+
+
+def form_of(graph: str, plan: ChunkPlan, graphs: Collection[str]) -> str:
+    """The form of a pass that a chunk takes: the steady one if it may and there is one."""
+    steady = steady_name(graph)
+    return steady if plan.steady and steady in graphs else graph
 
 
 def outputs_of(graphs: Mapping[str, GraphInfo], graph: str) -> Collection[str]:

@@ -12,6 +12,7 @@ from forcing_kv.runtime_trt.backends.base import (
     ChunkPositions,
     Float32,
     StepScalars,
+    form_of,
 )
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
@@ -45,9 +46,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
                 "a GPU, or export it with --dtype float32 (or float16)"
             )
         self.buffers: dict[str, NDArray[Any]] = {}
-        sessions = onnx_sessions(bundle, manifest.graphs, bundle.check_graphs(), num_threads)
+        graphs = {**manifest.graphs, **manifest.onnxruntime}
+        sessions = onnx_sessions(bundle, graphs, bundle.check_graphs(graphs), num_threads)
         self._graphs = {
-            name: _BoundGraph(session, manifest.graphs[name], self.buffers)
+            name: _BoundGraph(session, graphs[name], self.buffers)
             for name, session in sessions.items()
         }
 
@@ -62,7 +64,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
             if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
-        self._graphs["step"].run()
+        self._graphs[form_of("step", positions.plan, self._graphs)].run()
         return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:

@@ -20,6 +20,7 @@ from forcing_kv.runtime_trt.bundle.fields import (
 )
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 
 COMPATIBLE_MIN_SM = 80
 """First generation of GPUs for hardware-compatible engines (Ampere)."""
@@ -103,6 +104,9 @@ class EngineRecord(EnginePart):
     """GPU architecture that TensorRT built for, such as sm89."""
     decoders: Mapping[Word, DecoderEngines] = field(default_factory=dict)
     """By kind: vae, tae."""
+    attention_ms: Mapping[str, float] = field(default_factory=dict)
+    """Time of a steady step with each attention that was tried, plugin and native; the engines are
+    those of the faster one."""
 
     def __post_init__(self) -> None:
         needed, form = "sm", "[0-9]{1,4}"
@@ -137,7 +141,10 @@ class EngineRecord(EnginePart):
     def rebuild_command(self, bundle: Path) -> str:
         """The `fkv build` that makes these engines again."""
         if self.backend == "inductor":
-            return build_command(bundle, "inductor", options={"device": self.environment["device"]})
+            named: dict[str, Any] = {"device": self.environment["device"]}
+            if (attention := self.options.get("fusion", {}).get("attention")) != "torch":
+                named |= {"attention": attention} if attention else {}
+            return build_command(bundle, "inductor", options=named)
         return build_command(bundle, self.backend, self.sm, self.options)
 
     def check_graphs(self, bundle: Path, graphs: Mapping[str, GraphInfo]) -> None:
@@ -147,7 +154,11 @@ class EngineRecord(EnginePart):
             BundleError: they differ.
         """
         found = {name: (graph.inputs, graph.outputs) for name, graph in self.graphs.items()}
-        wanted = {name: (graph.inputs, graph.outputs) for name, graph in graphs.items()}
+        wanted = {
+            name: (graph.inputs, graph.outputs)
+            for name, graph in graphs.items()
+            if name in found or name != steady_name("step")  # With plugins it needs none.
+        }
         if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
             raise BundleError(
                 f"{bundle}: engine {self.folder} is not of this bundle's graphs {wrong}; "
@@ -180,7 +191,7 @@ class EngineRecord(EnginePart):
 
 
 _FIRST = ("backend", "target", "folder", "decoder_sha256", "environment", "options")
-_LEFT_OUT_IF_EMPTY = ("target", "details", "refitted")
+_LEFT_OUT_IF_EMPTY = ("target", "details", "refitted", "attention_ms")
 
 
 def _written(entries: list[tuple[str, Any]]) -> dict[str, Any]:

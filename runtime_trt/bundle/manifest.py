@@ -89,6 +89,8 @@ class Manifest:
     """prompt, step and, with segments, evict."""
     weights_sha256: Sha256
     weights_nbytes: Count
+    onnxruntime: Mapping[Word, GraphInfo] = field(default_factory=dict)
+    """Graphs that ONNX Runtime takes in place of those of the same name: its own attention."""
     fp8: Fp8Scales | None = None
     """Layers whose products run in FP8; None for none."""
     provenance: Mapping[Word, Plain] = field(default_factory=dict)
@@ -128,8 +130,9 @@ class Manifest:
     @property
     def hashes(self) -> Mapping[str, str]:
         """Every file of the denoiser's graphs and its hash."""
+        graphs = (*self.graphs.values(), *self.onnxruntime.values())
         return {
-            **{graph.file: graph.sha256 for graph in self.graphs.values()},
+            **{graph.file: graph.sha256 for graph in graphs},
             WEIGHT_FILE: self.weights_sha256,
         }
 
@@ -251,8 +254,11 @@ class Bundle(HashedFiles):
             return True
         return content != self._content or not self.is_still_named()
 
-    def check_graphs(self) -> dict[str, OnnxFile]:
+    def check_graphs(self, graphs: Mapping[str, GraphInfo] | None = None) -> dict[str, OnnxFile]:
         """Compare graphs and weights with their hashes, and the graphs with the manifest.
+
+        Args:
+            graphs: those that will run; None for the portable ones.
 
         Returns:
             What the graphs say of themselves, by name.
@@ -267,7 +273,7 @@ class Bundle(HashedFiles):
                 f"{self}/{WEIGHT_FILE}: {found} bytes, but {manifest.weights_nbytes} are recorded; "
                 f"{_REMEDY}"
             )
-        return self._read_graphs(manifest.graphs, WEIGHT_FILE)
+        return self._read_graphs(manifest.graphs if graphs is None else graphs, WEIGHT_FILE)
 
     def check_decoder(self, kind: str) -> dict[str, OnnxFile]:
         """The same for a decoder's graphs and weights."""
@@ -351,7 +357,8 @@ def _parsed(content: bytes, path: Path) -> Manifest:
     del data["schema_version"]
     try:
         manifest = load_as(Manifest, data)
-        check_ports(manifest.graphs, ports(manifest.config))
+        for graphs in (manifest.graphs, {**manifest.graphs, **manifest.onnxruntime}):
+            check_ports(graphs, ports(manifest.config))
     except InputError as error:
         raise BundleError(f"{path}: {error}; {_REMEDY}") from error
     return manifest

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -41,9 +42,9 @@ from forcing_kv.runtime_trt.cuda.engine import GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import pool_ports
+from forcing_kv.runtime_trt.rollout.ports import pool_ports, steady_name
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, steady_plan
 
 MAX_PREPARED = 16
 """Graphs captured on opening; a longer dense ring captures the rest when it first meets them."""
@@ -130,11 +131,11 @@ class ChunkGraphBackend(Backend):
     def _chunk_graphs(self) -> Mapping[str, Callable[[], object]]:
         """A launch of each graph that chunks are made of, by its name."""
         program, stream = self._program, self._stream
-        runs: dict[str, Callable[[], object]] = {
-            "step": partial(program.step, stream, 0, "noise", "eps/0", "x/0"),
-            "clean": partial(program.clean, stream, "noise"),
-            "evict": partial(program.evict, stream),
-        }
+        runs: dict[str, Callable[[], object]] = {"evict": partial(program.evict, stream)}
+        for steady, named in ((False, str), (True, steady_name)):
+            step = partial(program.step, stream, 0, "noise", "eps/0", "x/0", steady=steady)
+            runs[named("step")] = step
+            runs[named("clean")] = partial(program.clean, stream, "noise", steady=steady)
         return {name: run for name, run in runs.items() if name in self._graph_infos}
 
     def _capture_expected(self) -> None:
@@ -142,7 +143,7 @@ class ChunkGraphBackend(Backend):
         for name, run in self._chunk_graphs().items():
             captured = self._capture(run, f"graph {name}")
             self._cuda.destroy_executable(captured.executable)
-        for variant in expected_variants(self.config)[:MAX_PREPARED]:
+        for variant in expected_variants(self.config, self._graph_infos)[:MAX_PREPARED]:
             self._captured_chunk(variant)
 
     def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
@@ -211,6 +212,9 @@ class ChunkGraphBackend(Backend):
         target = self.memory.address(upload_names(self.config)[0])
         self._cuda.copy(target, slot.upload.address, slot.upload.nbytes, self._stream)
 
+    def _variant(self, plan: ChunkPlan, *, recache: bool = False) -> ChunkVariant:
+        return ChunkVariant.of(plan, self.config, self._graph_infos, recache=recache)
+
     def _run(self, variant: ChunkVariant, mark: Mark) -> None:
         """Replay or enqueue one chunk; `mark` hears of the parts that can be timed."""
         if self.use_graphs:
@@ -231,7 +235,7 @@ class ChunkGraphBackend(Backend):
 
         self._upload(slot, request)
         cuda.record(slot.events["start"], stream)
-        self._run(ChunkVariant.of(request.plan, self.config, recache=False), mark)
+        self._run(self._variant(request.plan), mark)
         held, nbytes = self.memory.address(slot.held), slot.result.nbytes
         cuda.copy(held, self.memory.address(result_names(self.config)[0]), nbytes, stream)
         cuda.record(slot.events["held"], stream)
@@ -279,8 +283,7 @@ class ChunkGraphBackend(Backend):
     def recache(self, request: ChunkRequest) -> None:
         self._enter()
         self._upload(self._next_slot(), request)
-        variant = ChunkVariant.of(request.plan, self.config, recache=True)
-        self._run(variant, lambda _: None)
+        self._run(self._variant(request.plan, recache=True), lambda _: None)
         self._cuda.synchronize(self._stream)
 
     def run_step(
@@ -292,11 +295,28 @@ class ChunkGraphBackend(Backend):
         self._write("eps/0", np.zeros(self.config.latent_shape) if eps is None else eps)
         for name, value in positions.arrays.items():
             self._write(name, value)
+        steady = self._variant(positions.plan).steady
         if scalars.index == self.clean_scalars.index:
-            self._program.clean(self._stream, "noise")
+            self._program.clean(self._stream, "noise", steady=steady)
         else:
-            self._program.step(self._stream, scalars.index, "noise", "eps/0", "x/0")
+            index, names = scalars.index, ("noise", "eps/0", "x/0")
+            self._program.step(self._stream, index, *names, steady=steady)
         return self.read_tensor(x0_name(scalars.index)), self.read_tensor("x/0")
+
+    def time_step(self, repeats: int = 10, *, steady: bool) -> float:
+        """Median time of one denoise step of a steady chunk over zeros, ms, enqueued on its own."""
+        self._enter()
+        plan = steady_plan(self.config.policy, self.config.chunk.num_frames)
+        for name, value in ChunkPositions.of(plan, self.config).arrays.items():
+            self._write(name, value)
+        events, times = self._resources.slots[0].events, []
+        for _ in range(repeats + 1):
+            self._cuda.record(events["start"], self._stream)
+            self._program.step(self._stream, 0, "noise", "eps/0", "x/0", steady=steady)
+            self._cuda.record(events["steps"], self._stream)
+            self._cuda.synchronize_event(events["steps"])
+            times.append(self._cuda.elapsed_ms(events["start"], events["steps"]))
+        return median(times[1:])
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
         """Enqueued on its own (for checks)."""
@@ -307,7 +327,7 @@ class ChunkGraphBackend(Backend):
     def commit(self, plan: ChunkPlan) -> None:
         """Enqueued on its own (for checks)."""
         self._enter()
-        self._program.commit(self._stream, ChunkVariant.of(plan, self.config, recache=False))
+        self._program.commit(self._stream, self._variant(plan))
         self._cuda.synchronize(self._stream)
 
     def sibling(self) -> ChunkGraphBackend:

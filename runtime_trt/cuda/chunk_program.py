@@ -9,9 +9,10 @@ comes back to the first pattern after at most W chunks, so it has at most W + W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from forcing_kv.runtime_trt.backends.base import form_of
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, MemoryPlan
 from forcing_kv.runtime_trt.cuda.engine import SCRATCH, GraphEngine
@@ -28,6 +29,7 @@ from forcing_kv.runtime_trt.rollout.ports import (
     Part,
     kv_name,
     ports_by_name,
+    steady_name,
 )
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, GroupPlan, Timeline
 
@@ -47,36 +49,48 @@ class ChunkVariant:
 
     recache: bool
     """A re-encode after a prompt switch: the clean pass and the commit alone."""
+    steady: bool
+    """Whether the passes take their steady form."""
     evict: bool
     groups: tuple[tuple[HeadKind, GroupPlan], ...]
     """Commit of each kind of head that the model has, histories left out."""
 
     @classmethod
-    def of(cls, plan: ChunkPlan, config: RolloutConfig, *, recache: bool) -> ChunkVariant:
+    def of(
+        cls,
+        plan: ChunkPlan,
+        config: RolloutConfig,
+        graphs: Collection[str],
+        *,
+        recache: bool = False,
+    ) -> ChunkVariant:
+        """Variant of a chunk on an engine that has `graphs`."""
+        steady = form_of("step", plan, graphs) != "step"
         kinds = {group.kind for layout in config.layouts for group in layout.groups}
         groups = tuple(
             (kind, replace(group, history=()))
             for kind, group in plan.groups.items()
             if kind in kinds
         )
-        return cls(recache, plan.evict, groups)
+        return cls(recache, steady, plan.evict, groups)
 
     @property
     def name(self) -> str:
         """For people: what kind of chunk this is."""
         if self.recache:
             return "re-encode"
-        return "steady with eviction" if self.evict else "without eviction"
+        form = "steady form" if self.steady else "general form"
+        return f"{form}, {'with' if self.evict else 'without'} eviction"
 
 
-def expected_variants(config: RolloutConfig) -> tuple[ChunkVariant, ...]:
+def expected_variants(config: RolloutConfig, graphs: Collection[str]) -> tuple[ChunkVariant, ...]:
     """Variants that a video without prompt switches meets, in order of first use."""
     policy, frames = config.policy, config.chunk.num_frames
     window = policy.num_sink_frames + policy.warmup_frames
     timeline = Timeline(policy, frames)
     num_chunks = policy.last_warmup_chunk + 3 + window // frames + window
     plans = (timeline.advance() for _ in range(num_chunks))
-    return tuple(dict.fromkeys(ChunkVariant.of(plan, config, recache=False) for plan in plans))
+    return tuple(dict.fromkeys(ChunkVariant.of(plan, config, graphs) for plan in plans))
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,9 @@ class ChunkProgram:
         """Cross-attention K and V of `prompt_embeds`."""
         self._engine.enqueue("prompt", self._bindings["prompt"], stream)
 
-    def step(self, stream: int, index: int, x: str, eps: str, x_next: str) -> str:
+    def step(
+        self, stream: int, index: int, x: str, eps: str, x_next: str, *, steady: bool = False
+    ) -> str:
         """One forward with the scalars of denoise step `index`, or of the clean pass.
 
         Returns:
@@ -214,16 +230,16 @@ class ChunkProgram:
         """
         x0 = x0_name(index)
         names = {"x": x, "eps": eps, "x0": x0, "x_next": x_next}
-        self._pass("step", stream, index, names)
+        self._pass(steady_name("step") if steady else "step", stream, index, names)
         return x0
 
-    def clean(self, stream: int, x: str) -> None:
+    def clean(self, stream: int, x: str, *, steady: bool = False) -> None:
         """The pass at t = 0 that encodes the final latents in buffer `x`."""
         index = self._config.schedule.num_steps
         if "clean" in self._bindings:
-            self._pass("clean", stream, index, {"x": x})
+            self._pass(steady_name("clean") if steady else "clean", stream, index, {"x": x})
         else:
-            self.step(stream, index, x, NO_NOISE, "x/0")
+            self.step(stream, index, x, NO_NOISE, "x/0", steady=steady)
 
     def _pass(self, graph: str, stream: int, index: int, names: Mapping[str, str]) -> None:
         wanted = {**{name: step_name(name, index) for name in STEP_SCALARS}, **names}
@@ -253,10 +269,10 @@ class ChunkProgram:
             for i in range(num_steps):
                 eps = NO_NOISE if i + 1 == num_steps else f"eps/{i}"
                 x_next = f"x/{i % 2}"
-                clean_input = self.step(stream, i, x, eps, x_next)
+                clean_input = self.step(stream, i, x, eps, x_next, steady=variant.steady)
                 x = x_next
             mark("steps")
-        self.clean(stream, clean_input)
+        self.clean(stream, clean_input, steady=variant.steady)
         mark("clean")
         if variant.evict:
             self.evict(stream)

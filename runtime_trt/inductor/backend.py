@@ -16,6 +16,7 @@ from forcing_kv.runtime_trt.backends.base import (
     ChunkPositions,
     Float32,
     StepScalars,
+    form_of,
     outputs_of,
 )
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
@@ -80,10 +81,11 @@ class InductorBackend(StepwiseBackend):
     ) -> tuple[Tensor, Tensor]:
         """Returns tensors on the device."""
         self._put(**self.pass_inputs(x, eps, scalars, positions))
-        if scalars.index == self.clean_scalars.index and "clean" in self.package.graphs:
-            self._run("clean")
+        plan, graphs = positions.plan, self.package.graphs
+        if scalars.index == self.clean_scalars.index and "clean" in graphs:
+            self._run(form_of("clean", plan, graphs))
             return self.tensors["x"], self.tensors["x"]
-        self._run("step")
+        self._run(form_of("step", plan, graphs))
         return self.tensors["x0"], self.tensors["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:

@@ -203,15 +203,17 @@ class CachePolicy:
             return steady
         return min(self.warmup_frames, self.capacity_frames(kind) - self.num_sink_frames)
 
+    def steady_frames(self, kind: HeadKind) -> int:
+        """Frames of rows that a head of `kind` sees of the past in the long run, sink included."""
+        dynamic = self.num_dynamic_frames if kind == "dynamic" else 0
+        return self.num_sink_frames + self.local_frames(kind, warmup=False) + dynamic
+
     def capacity_frames(self, kind: HeadKind) -> int:
         """Frames of rows that the pool holds for one head of `kind`, sink included."""
-        widest = 0
+        steady = self.steady_frames(kind)
         if self.warmup == "exact" and self.last_warmup_chunk >= 1:
-            widest = self.warmup_frames
-        steady = self.local_frames(kind, warmup=False)
-        if kind == "dynamic":
-            steady += self.num_dynamic_frames
-        return self.num_sink_frames + max(steady, widest)
+            return max(steady, self.num_sink_frames + self.warmup_frames)
+        return steady
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,13 @@ class HeadGroup:
     row_offset: int
     """First pool row of the group."""
     tokens_per_frame: int
+    steady_frames: int
+    """Length of the valid prefix in the long run."""
+
+    @property
+    def steady_rows(self) -> int:
+        """Pool rows that one head sees in the long run."""
+        return self.steady_frames * self.tokens_per_frame
 
     @property
     def rows_per_head(self) -> int:
@@ -342,8 +351,8 @@ def pool_layouts(
         for kind, count in parts:
             if count == 0:
                 continue
-            capacity = policy.capacity_frames(kind)
-            groups.append(HeadGroup(kind, head, count, capacity, row, tokens_per_frame))
+            capacity, steady = policy.capacity_frames(kind), policy.steady_frames(kind)
+            groups.append(HeadGroup(kind, head, count, capacity, row, tokens_per_frame, steady))
             head, row = head + count, row + groups[-1].num_rows
         layouts.append(LayerLayout(tuple(groups)))
     return tuple(layouts)

@@ -41,7 +41,10 @@ PARTS: tuple[Part, Part] = ("k", "v")
 STEP_SCALARS = ("time_sinusoid", "step_index", "sigma", "next_sigma")
 """Inputs that differ from step to step and never change; a graph takes those that it needs."""
 
-POSITIONS = ("rope_cos", "rope_sin", "hist_len", "new_len")
+LENGTHS = ("hist_len", "new_len")
+"""Inputs that say how much a chunk sees; the steady form has them baked in."""
+
+POSITIONS = ("rope_cos", "rope_sin", *LENGTHS)
 """Inputs that say where a chunk lies in the video and what it sees."""
 
 _INTEGERS = ("step_index", "hist_len", "new_len", "kept")
@@ -58,6 +61,11 @@ def split_name(name: str) -> tuple[str, int | None]:
     """Stem and index of a name that `port_name` made."""
     stem, _, index = name.rpartition(_SEPARATOR)
     return (stem, int(index)) if stem and index.isdecimal() else (name, None)
+
+
+def steady_name(graph: str) -> str:
+    """Name of a graph's steady form, for chunks whose `ChunkPlan.steady` is true."""
+    return f"{graph}_steady"
 
 
 def kv_name(family: Family, part: Part, layer: int) -> str:
@@ -150,8 +158,12 @@ def ports(
     time_tables: bool = False,
     clean_graph: bool = False,
     text_rows: int | None = None,
+    steady: bool = True,
 ) -> dict[str, GraphPorts]:
     """Ports of the graphs of a deployment: prompt, step, and as asked for clean and evict.
+
+    Passes over a chunk (step and clean) have two forms: the general one for every chunk, and the
+    steady one, which knows how much a steady chunk sees.
 
     A bundle holds the plain graphs; what a compiler may ask for instead is in
     `export.model.fusion.FusionOptions`.
@@ -160,6 +172,7 @@ def ports(
         time_tables: a step is told by its index instead of its sinusoid.
         clean_graph: the clean pass has a graph of its own, and `step` returns latents alone.
         text_rows: rows of folded text, which come with a bias; None for every row of the prompt.
+        steady: whether the passes over a chunk have their steady form too.
     """
     known = _Ports(config, text_rows or config.model.text_len)
     layers = range(config.model.num_layers)
@@ -168,20 +181,24 @@ def ports(
     text = () if text_rows is None else ("text_bias",)
     new = pair("new", layers)
 
-    def reads(read: Sequence[int]) -> tuple[Argument, ...]:
-        """Positions, pools and text of a pass that attends in the layers `read`."""
-        return (*single(*POSITIONS), *pair("hist", read), *pair("cross", read), *single(*text))
+    def passes(
+        graph: str, own: tuple[Argument, ...], read: Sequence[int], results: tuple[Argument, ...]
+    ) -> None:
+        """Both forms of a pass that attends in the layers `read`."""
+        kv: tuple[Argument, ...] = (*pair("hist", read), *pair("cross", read), *single(*text))
+        found[graph] = GraphPorts((*own, *single(*POSITIONS), *kv), results)
+        if steady:
+            known_lengths = [name for name in POSITIONS if name not in LENGTHS]
+            found[steady_name(graph)] = GraphPorts((*own, *single(*known_lengths), *kv), results)
 
     noise = single("x", "eps", time, "sigma", "next_sigma")
     latents = single("x0", "x_next")
     results: tuple[Argument, ...] = latents if clean_graph else (*latents, *new)
-    found = {
-        "prompt": GraphPorts(single("prompt_embeds"), pair("cross", layers)),
-        "step": GraphPorts((*noise, *reads(layers)), results),
-    }
+    found = {"prompt": GraphPorts(single("prompt_embeds"), pair("cross", layers))}
+    passes("step", noise, layers, results)
     if clean_graph:
         # Cut after the last layer's keys and values, so that layer attends to nothing.
-        found["clean"] = GraphPorts((*single("x", time), *reads(layers[:-1])), new)
+        passes("clean", single("x", time), layers[:-1], new)
     if chosen := config.evicted_layers:
         found["evict"] = GraphPorts(
             (*pair("hist", chosen), *pair("new", chosen)),

@@ -55,6 +55,8 @@ class ChunkPlan:
     evict: bool
     """Whether segments are scored and selected after the clean pass."""
     groups: Mapping[HeadKind, GroupPlan]
+    steady: bool
+    """Whether the chunk is whole and every kind of head sees what it sees in the long run."""
 
 
 @dataclass
@@ -79,6 +81,16 @@ def _runs(pairs: Sequence[tuple[int, int]]) -> tuple[FrameCopy, ...]:
         else:
             runs.append(FrameCopy(source, destination, 1))
     return tuple(runs)
+
+
+def steady_plan(policy: CachePolicy, chunk_frames: int) -> ChunkPlan:
+    """The plan of a chunk in the long run: all that follow it see as much."""
+    timeline = Timeline(policy, chunk_frames)
+    # The warm-up is over, the window is full and, where there is a selection, one was made.
+    window = policy.num_sink_frames + policy.warmup_frames
+    for _ in range(policy.last_warmup_chunk + 3 + -(-window // chunk_frames)):
+        timeline.advance()
+    return timeline.advance()
 
 
 class Timeline:
@@ -137,6 +149,9 @@ class Timeline:
 
     def _plan(self, chunk: int, first: int, count: int, evict: bool) -> ChunkPlan:
         history = {kind: self._history(kind) for kind in KINDS}
+        steady = count == self._chunk_frames and all(
+            len(history[kind]) == self._policy.steady_frames(kind) for kind in KINDS
+        )
         groups: dict[HeadKind, GroupPlan] = {}
         for kind in KINDS:
             moves, writes = self._commit(kind, first, count)
@@ -145,7 +160,7 @@ class Timeline:
                 slot = policy.num_sink_frames + policy.num_temporal_frames
             groups[kind] = GroupPlan(history[kind], moves, writes, slot)
         self._has_dynamic = self._has_dynamic or evict
-        return ChunkPlan(chunk, first, count, evict, groups)
+        return ChunkPlan(chunk, first, count, evict, groups, steady)
 
     def _commit(
         self, kind: HeadKind, first: int, count: int

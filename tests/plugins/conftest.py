@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forcing_kv.plugins.check.accuracy import output_errors, reference_outputs
-from forcing_kv.plugins.check.cases import CASES, OpCase
+from forcing_kv.plugins.check.cases import CASES, KERNEL_CASES, OpCase
 from forcing_kv.plugins.frame_chain.layout import CandidateLayout
 
 Arrays = tuple[np.ndarray, ...]
@@ -21,6 +21,8 @@ def case_id(case: OpCase) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES, ids=case_id)
+    if "kernel_case" in metafunc.fixturenames:
+        metafunc.parametrize("kernel_case", KERNEL_CASES, ids=case_id)
 
 
 def naive_qk_norm_rope(q, k, q_weight, k_weight, cos, sin, num_heads, eps) -> Arrays:
@@ -54,6 +56,19 @@ def naive_head_indexed_attention(
             weights = np.exp(scores - scores.max())
             out[n, h] = weights @ v / weights.sum()
     return (out,)
+
+
+def naive_steady_attention(q, k_new, v_new, hist_k, hist_v, *attributes) -> Arrays:
+    num_first, first_capacity, first_rows, second_capacity, second_rows = attributes
+    num_heads, num_tokens, _ = q.shape
+    first = [True] * num_first + [False] * (num_heads - num_first)
+    capacities = [first_capacity if is_first else second_capacity for is_first in first]
+    return naive_head_indexed_attention(
+        q, k_new, v_new, hist_k, hist_v,
+        np.cumsum([0, *capacities[:-1]]),
+        np.array([first_rows if is_first else second_rows for is_first in first]),
+        np.array([num_tokens]), max(capacities),
+    )  # fmt: skip
 
 
 def chain_row(pool, new, layout: CandidateLayout, head: int, frame: int, token: int) -> np.ndarray:
@@ -105,6 +120,7 @@ NAIVE: dict[str, Callable[..., Arrays]] = {
     "head_indexed_attention": naive_head_indexed_attention,
     "segment_similarity": naive_segment_similarity,
     "similarity_eviction": naive_similarity_eviction,
+    "steady_attention": naive_steady_attention,
 }
 
 

@@ -13,7 +13,7 @@ from triton import language
 from triton.runtime import interpreter
 
 from forcing_kv.plugins.bind.triton_run import empty_outputs, run_kernel
-from forcing_kv.plugins.check.cases import CASES, attention_case, norm_rope_case
+from forcing_kv.plugins.check.cases import KERNEL_CASES, attention_case, norm_rope_case
 from forcing_kv.plugins.compile.launch import default_tactic
 from forcing_kv.plugins.registry import OPS
 
@@ -29,7 +29,8 @@ APART = norm_rope_case("rows apart", 21, 3, 32)
 
 # Small cases whose pools are moved behind 2^31 elements; in float16 alone, for their address space.
 FAR = tuple(
-    replace([case for case in CASES if case.spec is spec][-1], name="far rows") for spec in OPS[1:]
+    replace([case for case in KERNEL_CASES if case.spec is spec][-1], name="far rows")
+    for spec in OPS[1:]
 )
 
 
@@ -106,7 +107,7 @@ if __name__ == "__main__":
         patch_once_a_launch()
     results = {
         (case.spec.name, case.name, str(dtype), tactic.name): run(case, dtype, tactic)
-        for case in (*CASES, WAVES, ONE_TILE, APART, *FAR)
+        for case in (*KERNEL_CASES, WAVES, ONE_TILE, APART, *FAR)
         for dtype in ((torch.float16,) if case in FAR else (torch.float32, torch.float16))
         for tactic in tactics(case, dtype)
     }

@@ -66,8 +66,8 @@ def check_outputs(case, dtype, interpreted, check):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_kernel_equals_reference(case, dtype, interpreted, check):
-    check_outputs(case, dtype, interpreted, check)
+def test_kernel_equals_reference(kernel_case, dtype, interpreted, check):
+    check_outputs(kernel_case, dtype, interpreted, check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -13,6 +13,7 @@ from forcing_kv.plugins.bind.torch_library import OPERATORS, onnx_decompositions
 from forcing_kv.plugins.check.cases import OpCase  # noqa: E402
 from forcing_kv.plugins.op_spec import DOMAIN, PLUGIN_ATTRIBUTES, VERSION  # noqa: E402
 from forcing_kv.plugins.registry import (  # noqa: E402
+    NODES,
     OPS,
     OPSET,
     onnx_functions,
@@ -83,7 +84,7 @@ def test_body_orders_special_scores_like_the_reference(scores, reference):
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_body_is_flat_and_declares_every_attribute(spec):
     function = next(f for f in onnx_functions() if f.name == spec.name)
     assert {node.domain for node in function.node} == {""}
@@ -102,7 +103,7 @@ class OneOperator(torch.nn.Module):
         return self.operator(*inputs, *self.arguments)
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_exporter_keeps_one_node_with_every_attribute(spec, check):
     ir = pytest.importorskip("onnxscript").ir
     case = cases_of(spec)[0]

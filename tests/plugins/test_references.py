@@ -11,7 +11,7 @@ from forcing_kv.plugins.bind.torch_library import OPERATORS
 from forcing_kv.plugins.check.accuracy import float64_outputs, output_errors
 from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.frame_chain.layout import CandidateLayout
-from forcing_kv.plugins.registry import OPS, SIMILARITY_EVICTION
+from forcing_kv.plugins.registry import NODES, SIMILARITY_EVICTION
 from forcing_kv.plugins.similarity_eviction.reference import select_segments
 
 
@@ -46,7 +46,7 @@ def test_low_precision_reference_stays_near_the_truth(case, dtype, truth, refere
 
 @pytest.mark.parametrize("wrong", [torch.nan, 1.0])
 def test_a_wrong_or_missing_value_is_found(wrong, reference):
-    for spec in OPS:
+    for spec in NODES:
         case = cases_of(spec)[-1]
         inputs = case.build(torch.float16)
         outputs = reference(case, inputs)
@@ -73,7 +73,7 @@ def test_operator_accepts_strided_inputs(case, strided, reference):
         torch.testing.assert_close(found, same, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_operator_obeys_the_rules_of_torch(spec):
     case = cases_of(spec)[-1]
     operator = getattr(torch.ops.forcing_kv, spec.torch_name).default
@@ -84,7 +84,7 @@ def test_operator_obeys_the_rules_of_torch(spec):
     )
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_wrong_shape_is_refused_by_name(spec):
     case = cases_of(spec)[0]
     inputs = case.build(torch.float32)

@@ -13,7 +13,7 @@ from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
 from forcing_kv.runtime_trt.rollout.ports import kv_names
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline, steady_plan
 
 MODEL = ModelShape(3, dim=12, ffn_dim=4, num_heads=3, text_len=1, text_dim=1, freq_dim=2)
 GRID = (6, 4)
@@ -120,6 +120,18 @@ def check_views(pools: Pools, naive, positions: ChunkPositions, plan: ChunkPlan)
                     assert torch.equal(kept, segments[layer][head])
 
 
+def check_steady(positions: ChunkPositions, plan: ChunkPlan, config: RolloutConfig):
+    """A chunk is steady only if it sees what the steady form has baked in, and then it is."""
+    kinds = {group.kind for layout in config.layouts for group in layout.groups}
+    as_baked_in = int(positions.new_len[0]) == config.chunk.num_tokens and all(
+        set(positions.hist_len[layer, group.heads].tolist()) == {group.steady_rows}
+        for layer, layout in enumerate(config.layouts)
+        for group in layout.groups
+    )
+    if plan.steady or len(kinds) == 3:
+        assert plan.steady == as_baked_in
+
+
 def check_owners(pools: Pools):
     """No row holds anything of another head."""
     for layer, layout in enumerate(pools.config.layouts):
@@ -158,6 +170,17 @@ def frames_of(new, frames, encoded, tokens):
     ]
 
 
+@settings(max_examples=100)
+@given(data=st.data())
+def test_a_long_video_becomes_steady(data, configs):
+    config = data.draw(configs(MODEL, GRID), "config")
+    plan = steady_plan(config.policy, config.chunk.num_frames)
+    timeline = Timeline(config.policy, config.chunk.num_frames)
+    plans = [timeline.advance() for _ in range(plan.index + 5)]
+    assert plans[plan.index] == plan
+    assert all(later.steady for later in plans[plan.index :])
+
+
 @settings(max_examples=200)
 @given(data=st.data())
 def test_every_head_sees_the_frames_of_the_naive_lists(data, configs, frame_lists, encoded):
@@ -182,7 +205,9 @@ def test_every_head_sees_the_frames_of_the_naive_lists(data, configs, frame_list
             for kind, group in plan.groups.items():
                 assert group.history == tuple(e.frame for e in naive.sink), kind
             check_copies(plan, config)
-            check_views(pools, naive, ChunkPositions.of(plan, config), plan)
+            positions = ChunkPositions.of(plan, config)
+            check_views(pools, naive, positions, plan)
+            check_steady(positions, plan, config)
             new = pools.encode()
             pools.commit(plan, new, [])
             naive.end_switch(frames_of(new, again, encoded, tokens))
@@ -193,6 +218,7 @@ def test_every_head_sees_the_frames_of_the_naive_lists(data, configs, frame_list
         assert positions.new_len.tolist() == [frames * tokens]
         check_copies(plan, config)
         check_views(pools, naive, positions, plan)
+        check_steady(positions, plan, config)
         new = pools.encode()
         own = frames_of(new, range(chunk * frames, (chunk + 1) * frames), encoded, tokens)
         candidates, segments, dynamic = naive.candidates(own), None, []

@@ -233,7 +233,7 @@ def test_pools_equal_lists_of_k_and_v(data, model, configs, frame_lists, encoded
     seed = data.draw(st.integers(0, 99), "seed")
     switch_at = data.draw(st.sampled_from([None, 1, 2, 3, 4]), "switch_at")
     naive = NaiveDenoiser(model, config, frame_lists, encoded)
-    session = eager_session(model, config)
+    session = eager_session(model, config, use_steady=data.draw(st.booleans(), "use_steady"))
     random = np.random.default_rng(seed)
     prompts = random.standard_normal((2, MODEL.text_len, MODEL.text_dim)).astype(np.float32)
     prompt = torch.from_numpy(prompts[0]).double()

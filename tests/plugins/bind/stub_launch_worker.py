@@ -24,7 +24,7 @@ from forcing_kv.plugins.bind.triton_run import (
     run_kernel,
     scratch_memory,
 )
-from forcing_kv.plugins.check.cases import CASES
+from forcing_kv.plugins.check.cases import KERNEL_CASES
 from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
@@ -60,7 +60,7 @@ def main() -> None:
     triton_run.scratch_memory = remember
     calls = []
     for spec in OPS:
-        case = [case for case in CASES if case.spec is spec][-1]
+        case = [case for case in KERNEL_CASES if case.spec is spec][-1]
         inputs = case.build(torch.bfloat16)
         outputs = empty_outputs(spec, inputs, case.attributes)
         calls += [(spec, inputs, case.attributes, outputs, t, NUM_SMS) for t in tactics(spec)]

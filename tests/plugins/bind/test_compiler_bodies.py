@@ -9,7 +9,7 @@ import torch
 from forcing_kv.plugins.bind.compiler_bodies import aten_bodies
 from forcing_kv.plugins.check.cases import CASES, OpCase
 from forcing_kv.plugins.op_spec import DOMAIN
-from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, NODES, OPS
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -38,7 +38,7 @@ def test_aten_body_equals_reference(op_case):
         torch.testing.assert_close(found, truth, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+@pytest.mark.parametrize("spec", NODES, ids=lambda spec: spec.torch_name)
 def test_aten_body_is_traced_without_a_host_read(spec):
     case = next(case for case in CASES if case.spec is spec)
     operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
@@ -58,18 +58,18 @@ def test_aten_body_is_traced_without_a_host_read(spec):
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
 def test_triton_body_keeps_the_schema(spec, monkeypatch):
     from forcing_kv.plugins.bind import triton_run
-    from forcing_kv.plugins.bind.compiler_bodies import triton_bodies
+    from forcing_kv.plugins.bind.compiler_bodies import cuda_bodies
 
     monkeypatch.setattr(triton_run, "multiprocessors", lambda _: 132)
     operator = getattr(getattr(torch.ops, DOMAIN), spec.torch_name)
-    body = triton_bodies()[operator.default]
+    body = cuda_bodies()[operator.default]
     schema, wanted = body._opoverload._schema, operator.default._schema
     assert [(a.name, str(a.type)) for a in schema.arguments] == [
         (a.name, str(a.type)) for a in wanted.arguments
     ]
     assert inspect.signature(body._init_fn) is not None
     with pytest.raises(InputError, match="has no tactic 'x'"):
-        triton_bodies({spec.torch_name: "x"})
+        cuda_bodies({spec.torch_name: "x"})
 
 
 @pytest.mark.skipif(
@@ -81,8 +81,8 @@ def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
 ):
     from forcing_kv.plugins.bind.compiler_bodies import (
         _triton_operator,
+        cuda_bodies,
         packaged_tactics,
-        triton_bodies,
     )
 
     tactics = HEAD_INDEXED_ATTENTION.module("kernel").TACTICS
@@ -92,17 +92,17 @@ def test_package_takes_tma_from_a_pytorch_that_lends_enough_memory_alone(
     if not lends:
         _triton_operator.cache_clear()
         with pytest.raises(InputError, match=r"for a package of PyTorch 2\.11\.0\+cu130; it has"):
-            triton_bodies({"head_indexed_attention": "128x64s3_tma"})
+            cuda_bodies({"head_indexed_attention": "128x64s3_tma"})
 
 
 @pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="needs the Python package triton"
 )
 def test_unknown_operator_of_a_tactic():
-    from forcing_kv.plugins.bind.compiler_bodies import triton_bodies
+    from forcing_kv.plugins.bind.compiler_bodies import cuda_bodies
 
     with pytest.raises(InputError, match=r"unknown operators \['attention'\]"):
-        triton_bodies({"attention": "64x64"})
+        cuda_bodies({"attention": "64x64"})
 
 
 @pytest.mark.skipif(
@@ -111,7 +111,7 @@ def test_unknown_operator_of_a_tactic():
 @pytest.mark.parametrize(("named", "wanted"), [({}, 2), ({"qk_norm_rope": "rows4"}, 4)])
 def test_body_launches_the_named_or_the_measured_tactic(named, wanted, monkeypatch):
     from forcing_kv.plugins.bind import triton_run
-    from forcing_kv.plugins.bind.compiler_bodies import _triton_operator, triton_bodies
+    from forcing_kv.plugins.bind.compiler_bodies import _triton_operator, cuda_bodies
     from forcing_kv.plugins.registry import QK_NORM_ROPE
 
     kernel = QK_NORM_ROPE.module("kernel")
@@ -126,7 +126,7 @@ def test_body_launches_the_named_or_the_measured_tactic(named, wanted, monkeypat
 
     monkeypatch.setattr(torch.library, "wrap_triton", lambda _: Launcher())
     _triton_operator.cache_clear()
-    body = triton_bodies(named)[torch.ops.forcing_kv.qk_norm_rope.default]
+    body = cuda_bodies(named)[torch.ops.forcing_kv.qk_norm_rope.default]
     _triton_operator.cache_clear()
     *_, case = (case for case in CASES if case.spec is QK_NORM_ROPE)
     inputs = case.build(torch.float16)

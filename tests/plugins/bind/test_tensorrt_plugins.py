@@ -178,8 +178,8 @@ class Driven:
 
 
 @pytest.mark.parametrize("dtype", ["HALF", "BF16"])
-def test_types_and_shapes_are_the_specification_s(case, dtype, plugin_of):
-    driven = plugin_of(case, dtype)
+def test_types_and_shapes_are_the_specification_s(kernel_case, dtype, plugin_of):
+    driven = plugin_of(kernel_case, dtype)
     assert list(driven.output_types()) == driven.types[driven.num_inputs :]
     assert driven.output_shapes() == driven.shapes[driven.num_inputs :]
 

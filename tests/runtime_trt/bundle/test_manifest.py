@@ -28,7 +28,8 @@ def test_reading_gives_back_what_was_written(tiny_bundle, tiny_config):
     again = json.loads(json.dumps(manifest.to_json()))
     assert again == json.loads((tiny_bundle / "manifest.json").read_text())
     assert next(iter(again)) == "schema_version"
-    assert set(manifest.graphs) == {"prompt", "step", "evict"}
+    assert set(manifest.graphs) == {"prompt", "step", "step_steady", "evict"}
+    assert set(manifest.onnxruntime) == {"step", "step_steady"}
 
 
 @pytest.mark.parametrize("version", [0, 1, 99, None, "2", True, 2.0])
@@ -197,10 +198,11 @@ def test_missing_and_further_ports_are_named(copied_bundle, change, told):
 
 def test_a_graph_that_does_not_fit_the_manifest_is_refused(copied_bundle):
     """A swap of graphs together with their hashes."""
-    shutil.copy(copied_bundle / "graphs/evict.onnx", copied_bundle / "graphs/step.onnx")
+    evict = copied_bundle / "graphs/evict.onnx"
+    shutil.copy(evict, copied_bundle / "graphs/step.onnxruntime.onnx")
     edit(
         copied_bundle,
-        lambda data: data["graphs"]["step"].update(sha256=data["graphs"]["evict"]["sha256"]),
+        lambda data: data["onnxruntime"]["step"].update(sha256=data["graphs"]["evict"]["sha256"]),
     )
     with pytest.raises(BundleError, match=r"step.*differ from the manifest.*export"):
         Session.open(copied_bundle, backend="onnxruntime")

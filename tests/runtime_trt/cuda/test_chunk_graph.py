@@ -22,6 +22,7 @@ from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvErro
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.ports import ports
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
 from forcing_kv.runtime_trt.session import Session
 
@@ -84,9 +85,9 @@ def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
     cleaned = []
     run_clean = ChunkProgram.clean
 
-    def clean(program, stream, x):
+    def clean(program, stream, x, **form):
         cleaned.append(x)
-        run_clean(program, stream, x)
+        run_clean(program, stream, x, **form)
 
     with closing(graphed.backend(HostCuda())) as backend:
         monkeypatch.setattr(ChunkProgram, "clean", clean)
@@ -116,13 +117,15 @@ def test_expected_variants_are_captured_when_opening(graphed, prompts):
     cuda = HostCuda()
     with graphed.session(cuda) as session:
         captured = session.backend.captured_graphs
-        # First chunk, warm-up and the chunk after it, then eviction.
-        assert len(captured) == len(expected_variants(session.config)) == 3
-        assert sorted(graph.nodes["kernel"] for graph in captured.values()) == [3, 3, 4]
+        # First chunk, warm-up, the first eviction, then the steady form.
+        expected = expected_variants(session.config, graphed.manifest.graphs)
+        assert list(captured) == list(expected)
+        assert [variant.steady for variant in expected] == [False, False, False, True]
+        assert sorted(graph.nodes["kernel"] for graph in captured.values()) == [3, 3, 4, 4]
         session.set_prompt(prompts(0))
-        for _ in session.stream(4):
+        for _ in session.stream(5):
             pass
-        assert len(captured) == 3
+        assert len(captured) == 4
 
 
 def test_nothing_is_stale(graphed, prompts):
@@ -411,7 +414,7 @@ def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
         plans += [timeline.switch_prompt(), timeline.advance(), timeline.advance()]
     for plan in plans:
         copy_rows(plan, config, wanted)
-        for copy in commit_copies(ChunkVariant.of(plan, config, recache=False), config):
+        for copy in commit_copies(ChunkVariant.of(plan, config, ports(config)), config):
             source, target = (
                 buffers[name].reshape(-1).view(np.uint8) for name in (copy.source, copy.target)
             )
@@ -427,5 +430,8 @@ def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
 def test_every_chunk_of_a_video_is_an_expected_variant(tiny_config, policy):
     config = replace(tiny_config, policy=policy)
     timeline = Timeline(policy, config.chunk.num_frames)
-    met = {ChunkVariant.of(timeline.advance(), config, recache=False) for _ in range(200)}
-    assert met == set(expected_variants(config))
+    plans = [timeline.advance() for _ in range(200)]
+    for graphs in (ports(config), ports(config, steady=False)):
+        met = {ChunkVariant.of(plan, config, graphs) for plan in plans}
+        assert met == set(expected_variants(config, graphs))
+        assert any(variant.steady for variant in met) == ("step_steady" in graphs)

@@ -20,6 +20,11 @@ from forcing_kv.runtime_trt.rollout.ports import (
 )
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
 
+
+def without_lengths(inputs):
+    return inputs.replace("hist_len 2x3 int32, new_len 1 int32,", "")
+
+
 NEW = """new_k.0 3x18x8 float32, new_k.1 3x18x8 float32,
          new_v.0 3x18x8 float32, new_v.1 3x18x8 float32"""
 LATENTS = "x0 3x2x4x6 float32, x_next 3x2x4x6 float32"
@@ -40,6 +45,7 @@ EVICTED = "dyn_k.1 2x6x8 float32, dyn_v.1 2x6x8 float32, scores 3x6 float32, kep
 PLAIN = {
     "prompt": ("prompt_embeds 3x5 float32", CROSS),
     "step": (STEP, f"{LATENTS}, {NEW}"),
+    "step_steady": (without_lengths(STEP), f"{LATENTS}, {NEW}"),
     "evict": (EVICT, EVICTED),
 }
 """Ports of the tiny bundle: inputs and outputs of each graph in order."""
@@ -70,7 +76,8 @@ def counted(graphs):
 
 def test_ports_are_those_counted_by_hand(tiny_config):
     assert as_table(ports(tiny_config)) == counted(PLAIN)
-    assert list(ports(tiny_config)) == ["prompt", "step", "evict"]
+    assert list(ports(tiny_config)) == ["prompt", "step", "step_steady", "evict"]
+    assert list(ports(tiny_config, steady=False)) == ["prompt", "step", "evict"]
 
 
 def test_ports_are_those_of_the_exported_graphs(tiny_config, tiny_bundle):
@@ -90,23 +97,26 @@ def test_fused_graphs(tiny_config):
     found = ports(tiny_config, time_tables=True, clean_graph=True, text_rows=2)
     inputs = STEP.replace("time_sinusoid 1x8 float32", "step_index 1 int32")
     cross = CROSS.replace("3x3x8", "3x2x8")
+    inputs = inputs.replace(CROSS, f"{cross}, text_bias 2 float32")
     wanted = {
         "prompt": ("prompt_embeds 2x5 float32", cross),
-        "step": (inputs.replace(CROSS, f"{cross}, text_bias 2 float32"), LATENTS),
+        "step": (inputs, LATENTS),
+        "step_steady": (without_lengths(inputs), LATENTS),
         "clean": (CLEAN, NEW),
+        "clean_steady": (without_lengths(CLEAN), NEW),
         "evict": (EVICT, EVICTED),
     }
     assert as_table(found) == counted(wanted)
-    assert list(found) == ["prompt", "step", "clean", "evict"]
+    assert list(found) == list(wanted)
 
 
 def test_options_do_not_touch_each_other(tiny_config):
     plain = as_table(ports(tiny_config))
     timed = as_table(ports(tiny_config, time_tables=True))
-    assert {name for name in plain if timed[name] != plain[name]} == {"step"}
+    assert {name for name in plain if timed[name] != plain[name]} == {"step", "step_steady"}
     assert timed["step"][1] == plain["step"][1]
     split = as_table(ports(tiny_config, clean_graph=True))
-    assert {name for name in plain if split[name] != plain[name]} == {"step"}
+    assert {name for name in plain if split[name] != plain[name]} == {"step", "step_steady"}
     assert split["step"] == (plain["step"][0], table(LATENTS))
     assert split["clean"][1] == table(NEW)
     folded = as_table(ports(tiny_config, text_rows=3))
@@ -126,7 +136,7 @@ def test_keys_and_values_alone_have_the_compute_dtype(tiny_config):
 def test_without_segments_nothing_is_evicted(tiny_config):
     config = replace(tiny_config, policy=CachePolicy(0, 0, 0, 0, last_warmup_chunk=0))
     graphs = ports(config)
-    assert list(graphs) == ["prompt", "step"]
+    assert list(graphs) == ["prompt", "step", "step_steady"]
     # A layer that keeps nothing still has a row.
     assert {port.shape for port in pool_ports(config)} == {(1, 8)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from forcing_kv.plugins.check.accuracy import OutputError, output_errors, reference_outputs
 from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION
+from forcing_kv.plugins.steady_attention.cuda_body import KERNELS, steady_attention
+from forcing_kv.plugins.steady_attention.layout import SteadyLayout
 from forcing_kv.tools.bench.kernels.flex_attention import flex_call
 from forcing_kv.tools.bench.kernels.folded_attention import (
     FOLDED,
@@ -26,11 +28,16 @@ from forcing_kv.tools.bench.kernels.grouped_attention import (
     Call,
     dense_attention,
     extract_join_scatter,
+    group_rows,
+    head_groups,
     same_key_count,
 )
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 """Attention kernels of PyTorch that the operator is compared with."""
+
+STEADY = "steady-"
+"""Begins the names of the kernels that serve FkSteadyAttention; joins are within the call."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,9 @@ class Baseline:
 def baselines(case: OpCase, inputs: Sequence[Tensor]) -> Iterator[Baseline]:
     """What to time beside a case's kernel.
 
-    Attention: PyTorch's kernels on the same number of keys, the heads folded into the batch of
-    variable-length kernels, FlexAttention, and the reference implementation's way. Others: the
-    reference in plain PyTorch.
+    Attention: PyTorch's kernels on the same number of keys, the steady form by each of its kernels,
+    the heads folded into the batch of variable-length kernels, FlexAttention, and the reference
+    implementation's way. Others: the reference in plain PyTorch.
     """
     if case.spec is not HEAD_INDEXED_ATTENTION:
         reference = partial(reference_outputs, case.spec, inputs, case.attributes)
@@ -63,6 +70,8 @@ def baselines(case: OpCase, inputs: Sequence[Tensor]) -> Iterator[Baseline]:
     for name, backend in BACKENDS.items():
         prepare = partial(_dense_call, backend, dense, dense_inputs)
         yield Baseline(f"sdpa-{name}", dense, dense_inputs, prepare)
+    for name in KERNELS:
+        yield Baseline(f"{STEADY}{name}", case, inputs, partial(_steady_call, name, case, inputs))
     for name, attend in FOLDED.items():
         call = partial(_folded_call, attend, case, inputs)
         yield Baseline(f"varlen-{name}", case, inputs, partial(call, join=False))
@@ -87,6 +96,16 @@ def _dense_call(backend: SDPBackend, case: OpCase, inputs: Sequence[Tensor]) -> 
 
 def _compiled_flex_call(case: OpCase, inputs: Sequence[Tensor]) -> Call:
     return flex_call(case, inputs, torch.compile(flex_attention, dynamic=False))
+
+
+def _steady_call(kernel: str, case: OpCase, inputs: Sequence[Tensor]) -> Call:
+    """The steady form of a case whose heads are in two blocks of even capacity at most."""
+    first, *others = head_groups(case)
+    blocks = [(block, group_rows(case, block)) for block in (first, *others)]
+    capacity, rows = blocks[0][1]
+    second = blocks[1][1] if others else (0, 0)
+    layout = SteadyLayout(first.stop, capacity, rows, *second)
+    return partial(steady_attention(kernel), *inputs[:5], *astuple(layout))
 
 
 def _folded_call(

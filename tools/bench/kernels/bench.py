@@ -20,8 +20,15 @@ from forcing_kv.plugins.check.accuracy import output_errors
 from forcing_kv.plugins.check.cases import OpCase
 from forcing_kv.plugins.compile.launch import Tactic
 from forcing_kv.plugins.compile.tuning import TunedTactic
+from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, STEADY_ATTENTION
 from forcing_kv.runtime_trt.console import talk, track
-from forcing_kv.tools.bench.kernels.baselines import baseline_errors, baselines
+from forcing_kv.tools.bench.kernels.baselines import (
+    STEADY,
+    Baseline,
+    baseline_errors,
+    baselines,
+)
 from forcing_kv.tools.bench.kernels.checks import device_tactics, poison
 from forcing_kv.tools.bench.kernels.costs import flops, traffic_nbytes
 from forcing_kv.tools.bench.kernels.layer import CompressedLayer
@@ -73,17 +80,28 @@ class OpBench:
             if timed:
                 best[case.spec.name] = min(timed, key=lambda pair: pair[0])[1]
                 self.tuned.append(self._tuned(case, {t.name: ms for ms, t in timed}))
-                yield from self._baseline_rows(layer, case, inputs)
+                steady = {"triton": self.tuned[-1].median_ms}
+                for baseline in baselines(case, inputs):
+                    row = self._baseline_row(layer, case, baseline)
+                    if baseline.name.startswith(STEADY) and row.metrics:
+                        kernel = baseline.name.removeprefix(STEADY)
+                        steady[kernel] = row.metrics["time_ms"]["median"]
+                    yield row
+                if case.spec is HEAD_INDEXED_ATTENTION:
+                    self.tuned.append(self._tuned(case, steady, STEADY_ATTENTION))
         evictions = [case for case in cases[2:] if case.spec.name in best]
         if len(evictions) == 2:
             yield self._eviction_row(layer, evictions, best)
 
-    def _tuned(self, case: OpCase, times_ms: dict[str, float]) -> TunedTactic:
+    def _tuned(
+        self, case: OpCase, times_ms: dict[str, float], spec: OpSpec | None = None
+    ) -> TunedTactic:
+        """The entry of what was timed; `spec` is the operator if not the case's own."""
         fastest = min(times_ms, key=times_ms.__getitem__)
         median_ms = times_ms.pop(fastest)
         shapes = [tensor.shape(case.sizes) for tensor in case.spec.inputs]
         return TunedTactic(
-            op=case.spec.name,
+            op=(spec or case.spec).name,
             gpu=torch.cuda.get_device_name(),
             dtype=self._dtype,
             sizes=case.spec.read_sizes(shapes, case.attributes),
@@ -142,27 +160,22 @@ class OpBench:
                 row = self._row(layer, spec.name, name, gate=gate, status="gate_failed")
                 yield row, tactic
 
-    def _baseline_rows(
-        self, layer: CompressedLayer, case: OpCase, inputs: list[torch.Tensor]
-    ) -> Iterator[Row]:
-        for baseline in baselines(case, inputs):
-            row = partial(self._row, layer, case.spec.name, baseline.name)
-            try:
-                call = baseline.prepare()
-                errors = baseline_errors(baseline, call())
-                gate = {error.name: asdict(error) for error in errors}
-                if not all(error.passed for error in errors):
-                    reason = "outside the operator's tolerance, not timed"
-                    yield row(status="failed", error=reason, gate=gate)
-                    continue
-                times = time_cold(call, **self._run)
-            except Exception as error:
-                # PyTorch refuses a kernel that this device or build does not have, or its compiler
-                # fails: that costs this row alone.
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                yield row(status="failed", error=reason)
-            else:
-                yield row(gate=gate, metrics=self._metrics(case, times))
+    def _baseline_row(self, layer: CompressedLayer, case: OpCase, baseline: Baseline) -> Row:
+        row = partial(self._row, layer, case.spec.name, baseline.name)
+        try:
+            call = baseline.prepare()
+            errors = baseline_errors(baseline, call())
+            gate = {error.name: asdict(error) for error in errors}
+            if not all(error.passed for error in errors):
+                reason = "outside the operator's tolerance, not timed"
+                return row(status="failed", error=reason, gate=gate)
+            times = time_cold(call, **self._run)
+        except Exception as error:
+            # PyTorch refuses a kernel that this device or build does not have, or its compiler
+            # fails: that costs this row alone.
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            return row(status="failed", error=reason)
+        return row(gate=gate, metrics=self._metrics(case, times))
 
     def _eviction_row(
         self, layer: CompressedLayer, cases: list[OpCase], best: dict[str, Tactic]

@@ -24,7 +24,7 @@ from forcing_kv.plugins.bind.triton_run import (
     run_kernel,
 )
 from forcing_kv.plugins.check.accuracy import output_errors
-from forcing_kv.plugins.check.cases import CASES, OpCase
+from forcing_kv.plugins.check.cases import KERNEL_CASES, OpCase
 from forcing_kv.plugins.compile.launch import Tactic, default_tactic
 from forcing_kv.plugins.op_spec import OpSpec
 
@@ -89,7 +89,7 @@ def device_tactics(spec: OpSpec) -> tuple[int, list[Tactic]]:
 
 def _in_order() -> list[tuple[OpCase, torch.dtype, Tactic]]:
     every = []
-    for case in CASES:
+    for case in KERNEL_CASES:
         device_sm, tactics = device_tactics(case.spec)
         default = default_tactic(tactics, device_sm)
         every += [

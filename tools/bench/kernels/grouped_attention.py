@@ -24,6 +24,12 @@ def head_groups(case: OpCase) -> list[slice]:
     return [slice(*pair) for pair in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
+def group_rows(case: OpCase, heads: slice) -> tuple[int, int]:
+    """Pool rows and valid rows of each head of a group."""
+    offsets = [*case.integers["head_offset"], case.sizes["R"]]
+    return offsets[heads.start + 1] - offsets[heads.start], case.integers["hist_len"][heads.start]
+
+
 def group_history(case: OpCase, pool: Tensor, heads: slice) -> Tensor:
     """View [heads, rows, D] of the valid history of a group whose heads lie evenly apart."""
     offsets, rows = case.integers["head_offset"][heads], case.integers["hist_len"][heads.start]

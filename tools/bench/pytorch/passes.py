@@ -53,7 +53,7 @@ class BaselinePass(nn.Module):
     ) -> tuple[Tensor, Tensor, Rows, Rows]:  # fmt: skip
         """See `Pass`; the lengths are the history's affair."""
         model, chunk = self.model, self._config.chunk
-        inputs = ChunkInputs(rope_cos, rope_sin, hist_len, new_len, [], [], cross_k, cross_v)
+        inputs = ChunkInputs(rope_cos, rope_sin, (hist_len, new_len), [], [], cross_k, cross_v)
         cos, sin = self._tables.angles(inputs)
         embedding, projected = model.embed_time(time)
         tokens = model.embed_latents(x)
