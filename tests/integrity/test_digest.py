@@ -186,3 +186,8 @@ def test_what_a_bundle_says_does_not_act_on_the_terminal(bundle):
     assert "\u202e" not in told
     assert r"\x1b]0;owned\x07[bold]x[/bold][/nothing]" in told
     assert r"\x1b[2J\u202e:bomb:" in told.replace("│\n│", "").replace("  ", "")
+
+
+def test_a_digest_is_a_bundle_s(tmp_path):
+    with pytest.raises(InputError, match="--digest is a bundle's; give the bundle"):
+        fkv("verify", "--golden", tmp_path, f"--digest=sha256:{64 * '0'}")
