@@ -77,7 +77,7 @@ class VideoDecoder:
         self, runner: DecodeRunner, info: DecoderInfo, *, allow_non_finite: bool = False
     ) -> None:
         self._runner, self._info = runner, info
-        self._allow_non_finite = allow_non_finite
+        self._allow_non_finite = yes_or_no("allow_non_finite", allow_non_finite)
         self._frame_shape = info.graphs[DECODE].inputs[0].shape
         self._state = StateGuard(
             "the last call failed half-way, so the decoder's state is not valid; call reset to "

@@ -91,7 +91,7 @@ class Session:
         if not isinstance(backend, Backend):
             raise InputError(f"backend is {shown(backend)}; open a bundle with Session.open")
         self._backend = backend
-        self.allow_non_finite = allow_non_finite
+        self.allow_non_finite = yes_or_no("allow_non_finite", allow_non_finite)
         """See `allow_non_finite` above; may be changed between two chunks."""
         self.config: RolloutConfig = backend.config
         self._timeline = Timeline(self.config.policy, self.config.chunk.num_frames)

@@ -169,7 +169,14 @@ def _attempt(arguments: Sequence[str], told: Sequence[int]) -> int:
             return 128 + told[0]
         if nobody_reads(error):
             raise
-        return int(error.code or 0) if isinstance(error, SystemExit) else _report(error)
+        if isinstance(error, SystemExit):
+            return int(error.code or 0)
+        try:
+            return _report(error)
+        except OSError as second:  # Such as a full disk under stderr.
+            if nobody_reads(second):
+                raise
+            return ExitCode.BAD_USE
     return ExitCode.GOOD
 
 

@@ -56,6 +56,8 @@ class Device:
 # Others: NVIDIA's data sheets (A100, H100, H200, L4, L40S, A10G of AWS's G5, RTX 6000 Ada, GH200,
 # HGX B200 and B300), the RTX PRO 6000 Blackwell's in the RTX Blackwell PRO whitepaper, H20 as its
 # server vendors publish it. All without sparsity. Memory of B200 and B300 is what systems report.
+# Not compared with the documents line by line yet: the GeForce cards but for the RTX 4090, A10G,
+# RTX 6000 Ada, GH200 and the B300's memory.
 _DEVICES = (
     Device("rtx3060", "GeForce RTX 3060", 12, 25.5, 12.7, 360, has_fp8=False),
     Device("rtx3090", "GeForce RTX 3090", 24, 71.2, 35.6, 936, has_fp8=False),

@@ -29,6 +29,9 @@ PIXEL_FRAMES_PER_LATENT = 4
 """Pixel frames that Wan's VAE makes of a latent frame, as every published FPS counts them."""
 PUBLISHED_THRESHOLD = 0.8
 """Score from which a head counts as static in the published partitions."""
+MAX_FPS = 1000
+"""Most frames per second of a video, as `fkv run --fps` has it."""
+
 FPS = 16
 """Pixel frames per second of the videos that Wan was trained on."""
 
@@ -80,8 +83,10 @@ class Preset:
             InputError: the first of them.
         """
         CachePolicy.dense(self.dense_window, self.chunk.num_frames, self.dense_sink)
-        if self.fps < 1:
-            raise InputError(f"fps is {self.fps}; it must be at least 1")
+        if not 1 <= self.fps <= MAX_FPS:
+            raise InputError(f"fps is {self.fps}; it must be 1 to {MAX_FPS}")
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"threshold is {self.threshold}; it must be 0 to 1")
 
 
 _HUB = "hf download"

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 
 from forcing_kv.export.bundle.edit import base_name
 from forcing_kv.export.tensorrt.options import EngineOptions
+from forcing_kv.runtime_trt.bundle.atomic.places import without_links
 from forcing_kv.runtime_trt.bundle.engines import EngineDetail, EnginePart, EngineRecord
 from forcing_kv.runtime_trt.bundle.fp8 import FP8_MIN_SM, Fp8Scales, check_sm
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
@@ -161,7 +162,7 @@ def _check_builder(options: EngineOptions, version: str) -> None:
 
 def _source(plan: BuildPlan, bundle: Path, device: DeviceInfo | None) -> BuildPlan:
     """The plan of a bundle whose engines can be refitted for another."""
-    if bundle.resolve() == plan.bundle.resolve():
+    if without_links(bundle) == without_links(plan.bundle):
         raise InputError(f"--refit-from names {bundle} itself; give the bundle with the engines")
     if not plan.options.refit or plan.options.strip_weights or plan.options.frontend != "onnx":
         raise InputError(

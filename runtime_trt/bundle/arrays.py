@@ -1,4 +1,4 @@
-"""Arrays of `.npy` and `.npz` files from anywhere: never unpickled, never larger than their file.
+"""Arrays of `.npy` and `.npz` files from anywhere: never unpickled, memory bounded by the file's.
 
 numpy's own loader takes the memory that a header claims before it looks at what the file holds.
 """
@@ -21,6 +21,10 @@ from forcing_kv.runtime_trt.errors import InputError
 
 MAX_NBYTES = 4 << 30
 """Most bytes of the arrays of a file; 500 prompts of UMT5 have 4 GiB."""
+_MAX_EXPANSION = 200
+_SMALL_NBYTES = 64 << 20
+"""Compressed arrays take at most so many times the bytes of their file, or so many bytes; prompts
+whose padding is zeros expand 30 times."""
 _MAX_ARRAYS = 1 << 12
 _ZIP = b"PK"
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -66,6 +70,9 @@ def _members(archive: zipfile.ZipFile) -> dict[str, NDArray[Any]]:
     names = [entry.filename.removesuffix(".npy") for entry in entries]
     if len(entries) > _MAX_ARRAYS or sum(entry.file_size for entry in entries) > MAX_NBYTES:
         raise ValueError(f"{len(entries)} arrays of more than {MAX_NBYTES >> 30} GiB")
+    packed = sum(entry.compress_size for entry in entries)
+    if sum(entry.file_size for entry in entries) > max(_SMALL_NBYTES, _MAX_EXPANSION * packed):
+        raise ValueError(f"{packed} compressed bytes expand more than {_MAX_EXPANSION} times")
     if len(set(names)) != len(names):
         raise ValueError("two arrays have one name")
     found = {}

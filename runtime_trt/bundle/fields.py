@@ -51,6 +51,8 @@ def _sha256(text: str) -> str:
 def _text(text: str) -> str:
     if len(text) > _MAX_TEXT:
         raise InputError(f"{len(text)} characters; at most {_MAX_TEXT} are allowed")
+    if len(text.splitlines()) > 1 or text.endswith("\n"):
+        raise InputError(f"{shortened(text)} has several lines; one is allowed")
     return text
 
 

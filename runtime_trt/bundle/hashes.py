@@ -21,6 +21,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.bundle.atomic.places import without_links
 from forcing_kv.runtime_trt.errors import BundleError
 
 
@@ -247,10 +248,7 @@ class HashedFiles:
         if not any(stat.S_ISLNK(os.lstat(path, dir_fd=self._root).st_mode) for path in paths):
             return
         here = Path(f"/proc/self/fd/{self._root}")
-        try:
-            root, target = here.resolve(), (here / name).resolve()
-        except RuntimeError as error:  # What Python before 3.13 makes of links in a circle.
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from error
+        root, target = without_links(here), without_links(here / name)
         if not (target.is_relative_to(root) or target.parent == _hub_blobs(root)):
             raise BundleError(
                 f"{self.folder / name}: a link that leads out of the bundle, to {target}; put the "

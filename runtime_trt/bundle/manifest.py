@@ -167,7 +167,7 @@ class Manifest:
         """
         if digest is None:
             return
-        if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+        if not (isinstance(digest, str) and re.fullmatch("sha256:[0-9a-f]{64}", digest)):
             raise InputError(
                 f"digest is {digest!r}; give sha256: and 64 hexadecimal digits, as `fkv inspect` "
                 "prints them"

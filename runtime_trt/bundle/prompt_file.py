@@ -143,9 +143,11 @@ def _check_array(array: NDArray[Any], name: str, size: tuple[int, int] | None) -
     if floating and np.isfinite(array).all() and size in (None, array.shape[-2:]):
         return
     needed = "[text_len, text_dim]" if size is None else str(list(size))
+    wild = floating and not np.isfinite(array).all()
+    what = " with values that are NaN or infinite" if wild else ""
     raise InputError(
-        f"{name} is {array.dtype} of shape {list(array.shape)}; needed are finite floats of shape "
-        f"{needed}, or a stack of such; encode the prompts with `fkv encode-prompt`"
+        f"{name} is {array.dtype} of shape {list(array.shape)}{what}; needed are finite floats of "
+        f"shape {needed}, or a stack of such; encode the prompts with `fkv encode-prompt`"
     )
 
 

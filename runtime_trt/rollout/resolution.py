@@ -59,10 +59,16 @@ def parse_latent_size(option: str, text: str) -> tuple[int, int]:
     if found[3] is None and min(first, second) >= _AMBIGUOUS_SIDE:
         raise InputError(
             f"{option} is {shown(text)}, which as latents is {pixel_text((first, second))}; for "
-            f"pixels write WIDTHxHEIGHTpx, such as {second}x{first}px or {first}x{second}px; for "
-            f"latents {size_text((first, second))}"
+            f"pixels write WIDTHxHEIGHTpx, such as {_near_pixels(first, second)} or "
+            f"{_near_pixels(second, first)}; for latents {size_text((first, second))}"
         )
     return first, second
+
+
+def _near_pixels(width: int, height: int) -> str:
+    """The size of whole patches that is nearest, as it is written."""
+    side = PIXELS_PER_LATENT * ModelShape.patch_size
+    return "x".join(str(side * max(1, round(each / side))) for each in (width, height)) + "px"
 
 
 def _latents_of_pixels(option: str, text: str, width: int, height: int) -> tuple[int, int]:

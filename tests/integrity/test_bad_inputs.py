@@ -38,7 +38,7 @@ from forcing_kv.export.verify.golden_case import GoldenCase
 from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
-from forcing_kv.runtime_trt.errors import ForcingKvError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ModelShape
 from forcing_kv.tools import cli
 from forcing_kv.tools.bench.report.rows import Row, read_rows
@@ -407,3 +407,10 @@ def test_a_command_ends_with_exit_code_2_and_leaves_nothing(
     assert f"Error: {name}" in told
     assert "Traceback" not in told
     assert entries(tmp_path) == before
+
+
+def test_compressed_arrays_expand_so_far_and_no_further(tmp_path):
+    prompts = np.zeros((40_000, 8, 64), np.float32)
+    np.savez_compressed(tmp_path / "p.npz", prompt_embeds=prompts)
+    with pytest.raises(InputError, match=r"p\.npz: .*compressed bytes expand more than 200 times"):
+        read_prompts(tmp_path / "p.npz")

@@ -186,3 +186,21 @@ def test_what_a_bundle_says_does_not_act_on_the_terminal(bundle):
     assert "\u202e" not in told
     assert r"\x1b]0;owned\x07[bold]x[/bold][/nothing]" in told
     assert r"\x1b[2J\u202e:bomb:" in told.replace("│\n│", "").replace("  ", "")
+
+
+def test_a_digest_is_a_bundle_s(tmp_path):
+    with pytest.raises(InputError, match="--digest is a bundle's; give the bundle"):
+        fkv("verify", "--golden", tmp_path, f"--digest=sha256:{64 * '0'}")
+
+
+def test_one_line_stays_one_line(bundle):
+    """A line break in a name would forge lines of what is printed."""
+    edit(bundle, lambda data: data.update(name="digits\ndigest: sha256:0"))
+    with pytest.raises(BundleError, match=r"name: 'digits\\ndigest.* has several lines"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("pin", [5, b"sha256:0", 1.5])
+def test_a_pin_of_another_type_is_told(bundle, pin):
+    with pytest.raises(InputError, match=r"digest is .*; give sha256: and 64"):
+        Session.open(bundle, digest=pin)

@@ -107,6 +107,9 @@ def _read_policy(text: str, own: CachePolicy, dense: CachePolicy) -> CachePolicy
             "num_sink_frames=0"
         )
     pairs = [change.partition("=") for change in text.split(",")]
+    names = [key.strip() for key, _, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"policy: {twice} are given twice; give each once")
     changes = {key.strip(): _value(value.strip()) for key, _, value in pairs}
     allowed = [field.name for field in fields(own)]
     unknown = sorted(set(changes) - set(allowed))

@@ -42,6 +42,7 @@ from forcing_kv.tools.run.preview import Preview, check_preview
 from forcing_kv.tools.run.prompts import PromptSource, Switch
 from forcing_kv.tools.run.video import Writer, check_output, open_writer
 
+MAX_VIDEOS = 10_000
 MAX_SCALE = 64
 """The smallest model's 32 pixels are 2,048 then."""
 
@@ -85,6 +86,10 @@ class VideoOptions:
 
     def outputs(self, count: int) -> list[Path]:
         """One file per video: `out`, or numbered beside it; all of them checked."""
+        if count > MAX_VIDEOS:
+            raise InputError(
+                f"{count} prompts make {count} videos; a run makes {MAX_VIDEOS} at most"
+            )
         files, out = [self.out], self.out
         if count > 1:
             files = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]

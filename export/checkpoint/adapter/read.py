@@ -10,6 +10,7 @@ from forcing_kv.export.checkpoint.adapter.alpha import FROM_RANK, AlphaRule, rea
 from forcing_kv.export.checkpoint.adapter.assemble import Assembly, parts_of, some
 from forcing_kv.export.checkpoint.adapter.file import AdapterFile, RawAdapter, read_raw
 from forcing_kv.export.checkpoint.adapter.names import TEXT_ENCODER, ModelNames
+from forcing_kv.runtime_trt.bundle.atomic.places import without_links
 from forcing_kv.runtime_trt.errors import InputError
 
 
@@ -28,7 +29,7 @@ def read_adapters(
             f"--lora-alpha is of one adapter, but --lora names {len(files)}; give each its "
             "strength, as FILE:STRENGTH"
         )
-    paths = [file.weights.resolve() for file in files]
+    paths = [without_links(file.weights) for file in files]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise InputError(f"{twice}: --lora names this file twice; name it once, with its strength")
     return tuple(read_adapter(file, rule, names) for file in files)

@@ -40,6 +40,7 @@ from forcing_kv.runtime_trt.bundle.atomic.places import (
     place,
     surely,
     target_of,
+    without_links,
 )
 from forcing_kv.runtime_trt.errors import InputError
 
@@ -199,7 +200,7 @@ def replaced_folder(target: Path, *, force: bool = True) -> Iterator[Path]:
     Raises:
         ForcingKvError: it cannot be made, written or moved; names `target`.
     """
-    target = target.resolve()
+    target = without_links(target)
     with naming(target), made_parents(target), _private(target, folder=True) as (temporary, _):
         yield temporary
         _put_folder(temporary, target, force=force)
@@ -217,7 +218,7 @@ def filled_folder(folder: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         ForcingKvError: it cannot be made, written or moved; names `folder`.
     """
-    folder = folder.resolve()
+    folder = without_links(folder)
     beside = folder / "content" if folder.exists() else folder
     with naming(folder), made_parents(folder), _private(beside, folder=True) as (temporary, _):
         yield temporary

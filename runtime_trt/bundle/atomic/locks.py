@@ -17,7 +17,14 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from forcing_kv.runtime_trt.bundle.atomic.places import CLAIM, hidden, made_parents, naming, surely
+from forcing_kv.runtime_trt.bundle.atomic.places import (
+    CLAIM,
+    hidden,
+    made_parents,
+    naming,
+    surely,
+    without_links,
+)
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 
 _log = logging.getLogger(__name__)
@@ -81,7 +88,7 @@ def claimed(target: Path, *, wait: bool = False) -> Iterator[None]:
         InputError: another process is making it.
     """
     with made_parents(target):
-        path = hidden(target.parent.resolve() / target.absolute().name, CLAIM)
+        path = hidden(without_links(target.parent) / target.absolute().name, CLAIM)
         try:
             with naming(target):
                 descriptor = _claim(path, target, wait=wait)
@@ -219,7 +226,7 @@ def _lock_folder(folder: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        if is_at(descriptor, folder.resolve()):
+        if is_at(descriptor, without_links(folder)):
             return descriptor
         os.close(descriptor)
 

@@ -42,6 +42,18 @@ def target_of(hidden_path: Path) -> Path:
     return hidden_path.with_name(hidden_path.name[1:].rpartition(MARK)[0])
 
 
+def without_links(path: Path) -> Path:
+    """The path that a path leads to, which need not exist.
+
+    Raises:
+        OSError: its links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # What Python before 3.13 makes of that.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name `path` in errors of the system that name a hidden file, or none at all.

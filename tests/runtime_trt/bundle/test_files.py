@@ -310,3 +310,15 @@ def test_an_output_that_cannot_be_is_refused(tmp_path, monkeypatch, path, messag
     check_file(Path("none/v.mp4"), [".mp4"], make_folder=True)
     with pytest.raises(InputError, match=r"--out pipe\.mp4: is no plain file"):
         check_file(Path("pipe.mp4"), [".mp4"], "--out", force=True)
+
+
+def test_links_in_a_circle_are_told(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for target in (tmp_path / "a", tmp_path / "a" / "below"):
+        with (
+            pytest.raises((ForcingKvError, OSError), match="Too many levels of symbolic links"),
+            replaced_folder(target, force=True),
+        ):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -1,6 +1,7 @@
 """`fkv plan`: its numbers, its picture, and its refusals."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -225,3 +226,18 @@ def test_a_preset_file_is_planned_as_it_is_exported(run_fkv, tmp_path):
         assert record["latent_size"] == [exported.chunk.latent_height, exported.chunk.latent_width]
         assert record["kv_nbytes"]["pools"] == exported.nbytes_kv
         assert record["memory_nbytes"]["buffers"] == buffer_nbytes(exported)
+
+
+@pytest.mark.parametrize("size", ["1920x1080", "1080x1920", "832x480", "999x555"])
+def test_pixels_that_are_proposed_are_planned(run_fkv, size):
+    told = run_fkv("plan", "--resolution", size).err
+    proposed = re.findall(r"\d+x\d+px", told.partition("such as")[2])
+    assert len(proposed) == 2
+    for each in proposed:
+        assert run_fkv("plan", "--resolution", each, "--policy", "dense").code == 0, each
+
+
+def test_a_field_given_twice_is_refused(run_fkv):
+    done = run_fkv("plan", "--policy", "num_sink_frames=1,num_sink_frames=2")
+    assert done.code == 2
+    assert "['num_sink_frames'] are given twice" in done.err

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from time import monotonic, perf_counter
 
+from forcing_kv.runtime_trt.bundle.atomic.places import without_links
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.options import SuiteOptions
 from forcing_kv.tools.bench.report.environment import describe_environment
@@ -174,7 +175,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _environment(options: SuiteOptions) -> dict[str, str]:
     """This process's, with the compilers' caches in the suite's folder."""
     caches = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    folder = options.folder.resolve()
+    folder = without_links(options.folder)
     return {name: str(folder / part) for name, part in caches.items()} | dict(os.environ)
 
 
