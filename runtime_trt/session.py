@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
-from forcing_kv.runtime_trt.errors import (
-    ForcingKvError,
-    InputError,
-    NonFiniteError,
-    StateGuard,
-    Turn,
-    shown,
-)
+from forcing_kv.runtime_trt.chunk import Begun, Chunk, peak, require_finite
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard, Turn, shown
 from forcing_kv.runtime_trt.rollout.arguments import (
     check_seed,
     float_array,
@@ -29,44 +21,8 @@ from forcing_kv.runtime_trt.rollout.arguments import (
 )
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, Timeline
-
-_USUAL_PEAK = 1e3
-"""Magnitude that prompt embeddings and noise stay far below."""
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A chunk that the backend works on."""
-
-    plan: ChunkPlan
-    request: ChunkRequest
-    pending: PendingChunk
-
-    def is_of(self, request: ChunkRequest) -> bool:
-        """Whether `request` asks for this very chunk: same noise, same wishes."""
-        mine = self.request
-        same_noise = np.array_equal(mine.noise, request.noise)
-        return mine.keep_x0 == request.keep_x0 and (
-            same_noise and np.array_equal(mine.eps, request.eps)
-        )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One generated chunk."""
-
-    index: int
-    latents: Float32
-    """[F, C, h, w] float32."""
-    timings_ms: dict[str, float]
-    """Wall-clock time by part (steps, clean, evict, commit); a captured chunk has `chunk` alone."""
-    scores: Float32 | None
-    """[F, P]: similarity of every candidate segment, if this chunk selected."""
-    kept: NDArray[np.int32] | None
-    """[B * P]: kept segments, frame * P + segment, if this chunk selected."""
-    x0_steps: list[Float32] | None = None
-    """x0 of every denoise step, on request."""
+from forcing_kv.runtime_trt.rollout.timeline import Timeline
+from forcing_kv.runtime_trt.stream import Stream, StreamSource, noise_by_chunk
 
 
 class Session:
@@ -107,7 +63,7 @@ class Session:
         )
         self._num_resets = 0
         self._recent: list[PendingChunk] = []
-        self._ahead: _Begun | None = None
+        self._ahead: Begun | None = None
         """Begun by a stream that was abandoned before it handed the chunk out."""
 
     @classmethod
@@ -245,7 +201,7 @@ class Session:
 
     def _begin(
         self, noise: Float32 | None, eps: Float32 | None, seed: int, keep_x0: bool = False
-    ) -> _Begun:
+    ) -> Begun:
         """Hand the next chunk to the backend, or take the one that it was handed before."""
         self._require_usable()
         if not self._has_prompt:
@@ -273,20 +229,20 @@ class Session:
         with self._cache.changing():
             pending = self._backend.submit(request)
         self._remember(pending)
-        return _Begun(plan, request, pending)
+        return Begun(plan, request, pending)
 
-    def _keep(self, begun: _Begun) -> None:
+    def _keep(self, begun: Begun) -> None:
         """Take what an abandoned stream has begun, unless the video has gone on or is going on."""
         with suppress(ForcingKvError), self._turn.of("the end of a stream"):
             if self._recent[-1:] == [begun.pending]:
                 self._ahead = begun
 
-    def _finish(self, begun: _Begun) -> Chunk:
+    def _finish(self, begun: Begun) -> Chunk:
         self._require_open()
         with self._cache.changing():
             result = begun.pending.result()
             if not self.allow_non_finite:
-                self._require_finite(begun, result.latents)
+                require_finite(begun, result.latents, self._prompt_peak, self.config.dtype)
         return Chunk(begun.plan.index, **vars(result))
 
     def stream(
@@ -322,12 +278,18 @@ class Session:
         draws = self.config.schedule.num_steps - 1
         if num_chunks is not None:
             num_chunks = whole_number("num_chunks", num_chunks, 1, hint=", or None for no end")
-        return _Stream(
-            self,
+        source = StreamSource(
+            turn=partial(self._turn.of, "stream"),
+            check=partial(self._require_not_reset, self._num_resets),
+            begin=partial(self._begin, seed=check_seed(seed)),
+            finish=self._finish,
+            keep=self._keep,
+        )
+        return Stream(
+            source,
             num_chunks,
-            check_seed(seed),
-            _noise_by_chunk("noise", noise, num_chunks, shape),
-            _noise_by_chunk("eps", eps, num_chunks, (draws, *shape)),
+            noise_by_chunk("noise", noise, num_chunks, shape),
+            noise_by_chunk("eps", eps, num_chunks, (draws, *shape)),
             yes_or_no("run_ahead", run_ahead),
         )
 
@@ -388,36 +350,9 @@ class Session:
         self._cache.require_valid()
 
     def _require_not_reset(self, num_resets: int) -> None:
+        self._require_open()
         if self._num_resets != num_resets:
             raise InputError("the session was reset, which ends this stream; begin another")
-
-    def _require_finite(self, begun: _Begun, latents: Float32) -> None:
-        """Refuse latents that hold NaN or infinities.
-
-        What is looked at is the host's copy, which every backend makes for the caller: 0.1 ms for
-        1.2 MB at 480p on one core, and no word to the device.
-        """
-        if np.isfinite(latents).all():
-            return
-        bad = latents.size - np.count_nonzero(np.isfinite(latents))
-        request = begun.request
-        peaks = {"prompt": self._prompt_peak, "noise": _peak(request.noise, request.eps)}
-        causes = [
-            f"values of the {name} up to {peak:.1e}"
-            for name, peak in peaks.items()
-            if peak > _USUAL_PEAK
-        ]
-        if self.config.dtype == "float16":
-            causes.append(
-                "an overflow of float16, which ends at 65504 (export with --dtype bfloat16 or "
-                "float32)"
-            )
-        causes.append("weights that are not finite or too large (`fkv verify BUNDLE` names them)")
-        raise NonFiniteError(
-            f"chunk {begun.plan.index}: {bad} of {latents.size} latent values are NaN or infinite; "
-            f"likely causes are {', or '.join(causes)}. Call reset and set_prompt to begin again, "
-            "or look at the values with allow_non_finite=True (`fkv run --allow-non-finite`)"
-        )
 
     def _load_prompt(self, prompt_embeds: ArrayLike) -> None:
         model = self.config.model
@@ -429,92 +364,10 @@ class Session:
         embeds = float_array("prompt_embeds", prompt_embeds, shape, hint)
         with self._cache.changing(InputError):  # Raised before anything was changed.
             self._backend.set_prompt(embeds)
-        self._has_prompt, self._prompt_peak = True, _peak(embeds)
+        self._has_prompt, self._prompt_peak = True, peak(embeds)
 
     def _remember(self, pending: PendingChunk) -> None:
         """Keep the clean frames that a prompt switch may re-encode."""
         self._recent.append(pending)
         chunks = -(-self.config.policy.num_recached_frames // self.config.chunk.num_frames)
         del self._recent[: -max(1, chunks)]
-
-
-class _Stream(Iterator[Chunk]):
-    """See `Session.stream`; an object, so that an error does not end it as it ends a generator."""
-
-    def __init__(
-        self,
-        session: Session,
-        num_chunks: int | None,
-        seed: int,
-        noise: Float32 | None,
-        eps: Float32 | None,
-        run_ahead: bool,
-    ) -> None:
-        self._session, self._seed, self._run_ahead = session, seed, run_ahead
-        self._noise, self._eps = noise, eps
-        self._num_left = math.inf if num_chunks is None else num_chunks
-        self._num_begun = 0
-        self._begun: deque[_Begun] = deque()
-        self._num_resets = session._num_resets
-
-    def __next__(self) -> Chunk:
-        # An ended stream ends whatever the session does; what another thread ends meanwhile, too.
-        with nullcontext() if self._is_over else self._session._turn.of("stream"):
-            chunk = None if self._is_over else self._next()
-        if chunk is None:
-            raise StopIteration
-        return chunk
-
-    @property
-    def _is_over(self) -> bool:
-        return not (self._num_left or self._begun)
-
-    def _next(self) -> Chunk:
-        session = self._session
-        session._require_open()
-        session._require_not_reset(self._num_resets)
-        while self._num_left and len(self._begun) <= self._run_ahead:
-            self._begin_next()
-        return session._finish(self._begun.popleft())
-
-    def _begin_next(self) -> None:
-        index = self._num_begun
-        noise, eps = (None if each is None else each[index] for each in (self._noise, self._eps))
-        self._begun.append(self._session._begin(noise, eps, self._seed))
-        self._num_begun, self._num_left = index + 1, self._num_left - 1
-
-    def close(self) -> None:
-        """Abandon it; the session's next call hands out the chunk that was begun."""
-        self._num_left = 0
-        if self._begun:
-            self._session._keep(self._begun.pop())
-            self._begun.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_begun"):
-            self.close()
-
-
-def _peak(*arrays: Float32) -> float:
-    """Largest magnitude."""
-    return max(float(np.abs(array).max(initial=0.0)) for array in arrays)
-
-
-def _noise_by_chunk(
-    name: str, value: ArrayLike | None, num_chunks: int | None, shape: tuple[int, ...]
-) -> Float32 | None:
-    """Explicit noise of a stream, [num_chunks, *shape].
-
-    Raises:
-        InputError: another shape, or what `float_array` refuses.
-    """
-    if value is None:
-        return None
-    array = float_array(name, value)
-    count = len(array) if array.ndim else 0
-    if count != num_chunks:
-        raise InputError(
-            f"explicit {name} is for {count} chunks but num_chunks is {num_chunks}; give one row a "
-            "chunk"
-        )
-    return float_array(name, array, (count, *shape))

@@ -18,10 +18,11 @@ from forcing_kv.export.verify.bundle import plain
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden_case import GoldenCase
 from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.open import choose_backend
 from forcing_kv.runtime_trt.rollout.layout import HeadKind
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
-from forcing_kv.runtime_trt.session import Chunk, Session
+from forcing_kv.runtime_trt.session import Session
 
 LATENT_ATOL = 1e-4
 """Float32 implementations differ by <= 1.6e-6; one wrong segment moves latents by >= 1.6e-2."""

@@ -320,7 +320,7 @@ def test_a_killed_change_of_a_bundle_leaves_the_old_or_the_new(
     change(before, "old")
     twice = Path(shutil.copytree(before, tmp_path / "twice"))
     change(twice, "new")
-    first, stride = (0, 3) if number == signal.SIGKILL else (1, 7)
+    first, stride = (0, 7) if number == signal.SIGKILL else (1, 13)
     for step in itertools.count(first, stride):
         bundle = Path(shutil.copytree(before, tmp_path / str(step)))
         code = end_at(step, number, lambda: change(bundle, "new"))  # noqa: B023

@@ -31,7 +31,7 @@ MAX_SECONDS = 10
 """For one bundle, on a machine that does other things too; a whole one takes 0.1 s."""
 MAX_KILOBYTES = 300 << 10
 """More memory at most while mutants are tried."""
-FEW, MANY = 60, 2_000
+FEW, MANY = 30, 2_000
 """Mutants of a kind of `KINDS`."""
 
 VALUES = st.sampled_from(

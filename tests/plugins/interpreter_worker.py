@@ -1,7 +1,7 @@
 """Runs every kernel on every case in Triton's interpreter; started with TRITON_INTERPRET=1.
 
-Usage: python interpreter_worker.py OUT, where OUT is the file that receives the outputs by
-(operator, case, dtype, tactic).
+Usage: python interpreter_worker.py OUT [every], where OUT is the file that receives the outputs by
+(operator, case, dtype, tactic). With `every`, each tactic is run; without, one of every kind.
 """
 
 import os
@@ -76,15 +76,15 @@ def move_pools(case, inputs):
     return attributes
 
 
-def tactics(case, dtype):
-    """All in float32; in float16 the portable one, the default one and one of every kind."""
+def tactics(case, dtype, run_every):
+    """The portable one and the default one, in float32 one of every kind too; or every one."""
     every = case.spec.module("kernel").TACTICS
-    if dtype == torch.float32:
+    if run_every:
         return every
-    by_schedule = {(tactic.schedule, tactic.tma): tactic for tactic in every}
-    return {
-        t.name: t for t in (every[0], default_tactic(every, 90), *by_schedule.values())
-    }.values()
+    chosen = [every[0], default_tactic(every, 90)]
+    if dtype == torch.float32:
+        chosen += {(tactic.schedule, tactic.tma): tactic for tactic in every}.values()
+    return {tactic.name: tactic for tactic in chosen}.values()
 
 
 def run(case, dtype, tactic):
@@ -109,6 +109,6 @@ if __name__ == "__main__":
         (case.spec.name, case.name, str(dtype), tactic.name): run(case, dtype, tactic)
         for case in (*KERNEL_CASES, WAVES, ONE_TILE, APART, *FAR)
         for dtype in ((torch.float16,) if case in FAR else (torch.float32, torch.float16))
-        for tactic in tactics(case, dtype)
+        for tactic in tactics(case, dtype, sys.argv[2:] == ["every"])
     }
     torch.save(results, sys.argv[1])

@@ -17,7 +17,11 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install 'forcin
 from op_cases import cases_of  # noqa: E402
 
 from forcing_kv.plugins.bind.triton_run import accepted_inputs  # noqa: E402
-from forcing_kv.plugins.check.cases import attention_case, norm_rope_case  # noqa: E402
+from forcing_kv.plugins.check.cases import (  # noqa: E402
+    CASES,
+    attention_case,
+    norm_rope_case,
+)
 from forcing_kv.plugins.compile.launch import (  # noqa: E402
     SHARED_LIMIT_BYTES,
     ceil_div,
@@ -37,18 +41,25 @@ def release(version: str) -> tuple[int, int]:
 WORKER = Path(__file__).parent / "interpreter_worker.py"
 
 
-@pytest.fixture(scope="session")
-def interpreted(tmp_path_factory):
+def interpret(out, *arguments):
     """Outputs of every kernel on every case, from one process in interpreter mode."""
     if release(triton.__version__) < (3, 7) and release(np.__version__) >= (2, 4):
         pytest.skip("needs Triton 3.7 or numpy < 2.4: older interpreters fail on loop bounds")
-    out = tmp_path_factory.mktemp("interpreter") / "outputs.pt"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(out)], env=environment, capture_output=True, text=True
+        [sys.executable, str(WORKER), str(out), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory):
+    return interpret(tmp_path_factory.mktemp("interpreter") / "outputs.pt")
 
 
 def outputs_of(results, case, dtype):
@@ -68,6 +79,16 @@ def check_outputs(case, dtype, interpreted, check):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_kernel_equals_reference(kernel_case, dtype, interpreted, check):
     check_outputs(kernel_case, dtype, interpreted, check)
+
+
+@pytest.mark.slow
+def test_every_tactic_equals_reference(tmp_path, check):
+    outputs = interpret(tmp_path / "outputs.pt", "every")
+    for case in CASES:
+        for dtype in (torch.float32, torch.float16):
+            found = outputs_of(outputs, case, dtype)
+            assert len(found) == len(case.spec.module("kernel").TACTICS)
+            check_outputs(case, dtype, outputs, check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

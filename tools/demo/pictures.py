@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import pool_nbytes
-from forcing_kv.runtime_trt.session import Chunk
 from forcing_kv.tools.digits import codec
 from forcing_kv.tools.run.video import Uint8, gray_to_rgb
 

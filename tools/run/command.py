@@ -26,9 +26,10 @@ from forcing_kv.export.request.flags import (
 )
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, NonFiniteError
-from forcing_kv.runtime_trt.session import Chunk, Session
+from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.run.decode import (
     DecodeOptions,
     DecoderChoice,

@@ -29,6 +29,17 @@ CASES = (
     "fkv_temporal3_nodynamic",
 )
 CASE = "fkv_retention_half_p1"
+BY_BACKEND = [
+    *((name, "eager") for name in CASES),
+    *(
+        (name, "onnxruntime")
+        for name in ("dense_selfforcing", "fkv_interactive", "fkv_selfforcing")
+    ),
+    *(
+        pytest.param(name, "onnxruntime", marks=pytest.mark.slow)
+        for name in ("fkv_retention_half_p1", "fkv_temporal3_nodynamic")
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,8 +92,7 @@ def test_every_case_of_the_folder_is_listed():
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "backend"), BY_BACKEND)
 def test_case(name, backend):
     torch.set_num_threads(1)
     case = GoldenCase.load(GOLDEN / name)

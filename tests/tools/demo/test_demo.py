@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
-from forcing_kv.runtime_trt.session import Chunk
 from forcing_kv.tools.demo.pictures import (
     Clip,
     draw_cost,

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
-from forcing_kv.runtime_trt.session import Chunk, Session
+from forcing_kv.runtime_trt.session import Session
 
 MEASURE_SEED = 9
 NUM_NOISES = 4
