@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.runtime_trt.chunk import Chunk
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition

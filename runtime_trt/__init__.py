@@ -1,6 +1,6 @@
 """The runtime: opens a bundle and generates video, without PyTorch."""
 
-from forcing_kv.runtime_trt.chunk import Chunk
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.session import Session
 

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forcing_kv.runtime_trt.backends.base import Backend, ChunkRequest, Float32, PendingChunk
-from forcing_kv.runtime_trt.chunk import Begun, Chunk, peak, require_finite
+from forcing_kv.runtime_trt.backends.stream import (
+    Begun,
+    Chunk,
+    Stream,
+    StreamSource,
+    noise_by_chunk,
+    peak,
+    require_finite,
+)
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError, StateGuard, Turn, shown
 from forcing_kv.runtime_trt.rollout.arguments import (
     check_seed,
@@ -22,7 +30,6 @@ from forcing_kv.runtime_trt.rollout.arguments import (
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
-from forcing_kv.runtime_trt.stream import Stream, StreamSource, noise_by_chunk
 
 
 class Session:

@@ -17,8 +17,8 @@ from forcing_kv.export.bundle.write import BundleLabels, export_bundle
 from forcing_kv.export.verify.bundle import plain
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.export.verify.golden_case import GoldenCase
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
-from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.open import choose_backend
 from forcing_kv.runtime_trt.rollout.layout import HeadKind
 from forcing_kv.runtime_trt.rollout.schedule import Schedule

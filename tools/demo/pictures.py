@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.chunk import Chunk
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig

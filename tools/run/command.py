@@ -24,9 +24,9 @@ from forcing_kv.export.request.flags import (
     between,
     flags,
 )
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.bundle.atomic.locks import claimed
 from forcing_kv.runtime_trt.bundle.manifest import Manifest, read_manifest
-from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.console import Task, print_json, progress, talk
 from forcing_kv.runtime_trt.errors import InputError, NonFiniteError
 from forcing_kv.runtime_trt.session import Session

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forcing_kv.runtime_trt.chunk import Chunk
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
 from forcing_kv.tools.demo.pictures import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from forcing_kv.runtime_trt.chunk import Chunk
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.rollout.noise import draw_noise
 from forcing_kv.runtime_trt.session import Session
 
