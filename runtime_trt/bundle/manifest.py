@@ -34,7 +34,7 @@ from forcing_kv.runtime_trt.rollout.ports import GraphLike, PortLike, ports
 MANIFEST_FILE = "manifest.json"
 GRAPH_FOLDER = "graphs"
 WEIGHT_FILE = "graphs/weights.bin"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version that this runtime writes and the only one that it reads."""
 PLUGIN_ABI = 1
 """Version of the custom operators that this release has."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shared_exports import shared_graphs
 
-from forcing_kv.export.verify.eager import eager_session
+from forcing_kv.export.verify.eager import EagerBackend, eager_session
 from forcing_kv.export.verify.golden import (
     GoldenCase,
     GoldenReport,
@@ -19,6 +20,7 @@ from forcing_kv.export.verify.golden import (
     verify_golden,
 )
 from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.session import Session
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = (
@@ -29,16 +31,12 @@ CASES = (
     "fkv_temporal3_nodynamic",
 )
 CASE = "fkv_retention_half_p1"
-BY_BACKEND = [
-    *((name, "eager") for name in CASES),
-    *(
-        (name, "onnxruntime")
-        for name in ("dense_selfforcing", "fkv_interactive", "fkv_selfforcing")
-    ),
-    *(
-        pytest.param(name, "onnxruntime", marks=pytest.mark.slow)
-        for name in ("fkv_retention_half_p1", "fkv_temporal3_nodynamic")
-    ),
+ON_ONNX_RUNTIME = [
+    "dense_selfforcing",
+    "fkv_interactive",
+    "fkv_selfforcing",
+    pytest.param("fkv_retention_half_p1", marks=pytest.mark.slow),
+    pytest.param("fkv_temporal3_nodynamic", marks=pytest.mark.slow),
 ]
 
 
@@ -92,11 +90,7 @@ def test_every_case_of_the_folder_is_listed():
     )
 
 
-@pytest.mark.parametrize(("name", "backend"), BY_BACKEND)
-def test_case(name, backend):
-    torch.set_num_threads(1)
-    case = GoldenCase.load(GOLDEN / name)
-    report = verify(case, backend)
+def check_report(case: GoldenCase, report: GoldenReport):
     assert len(report.chunks) == 7
     assert report.passed, "\n".join(check.line() for check in report.chunks)
     # Float32 implementations of the same arithmetic agree far better than the tolerance.
@@ -104,6 +98,42 @@ def test_case(name, backend):
     selections = [key for key in case.golden if key.startswith("kept/")]
     assert [check.kept_equal for check in report.chunks].count(True) == len(selections)
     assert bool(selections) == (case.config.policy.num_dynamic_frames > 0)
+
+
+class RecordingSession(Session):
+    """Keeps the latents of every chunk."""
+
+    def generate_chunk(self, *arguments, **options):
+        chunk = super().generate_chunk(*arguments, **options)
+        self.__dict__.setdefault("latents", []).append(chunk.latents)
+        return chunk
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_forms_of_a_step_give_the_recorded_results(name):
+    torch.set_num_threads(1)
+    case, latents = GoldenCase.load(GOLDEN / name), []
+    for use_steady in (False, True):
+        backend = EagerBackend(case.load_model(), case.config, use_steady=use_steady)
+        with (
+            RecordingSession(backend) as session,
+            mock.patch.object(
+                EagerBackend, "_run", autospec=True, side_effect=EagerBackend._run
+            ) as run,
+        ):
+            report = GoldenReport(name, "eager", schedule_error(case, case.config.schedule))
+            report.chunks += verify_golden(case, session)
+        check_report(case, report)
+        assert ("step_steady" in {call.args[1] for call in run.call_args_list}) == use_steady
+        latents.append(session.latents)
+    np.testing.assert_allclose(*latents, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ON_ONNX_RUNTIME)
+def test_onnx_runtime_gives_the_recorded_results(name):
+    torch.set_num_threads(1)
+    case = GoldenCase.load(GOLDEN / name)
+    check_report(case, verify(case, "onnxruntime"))
 
 
 def test_one_changed_weight_fails(tmp_path):

@@ -39,7 +39,7 @@ def test_another_schema_version(copied_bundle, version):
         read_manifest(copied_bundle)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"text"', '{"schema_version": 2}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"text"', '{"schema_version": 3}'])
 def test_malformed_manifest(copied_bundle, content):
     (copied_bundle / "manifest.json").write_text(content)
     with pytest.raises(BundleError, match=r"manifest\.json"):
