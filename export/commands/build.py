@@ -249,11 +249,12 @@ def _summary(plan: BuildPlan, record: EngineRecord) -> None:
         part = record.part(graph.decoder)
         assert part is not None, f"{graph.label} was built and is not recorded"
         detail = part.details[graph.name]
-        scratch, fp8 = (detail.scratch_nbytes or 0) / 1e6, detail.num_fp8_products
+        scratch = (detail.scratch_nbytes or 0) / 1e6
+        fp8 = f"{number} products in FP8, " if (number := detail.num_fp8_products) else ""
         talk(
             f"{graph.label}: {detail.nbytes / 1e6:.1f} MB in {detail.build_seconds:.1f} s, "
-            f"{detail.num_layers} layers, {detail.num_fused_attention} of them fused "
-            f"attention, {f'{fp8} products in FP8, ' if fp8 else ''}{scratch:.0f} MB of scratch"
+            f"{detail.num_layers} layers, {detail.num_fused_attention} of "
+            f"{detail.num_attention} attentions fused, {fp8}{scratch:.0f} MB of scratch"
         )
     talk(f"recorded {record.folder} in {plan.bundle}/manifest.json")
 

@@ -219,6 +219,7 @@ def _detail(graph: GraphBuild, built: BuiltPlan, seconds: float) -> EngineDetail
         weight_nbytes=max(log.nbytes.get("weights", len(built.plan)), stripped),
         scratch_nbytes=log.nbytes.get("activation"),
         num_layers=len(log.layers),
+        num_attention=log.num_attention,
         num_fused_attention=log.num_fused_attention,
         num_fp8_products=log.num_fp8_products,
         build_seconds=round(seconds, 1),

@@ -51,6 +51,8 @@ class BuildLog:
     layers: list[LayerInfo] = field(default_factory=list)
     nbytes: dict[str, int] = field(default_factory=dict)
     """Activation and Weights memory."""
+    num_attention: int = 0
+    """Attentions of the network, fused or not."""
     interrupted: bool = False
     """Ctrl-C was pressed; the builder stops after its next step."""
 
@@ -133,6 +135,7 @@ def _build(
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise ForcingKvError(f"{path.name}: {options.backend} cannot parse it: {'; '.join(errors)}")
+    log.num_attention = _allow_unfused_attention(trt, network)
     stripped = mark_stripped(network, path) if options.strip_weights else {}
     with _polygraphy(options) as polygraphy:
 
@@ -153,6 +156,21 @@ def _build(
                 f"{options.target or 'this GPU'}: {said}"
             ) from error
     return BuiltPlan(bytes(plan), log, stripped)
+
+
+def _allow_unfused_attention(trt: Any, network: Any) -> int:
+    """Let the builder split an attention that it has no fused kernel for, and count all of them.
+
+    Without it the build fails: TensorRT-RTX 1.7.1 has none for a single head of few tokens. The
+    record tells how many were fused.
+    """
+    count = 0
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # It comes as the base class.
+            layer.attention.decomposable = True
+            count += 1
+    return count
 
 
 def _create_config(

@@ -39,6 +39,8 @@ class EngineDetail:
     scratch_nbytes: Count | None = None
     """None where the builder does not tell (Torch-TensorRT)."""
     num_layers: Count = 0
+    num_attention: Count = 0
+    """Attentions of the network; those that are not fused keep all scores in memory."""
     num_fused_attention: Count = 0
     num_fp8_products: Count = 0
     build_seconds: Seconds = 0.0

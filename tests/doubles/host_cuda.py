@@ -246,7 +246,7 @@ class HostEngine:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # As the runtime takes them, so that results can be compared bit by bit.
-        for graph, info in {**manifest.graphs, **manifest.onnxruntime}.items():
+        for graph, info in {**manifest.graphs, **getattr(manifest, "onnxruntime", {})}.items():
             if graph not in self.shared["sessions"]:
                 self.shared["sessions"][graph] = ort.InferenceSession(
                     str(bundle / info.file), options, providers=["CPUExecutionProvider"]

@@ -207,7 +207,7 @@ def test_a_stripped_build_records_where_its_weights_are(half_bundle, monkeypatch
     monkeypatch.setattr(build, "build_plan", build_plan)
     before = read_manifest(half_bundle).engines
     record, _ = build.run_build(plan_build(half_bundle, STRIPPED, force=True))
-    assert set(wanted) == {"prompt", "step", "evict"}
+    assert set(wanted) == {"prompt", "step", "step_steady", "evict"}
     for name, contents in wanted.items():
         file = f"{record.folder}/{name}.weights.json"
         table = parse_table((half_bundle / file).read_bytes(), half_bundle / file)

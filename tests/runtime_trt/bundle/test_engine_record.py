@@ -18,7 +18,8 @@ def part(folder, **more):
     graph = {"file": f"{folder}/step.plan", "sha256": AB, "inputs": [PORT], "outputs": []}
     detail = {
         "inputs_sha256": "cd", "nbytes": 3, "weight_nbytes": 2, "scratch_nbytes": None,
-        "num_layers": 4, "num_fused_attention": 1, "num_fp8_products": 0, "build_seconds": 0.5,
+        "num_layers": 4, "num_attention": 2, "num_fused_attention": 1,
+        "num_fp8_products": 0, "build_seconds": 0.5,
     }  # fmt: skip
     return {
         "folder": folder, **more, "build_seconds": 1.5, "files": {f"{folder}/step.plan": AB},

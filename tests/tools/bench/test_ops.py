@@ -71,7 +71,7 @@ def test_heads_folded_into_the_batch_are_variable_length_attention(case):
 def test_every_baseline_is_judged_and_a_wrong_one_fails():
     inputs = CASE.build(torch.float32)
     names = [baseline.name for baseline in baselines(CASE, inputs)]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 11
     baseline = Baseline("wrong", CASE, inputs, lambda: lambda: torch.zeros(20, 5, 32))
     assert not all(error.passed for error in baseline_errors(baseline, baseline.prepare()()))
 

@@ -89,7 +89,7 @@ def test_inspect_shows_the_cache_of_every_layer(run_fkv, digits_bundle):
     done = run_fkv("inspect", digits_bundle, "--json")
     assert done.code == 0, done.err
     manifest = json.loads(done.out)
-    assert set(manifest["graphs"]) == {"prompt", "step", "evict"}
+    assert set(manifest["graphs"]) == {"prompt", "step", "step_steady", "evict"}
     # Layer 0: 5 heads of 4 frames; then (static 4 + dynamic 5 frames), all static, all dynamic.
     frames = 5 * 4 + (2 * 4 + 3 * 5) + 5 * 4 + 5 * 5
     assert manifest["nbytes_kv"] == 2 * frames * 16 * 32 * 4

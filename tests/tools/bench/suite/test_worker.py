@@ -87,7 +87,7 @@ def test_fastest_tactics_are_kept_for_the_items_after(device, tmp_path, monkeypa
     assert {entry["op"]: entry["tactic"] for entry in entries}["FkQkNormRope"] == "rows1"
     monkeypatch.setattr(tuning, "_added", {})
     tuning.add_table(tmp_path / worker.TACTICS)
-    assert len(tuning._added) == 4
+    assert len(tuning._added) == 5
 
 
 def test_tactic_that_does_not_compile_costs_its_own_row_alone(device, tmp_path):
@@ -144,7 +144,7 @@ def test_baseline_that_fails_in_any_way_costs_its_own_row(device, tmp_path, monk
     *rows, last = worker._ops(OPS, tmp_path, "abc")
     failed = [row for row in rows if row.status == "failed"]
     assert [row.error for row in failed] == ["the compiler is confused"] * 4
-    assert (last.kind, last.status, len(last.metrics)) == ("tactics", "ok", 4)
+    assert (last.kind, last.status, len(last.metrics)) == ("tactics", "ok", 5)
 
 
 def test_checks_count_kernels_and_name_the_wrong_one(device):
