@@ -18,7 +18,10 @@ from forcing_kv.tools.bench.workloads import Workload
 _PRODUCT = ("inductor", "onnxruntime")
 """Subjects that are opened from a bundle."""
 _ROOT = Path(__file__).resolve().parents[3]
-_PACKAGES = ("runtime_trt", "plugins", "export", "calibration", "tools")
+_MADE_BY = (
+    "runtime_trt", "plugins", "export", "tools/bench/pytorch", "tools/bench/true_shapes",
+)  # fmt: skip
+"""Folders of the source that bundles and references are made by."""
 
 
 def place_of(folder: Path, work: Workload) -> Path:
@@ -36,10 +39,10 @@ def place_of(folder: Path, work: Workload) -> Path:
 
 @cache
 def _source_digest() -> str:
-    """Hash of this project's source."""
+    """Hash of the source that makes what is kept."""
     found = hashlib.sha256()
-    for package in _PACKAGES:
-        for file in sorted((_ROOT / package).rglob("*.py")):
+    for folder in _MADE_BY:
+        for file in sorted((_ROOT / folder).rglob("*.py")):
             found.update(file.read_bytes())
     return found.hexdigest()
 
