@@ -128,6 +128,22 @@ def step_flops(config: RolloutConfig, history: Sequence[History]) -> StepFlops:
     )
 
 
+def clean_flops(config: RolloutConfig, history: History) -> float:
+    """FLOPs of a clean pass that ends at the last layer's keys and values.
+
+    The embedding of the time is not counted: it is one row, and may come from a table.
+    """
+    flops, layers = step_flops(config, [history]), config.model.num_layers
+    last, own = config.layouts[-1], config.chunk.num_frames
+    frames = sum(group.num_heads * (history[group.kind] + own) for group in last.groups)
+    keys = frames * config.chunk.tokens_per_frame
+    uncut = sum(vars(flops).values()) - flops.time_embedding
+    attention = 4 * config.chunk.num_tokens * keys * config.model.head_dim
+    # Queries and output; keys and values are what is wanted.
+    ends = (flops.projections / 2, flops.text_projections, flops.text_attention, flops.feed_forward)
+    return uncut - attention - sum(ends) / layers - flops.patches / 2
+
+
 def attended_keys(config: RolloutConfig, history: Sequence[History]) -> float:
     """Keys that all heads of all layers attend to, the mean over chunks with these histories."""
     return fmean(head_frames(config, each) for each in history) * config.chunk.tokens_per_frame

@@ -98,5 +98,14 @@ class SuiteOptions:
     """Measure again what is there."""
     commit: str | None = None
     """Commit to record, where there is no git checkout."""
+    layers: PositiveInt | None = None
+    """Layers of wan-1.3b on a CPU, at its true width, heads and lengths. Default: 2."""
+    rounds: PositiveInt = 2
+    """How often each is measured there."""
+    size: tuple[str, ...] = ()
+    """480p, 720p, 1080p, pixels: 832x480px, or latent rows x columns, there; repeat it. Default:
+    the three."""
+    dtype: tuple[DType, ...] = ()
+    """What is computed in there; repeat it. Default: float32, and bfloat16 where the CPU has it."""
     gpu: Annotated[str | None, Computed] = None
     """Name of this machine's GPU: what another one has measured is not done here."""

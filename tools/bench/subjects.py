@@ -97,7 +97,10 @@ def _torch(style: str, *, compiled: bool = False, graph: bool = False, qkv: bool
         from forcing_kv.tools.bench.pytorch.options import TorchOptions
 
         mode = (AUTOTUNE if device == "cuda" else "default") if compiled else None
-        options = TorchOptions(style, mode, graph, FusionOptions(qkv=qkv))  # type: ignore[arg-type]
+        # PyTorch's own attention is what a CPU has; on CUDA one kernel of ours serves every chunk.
+        steady = style == "operators" and device == "cpu" and not compiled
+        fusion = FusionOptions(qkv=qkv)
+        options = TorchOptions(style, mode, graph, fusion, steady)  # type: ignore[arg-type]
         with clock("weights"):
             model = workload.load(device)
         with clock("open"):

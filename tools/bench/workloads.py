@@ -34,6 +34,7 @@ SPREAD_SEED = 20260509
 """Seed of the spread of static heads over layers."""
 
 MODELS = ("wan-1.3b", "digits")
+MIN_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,33 @@ def step_work(config: RolloutConfig, *, fp8: bool = False) -> StepWork:
 
 
 def workload(
-    model: str, size: str, policy: PolicyName, dtype: DType, *, fp8: bool = False
+    model: str,
+    size: str,
+    policy: PolicyName,
+    dtype: DType,
+    *,
+    fp8: bool = False,
+    layers: int | None = None,
 ) -> Workload:
     """Look up a workload.
 
+    Args:
+        layers: of wan-1.3b, at its true width (`few_layers`); None for all.
+
     Raises:
-        InputError: no such model, size or policy, or FP8 in float32.
+        InputError: no such model, size or policy, FP8 in float32, or layers of another model.
     """
     if fp8:
         check_fp8_dtype(dtype)
-        return with_fp8(workload(model, size, policy, dtype))
+        return with_fp8(workload(model, size, policy, dtype, layers=layers))
     if policy not in ("forcing-kv", "dense"):
         raise unknown_name("policy", policy, ("forcing-kv", "dense"))
     if model == "wan-1.3b":
-        return _wan(size, policy, dtype)
+        return _wan(size, policy, dtype, layers)
     if model != "digits":
         raise unknown_name("model", model, MODELS)
+    if layers is not None:
+        raise InputError("--layers is for wan-1.3b; the digits model has its own")
     if size != "native":
         raise InputError(f"the digits model has one size, native; found {size!r}")
     return _digits(policy, dtype)
@@ -181,14 +193,40 @@ def _policy(
     return dense, HeadPartition.uniform(layers, partition.num_heads, static=True)
 
 
-def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
+def model_name(model: str, layers: int | None) -> str:
+    """What rows call a model of so many layers."""
+    return model if layers is None else f"{model}-{layers}-layers"
+
+
+def few_layers(layers: int) -> tuple[ModelShape, CachePolicy, HeadPartition]:
+    """Wan2.1-1.3B's width with few layers, whose heads attend to as much as those of all 30.
+
+    Static heads have the published share. Layer 0 is compressed as the others are: of 30 layers the
+    uncompressed one is a thirtieth of the work, of two it would be half.
+
+    Raises:
+        InputError: fewer layers than a selection needs, or more than the model has.
+    """
+    if not MIN_LAYERS <= layers <= WAN_1_3B.num_layers:
+        raise InputError(
+            f"--layers is {layers}; give {MIN_LAYERS} (layer 1 selects the segments) to "
+            f"{WAN_1_3B.num_layers}"
+        )
+    if layers == WAN_1_3B.num_layers:
+        policy, share = CachePolicy(), 1.0
+    else:
+        policy, share = CachePolicy(compress_first_layer=True), layers / WAN_1_3B.num_layers
+    shape = replace(WAN_1_3B, num_layers=layers)
+    num_static = round(share * PUBLISHED_STATIC_HEADS["self-forcing-1.3b"])
+    return shape, policy, spread_partition(shape, num_static, SPREAD_SEED)
+
+
+def _wan(size: str, policy: PolicyName, dtype: DType, layers: int | None) -> Workload:
     latent_size = parse_latent_size("--size", size)
     check_latent_size(latent_size, WAN_1_3B.patch_size, CachePolicy.num_segments)
     chunk = ChunkShape(3, *latent_size)
-    partition = spread_partition(WAN_1_3B, PUBLISHED_STATIC_HEADS["self-forcing-1.3b"], SPREAD_SEED)
-    config = RolloutConfig(
-        WAN_1_3B, chunk, *_policy(policy, CachePolicy(), partition, chunk), Schedule(), dtype
-    )
+    shape, own, partition = few_layers(WAN_1_3B.num_layers if layers is None else layers)
+    config = RolloutConfig(shape, chunk, *_policy(policy, own, partition, chunk), Schedule(), dtype)
 
     def decoders(device: str) -> Iterable[PixelDecoder]:
         from forcing_kv.tools.bench.pixel_decoders import random_decoders
@@ -196,9 +234,14 @@ def _wan(size: str, policy: PolicyName, dtype: DType) -> Workload:
         return random_decoders(WAN_1_3B.in_channels, latent_size, device)
 
     return Workload(
-        "wan-1.3b", size, policy, config, random_wan, lambda: random_prompt(WAN_1_3B),
+        model_name("wan-1.3b", layers),
+        size,
+        policy,
+        config,
+        lambda device: random_wan(device, shape),
+        lambda: random_prompt(shape),
         decoders=decoders,
-    )  # fmt: skip
+    )
 
 
 def random_prompt(shape: ModelShape, num_text: int = 40, seed: int = 7) -> NDArray[np.float32]:

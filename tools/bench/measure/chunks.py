@@ -20,14 +20,15 @@ class Chunks:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._noises = [_noise(session, index) for index in range(NUM_NOISES)]
+        self._noises = [draw_chunk_noise(session, index) for index in range(NUM_NOISES)]
 
     def generate(self, index: int) -> Chunk:
         """The next chunk, from the noise that is `index`'s turn."""
         return self.session.generate_chunk(*self._noises[index % NUM_NOISES])
 
 
-def _noise(session: Session, index: int) -> tuple[Any, Any]:
+def draw_chunk_noise(session: Session, index: int) -> tuple[Any, Any]:
+    """Initial noise [F, C, h, w] and re-noise [n - 1, F, C, h, w]."""
     shape, draws = session.config.latent_shape, session.config.schedule.num_steps - 1
     eps = [draw_noise(MEASURE_SEED, index, draw + 1, shape) for draw in range(draws)]
     drawn = np.stack(eps) if eps else np.zeros((0, *shape), np.float32)

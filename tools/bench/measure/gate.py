@@ -13,7 +13,7 @@ the port against float32 there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.arrays import read_arrays
 from forcing_kv.runtime_trt.bundle.atomic.files import replaced_file
+from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.ports import port_name, split_name
@@ -50,6 +51,37 @@ class RolloutResult:
     """By chunk that selected."""
     kept: Mapping[int, NDArray[np.int32]]
 
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> RolloutResult:
+        """From the chunks themselves."""
+        made = list(chunks)
+        return cls(
+            np.stack([chunk.latents for chunk in made]),
+            {chunk.index: chunk.scores for chunk in made if chunk.scores is not None},
+            {chunk.index: chunk.kept for chunk in made if chunk.kept is not None},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all; missing folders are made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"latents": self.latents}
+        arrays |= {port_name("scores", i): scores for i, scores in self.scores.items()}
+        arrays |= {port_name("kept", i): kept for i, kept in self.kept.items()}
+        with replaced_file(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> RolloutResult:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: it is something else.
+        """
+        data = read_arrays(path, "reference rollout", _REMEDY)
+        if "latents" not in data:
+            raise InputError(f"{path}: holds {list(data)} and no latents; {_REMEDY}")
+        return cls(data["latents"], _numbered(data, "scores"), _numbered(data, "kept"))
+
 
 @dataclass(frozen=True)
 class GateResult:
@@ -71,12 +103,7 @@ class GateResult:
 def roll_out(session: Session, prompt: NDArray[np.float32], num_chunks: int) -> RolloutResult:
     """Generate from the gate's seed; the session must be fresh or reset."""
     session.set_prompt(prompt)
-    chunks = list(session.stream(num_chunks, seed=GATE_SEED))
-    return RolloutResult(
-        np.stack([chunk.latents for chunk in chunks]),
-        {chunk.index: chunk.scores for chunk in chunks if chunk.scores is not None},
-        {chunk.index: chunk.kept for chunk in chunks if chunk.kept is not None},
-    )
+    return RolloutResult.of(session.stream(num_chunks, seed=GATE_SEED))
 
 
 @dataclass
@@ -135,17 +162,8 @@ class References:
         """The rollout in `dtype`, with `forced` segments in place of its own selection."""
         path = self.folder / f"{self._key(dtype, forced)}.npz"
         if not path.is_file():
-            made = self._make(dtype, forced)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            arrays: dict[str, Any] = {"latents": made.latents}
-            arrays |= {port_name("scores", i): scores for i, scores in made.scores.items()}
-            arrays |= {port_name("kept", i): kept for i, kept in made.kept.items()}
-            with replaced_file(path) as file:
-                np.savez(file, **arrays)
-        data = read_arrays(path, "reference rollout", _REMEDY)
-        if "latents" not in data:
-            raise InputError(f"{path}: holds {list(data)} and no latents; {_REMEDY}")
-        return RolloutResult(data["latents"], _numbered(data, "scores"), _numbered(data, "kept"))
+            self._make(dtype, forced).save(path)
+        return RolloutResult.load(path)
 
     def _key(self, dtype: DType, forced: Kept | None) -> str:
         work, config = self.workload, replace(self.workload.config, dtype=dtype)
@@ -182,16 +200,14 @@ def check(found: RolloutResult, references: References) -> GateResult:
         return _check_same_dtype(found, references, references.scale.port_errors())
     dtype = references.dtype
     exact = references.get("float32")
-    verdict = _first_verdict(found, exact)
+    verdict = first_verdict(found, exact)
     # What selected in other chunks follows no choice of it: the comparison goes its own way.
     forced = dict(found.kept) if verdict in ("equal", "within rounding") else None
     if verdict == "within rounding":
         exact = references.get("float32", forced)
     # Same-dtype eager follows the subject's segments too: only arithmetic is compared.
     eager = exact if dtype == "float32" else references.get(dtype, forced)
-    if verdict == "within rounding" and not _is_excused(
-        found, exact, 2 * score_error(eager, exact)
-    ):
+    if verdict == "within rounding" and not is_excused(found, exact, 2 * score_error(eager, exact)):
         verdict = "different"
     error, eager_error = (references.error(made, exact) for made in (found, eager))
     bound = FLOAT32_BOUND if dtype == "float32" else ERROR_RATIO * eager_error
@@ -204,18 +220,18 @@ def _check_same_dtype(
 ) -> GateResult:
     port_error, rounding = port_errors
     port = references.get(references.dtype)
-    verdict = _first_verdict(found, port)
+    verdict = first_verdict(found, port)
     if verdict == "within rounding":
         port = references.get(references.dtype, dict(found.kept))
         # Both are off by the dtype's rounding here.
-        if not _is_excused(found, port, 4 * rounding):
+        if not is_excused(found, port, 4 * rounding):
             verdict = "different"
     error, bound = references.error(found, port), ERROR_RATIO * port_error
     passed = bool(np.isfinite(error)) and error <= bound and verdict != "different"
     return GateResult(passed, len(found.latents), error, port_error, bound, verdict, "same dtype")
 
 
-def _first_verdict(found: RolloutResult, reference: RolloutResult) -> Verdict:
+def first_verdict(found: RolloutResult, reference: RolloutResult) -> Verdict:
     """Before scores are looked at: other segments may be an affair of rounding."""
     if found.kept.keys() != reference.kept.keys():
         return "different"
@@ -225,7 +241,7 @@ def _first_verdict(found: RolloutResult, reference: RolloutResult) -> Verdict:
     return "equal" if same else "within rounding"
 
 
-def _is_excused(found: RolloutResult, reference: RolloutResult, margin: float) -> bool:
+def is_excused(found: RolloutResult, reference: RolloutResult, margin: float) -> bool:
     """Whether every wrong choice is between scores of the reference that differ by no more."""
     for chunk, kept in found.kept.items():
         scores = reference.scores[chunk].astype(np.float64).ravel()

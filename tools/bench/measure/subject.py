@@ -48,10 +48,13 @@ def measure(subject: Subject, workload: Workload, options: MeasureOptions) -> It
             made.append(row)
             yield row
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        place = traceback.format_exc(limit=-3)
-        message = f"{message[:2000]}\n{_without_paths(place)}"
-        yield replace(blank, kind=failed_kind(made), status="failed", error=message)
+        yield replace(blank, kind=failed_kind(made), status="failed", error=error_text(error))
+
+
+def error_text(error: Exception) -> str:
+    """What a row says of an error that is being handled."""
+    place = traceback.format_exc(limit=-3)
+    return f"{f'{type(error).__name__}: {error}'[:2000]}\n{_without_paths(place)}"
 
 
 def _without_paths(text: str) -> str:

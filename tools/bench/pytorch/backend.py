@@ -196,6 +196,8 @@ class TorchBackend(StepwiseBackend):
 
     def _is_steady(self, plan: ChunkPlan) -> bool:
         """Whether every later chunk sees as many rows; only those are worth compiling for."""
+        if self._options.steady_form:
+            return plan.steady
         if self._history is None:
             return True
         return plan.index >= self._first_steady

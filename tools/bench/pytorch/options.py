@@ -42,6 +42,8 @@ class TorchOptions:
     """Capture and replay the parts of a chunk."""
     fusion: FusionOptions = PLAIN
     """Fusions of the exported graph; `operators` alone, q, k and v alone."""
+    steady_form: bool = False
+    """Steady chunks by the graph's steady form; `operators` alone."""
 
     def passes(
         self, model: CausalWanModel, config: RolloutConfig, past: History | Pools
@@ -57,11 +59,18 @@ class TorchOptions:
         if isinstance(past, dict):
             if self.fusion.qkv:
                 fuse_qkv_(model)
-            step = StepGraph(model, config, fusion=self.fusion)
-            module = OperatorPass(step.to(model.patch_embedding.weight.device), past)
+            module = self._operator_pass(model, config, past)
+            if self.steady_form:
+                return module, self._operator_pass(model, config, past, steady=True)
         else:
             module = BaselinePass(model, config, past)
         eager: Any = module
         if self.compile_mode is None:
             return eager, eager
         return eager, compiled(module, self.compile_mode)
+
+    def _operator_pass(
+        self, model: CausalWanModel, config: RolloutConfig, pools: Pools, *, steady: bool = False
+    ) -> OperatorPass:
+        step = StepGraph(model, config, fusion=self.fusion, steady=steady)
+        return OperatorPass(step.to(model.patch_embedding.weight.device), pools)

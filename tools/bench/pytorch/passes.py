@@ -102,8 +102,9 @@ class OperatorPass(nn.Module):
         cross_k: Sequence[Tensor], cross_v: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Rows, Rows]:  # fmt: skip
         """See `Pass`."""
+        lengths = () if self._step.steady else (hist_len, new_len)
         outputs = self._step(
-            x, eps, time, sigma, next_sigma, rope_cos, rope_sin, hist_len, new_len,
+            x, eps, time, sigma, next_sigma, rope_cos, rope_sin, *lengths,
             self._pools["k"], self._pools["v"], cross_k, cross_v,
         )  # fmt: skip
         x0, x_next, new_k, new_v = outputs

@@ -30,7 +30,7 @@ def draw_charts(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 def _fps_chart(rows: Sequence[Row], path: Path) -> Path:
     chunks = [row for row in rows if row.kind == "chunk"]
-    figure, axes = _figure(7, 0.9 + 0.4 * len(chunks))
+    figure, axes = new_figure(7, 0.9 + 0.4 * len(chunks))
     axes.barh([row.subject for row in chunks], [r.metrics["denoiser_fps"] for r in chunks])
     axes.invert_yaxis()
     axes.set_xlabel("denoiser FPS (steps + clean pass + eviction + commit)")
@@ -42,13 +42,13 @@ def _fps_chart(rows: Sequence[Row], path: Path) -> Path:
         axes.text(fps, place, label, va="center")
     # Room for the longest bar's label.
     axes.set_xlim(right=1.35 * max(row.metrics["denoiser_fps"] for row in chunks))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _latency_chart(rows: Sequence[Row], path: Path) -> Path:
     from matplotlib import colormaps
 
-    figure, axes = _figure(9, 3.5)
+    figure, axes = new_figure(9, 3.5)
     colours: Any = colormaps["tab20"]
     axes.set_prop_cycle(color=colours.colors)
     for row in rows:
@@ -58,10 +58,11 @@ def _latency_chart(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("ms a chunk, denoiser")
     axes.set_title(rows[0].label)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, and its only axes."""
     # A figure made without pyplot needs no display and leaves no global state behind.
     from matplotlib.figure import Figure
 
@@ -69,7 +70,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG; returns its path."""
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path

@@ -142,6 +142,7 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
         "dtype": config.dtype,
         "fp8": workload.fp8,
         "latent_shape": list(config.latent_shape),
+        "num_layers": config.model.num_layers,
         "tokens_per_frame": config.chunk.tokens_per_frame,
         "num_steps": config.schedule.num_steps,
         "pixel_frames_per_chunk": workload.pixel_frames,

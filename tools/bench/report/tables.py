@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from forcing_kv.tools.bench.report.charts import draw_charts
 from forcing_kv.tools.bench.report.rows import Row
+from forcing_kv.tools.bench.report.true_shapes import (
+    NOTE,
+    case_tables,
+    draw_speed_ups,
+    is_case,
+    terminal_tables,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 BASELINE = "eager-dense"
 """The table's speed-up is against this subject on the same workload size and machine."""
@@ -54,7 +61,7 @@ def cells(rows: Sequence[Row]) -> Iterable[Cells]:
         if row.kind == "chunk" and row.subject == BASELINE and row.status == "ok"
     }
     for row in rows:
-        if row.kind == "ops":
+        if row.kind == "ops" or is_case(row):
             continue
         if row.status != "ok":
             yield [row.label, row.subject, row.status, *[""] * (len(_HEADER) - 3)]
@@ -181,8 +188,9 @@ def _growth(row: Row | None) -> str:
     return f"{row.metrics['growth']:.3f}x over {row.run['num_chunks']} chunks"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row]) -> RenderableType:
     """Rows for a terminal: denoiser numbers where there are any, else the metrics themselves."""
+    from rich.console import Group
     from rich.table import Column, Table
 
     chosen = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12)
@@ -195,6 +203,8 @@ def table(rows: Sequence[Row]) -> Table:
             for line in (line for line in lines if line[0] == label):
                 made.add_row(*(line[i] for i in chosen))
         return made
+    if any(is_case(row) for row in rows):
+        return Group(*terminal_tables(rows))
     made = Table("workload", "subject", "kind", "metrics")
     for row in rows:
         shown = {k: v for k, v in row.metrics.items() if not isinstance(v, list)}
@@ -206,14 +216,20 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write `report.md` and its charts; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     charts = list(draw_charts(latest(rows), folder))
-    lines = _markdown([list(_HEADER), *cells(rows)])
+    charts += draw_speed_ups(rows, folder)
     failed = [f"- {row.subject} ({row.label}): {_reason(row)}"
               for row in latest(rows) if row.status != "ok"]  # fmt: skip
-    text = ["# Benchmark report", "", *_environments(rows), "", *lines, ""]
-    text += [_SPEED_UP, ""]
-    more = [list(_MORE_HEADER), *more_cells(rows)]
-    for found in (more, *ratios(rows), *op_tables(rows)):
+    text = ["# Benchmark report", "", *_environments(rows), ""]
+    lines = list(cells(rows))
+    if lines:
+        text += [*_markdown([list(_HEADER), *lines]), "", _SPEED_UP, ""]
+        text += [*_markdown([list(_MORE_HEADER), *more_cells(rows)]), ""]
+    for found in (*ratios(rows), *op_tables(rows)):
         text += [*_markdown(found), ""]
+    if any(is_case(row) for row in rows):
+        text += ["## At true shapes on a CPU", "", NOTE, ""]
+    for title, found in case_tables(rows):
+        text += [f"**{title}**", "", *_markdown(found), ""]
     text += [f"![{chart.stem}]({chart.name})" for chart in charts]
     if failed:
         text += ["", "## Without a number", "", *failed]

@@ -10,7 +10,8 @@ from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.measure.options import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.subjects import SUBJECTS
-from forcing_kv.tools.bench.workloads import Workload, step_work, workload
+from forcing_kv.tools.bench.true_shapes.cases import Case, case_flop
+from forcing_kv.tools.bench.workloads import Workload, model_name, step_work, workload
 
 Kind = Literal["subject", "checks", "ops"]
 
@@ -38,11 +39,28 @@ class SuiteItem:
     """Longest time of measuring alone."""
     timeout_s: float = 560.0
     """Longest time of the item."""
+    layers: int | None = None
+    """Layers of the model; None for all."""
+    case: Case | None = None
+    """What is run at true shapes on a CPU, once."""
+    round: int = 0
+    """How often this was measured before."""
 
     @property
     def name(self) -> str:
         """How `--only` finds it."""
+        if self.case is not None:
+            return f"{self.size}/{self.dtype}/{self.case}/{self.subject}/{self.round}"
         return f"{self.size}/{self.subject}"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a row says of the item that it is of."""
+        name = model_name(self.model, self.layers)
+        return (
+            self.subject, self.device, name, self.size, self.dtype, self.num_chunks, self.case,
+            self.round,
+        )  # fmt: skip
 
     @property
     def workload(self) -> Workload:
@@ -50,7 +68,25 @@ class SuiteItem:
         if self.kind != "subject":
             return workload(self.model, self.size, "forcing-kv", self.dtype)
         subject = SUBJECTS[self.subject]
-        return workload(self.model, self.size, subject.policy, self.dtype, fp8=subject.fp8)
+        return workload(
+            self.model, self.size, subject.policy, self.dtype, fp8=subject.fp8, layers=self.layers
+        )
+
+    @property
+    def small_workload(self) -> Workload:
+        """The same at a size that takes no time, for gates."""
+        return replace(self, size=_SMALL_SIZE).workload
+
+    @property
+    def predicted_case_s(self) -> float:
+        """Seconds that a case may take on one core, the building in the first round included."""
+        assert self.case is not None, "it has one"
+        gflop = case_flop(self.workload.config, self.case) / 1e9
+        seconds = _CPU_SETUP_S + gflop / _CPU_GFLOPS[self.dtype]
+        return seconds + (_CPU_BUILD_S.get(self.subject, 0.0) if self.round == 0 else 0.0)
+
+
+_SMALL_SIZE = "8x12"
 
 
 _PRODUCT = "inductor-no-autotune"
@@ -71,7 +107,7 @@ _THEN = (
 )  # fmt: skip
 
 
-_SUITE_MODELS = {"cuda": ("wan-1.3b",), "cpu": ("digits",)}
+_SUITE_MODELS = {"cuda": ("wan-1.3b",), "cpu": ("digits", "wan-1.3b")}
 
 
 def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
@@ -87,6 +123,7 @@ def suite_items(device: str, model: str) -> tuple[SuiteItem, ...]:
             f"{model}; `fkv bench chunk` measures any model on its own"
         )
     if device == "cpu":
+        assert model == "digits", "true shapes have items of their own"
         return _small_items(model)
 
     def at_480p(subject: str) -> SuiteItem:
@@ -135,6 +172,9 @@ _PORT_RATE = 300
 _SETUP_S = 20.0
 _FILLING = 0.65
 """Work of a chunk while the window fills, over that of a steady one."""
+_CPU_GFLOPS = {"float32": 85, "bfloat16": 120, "float16": 85}
+_CPU_SETUP_S = 25.0
+_CPU_BUILD_S = {"inductor": 160.0, "onnxruntime": 40.0}
 _BUILD_S = {
     "inductor": 280,
     "inductor-no-graph": 280,
@@ -147,10 +187,14 @@ _BUILD_S = {
 def predict(items: Sequence[SuiteItem]) -> Iterator[tuple[SuiteItem, float]]:
     """Items with the seconds that each may take on an H200, references made by the first of them.
 
-    A guess from the roofline and assumed rates; 0 for items on a CPU.
+    A guess from the roofline and assumed rates; at true shapes the seconds on one core of a CPU, 0
+    for other items on a CPU.
     """
     made: set[tuple[object, ...]] = set()
     for item in items:
+        if item.case is not None:
+            yield item, item.predicted_case_s
+            continue
         if item.device == "cpu":
             yield item, 0.0
             continue

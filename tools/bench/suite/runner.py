@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from time import monotonic, perf_counter
+from typing import get_args
 
 from forcing_kv.runtime_trt.bundle.atomic.places import without_links
 from forcing_kv.runtime_trt.errors import InputError
@@ -30,6 +31,7 @@ from forcing_kv.tools.bench.report.rows import (
     read_rows,
 )
 from forcing_kv.tools.bench.suite.items import SuiteItem, predict
+from forcing_kv.tools.bench.true_shapes.cases import Case
 
 _WORKER = "forcing_kv.tools.bench.suite.worker"
 
@@ -62,23 +64,19 @@ def selected(items: Sequence[SuiteItem], options: SuiteOptions) -> list[SuiteIte
             cut.add(key)
         elif row.status != "ok":
             failed.add(key)
-    left = [item for item in asked if _item_key(item) not in done]
-    return sorted(left, key=lambda item: _item_key(item) in failed)
+    left = [item for item in asked if item.key not in done]
+    return sorted(left, key=lambda item: item.key in failed)
 
 
-_LAST_KINDS = ("rollout", "checks", "tactics")
+_LAST_KINDS = ("rollout", "checks", "tactics", *get_args(Case))
 """Kind of the row that says that an item is done."""
-
-
-def _item_key(item: SuiteItem) -> tuple[object, ...]:
-    return item.subject, item.device, item.model, item.size, item.dtype, item.num_chunks
 
 
 def _row_key(row: Row) -> tuple[object, ...]:
     work = row.workload
     return (
         row.subject, row.environment["device"], work["model"], work["size"], work["dtype"],
-        row.run.get("asked_chunks"),
+        row.run.get("asked_chunks"), row.run.get("case"), row.run.get("round", 0),
     )  # fmt: skip
 
 
@@ -114,7 +112,7 @@ def run_suite(
             error = f"not finished after {limit:.0f} s{', the rest of the budget' * cut_off}"
         rows = list(read_rows(options.out))[before:]
         if error is not None:
-            row = _failed_row(item, options, failed_kind(rows), error)
+            row = _failed_row(item, options, item.case or failed_kind(rows), error)
             if cut_off:
                 row = replace(row, run={**row.run, "cut_off": True})
             append_row(options.out, row)
@@ -124,6 +122,7 @@ def run_suite(
         yield from rows
 
 
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 GRACE_S = 5.0
 """Time that a process has to end by itself."""
 MIN_ITEM_S = 45.0
@@ -147,7 +146,8 @@ def _run_item(item: SuiteItem, options: SuiteOptions, timeout_s: float) -> str |
     command = [sys.executable, "-m", _WORKER, json.dumps(request)]
     with tempfile.TemporaryFile() as log:
         # A group of its own: a compiler's workers end with it.
-        process = subprocess.Popen(command, stderr=log, env=_environment(options), process_group=0)
+        environment = _environment(options) | (_ONE_THREAD if item.case else {})
+        process = subprocess.Popen(command, stderr=log, env=environment, process_group=0)
         try:
             code = process.wait(timeout_s)
         except BaseException:
@@ -187,5 +187,5 @@ def _failed_row(item: SuiteItem, options: SuiteOptions, kind: str, error: str) -
         describe_environment(item.device, options.commit),
         status="failed",
         error=error,
-        run={"asked_chunks": item.num_chunks},
+        run={"asked_chunks": item.num_chunks, "case": item.case, "round": item.round},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,10 @@ def main(request: str) -> None:
     folder, commit = Path(asked["folder"]), asked["commit"]
     if (folder / TACTICS).is_file():
         tuning.add_table(folder / TACTICS)
-    if item.kind == "checks":
+    rows: Iterable[Row]
+    if item.case is not None:
+        rows = [_at_true_shapes(item, folder, commit)]
+    elif item.kind == "checks":
         rows = _checks(item, commit)
     elif item.kind == "ops":
         rows = _ops(item, folder, commit)
@@ -61,6 +64,18 @@ def main(request: str) -> None:
         rows = measure(subject(item.subject), item.workload, options)
     for row in rows:
         append_row(Path(asked["out"]), row)
+
+
+def _at_true_shapes(item: SuiteItem, folder: Path, commit: str | None) -> Row:
+    """The row of a case."""
+    from forcing_kv.tools.bench.true_shapes.measure import CaseRequest, measure_case
+
+    assert item.case is not None, "it has one"
+    run = {"asked_chunks": item.num_chunks, "round": item.round}
+    asked = subject(item.subject)
+    return measure_case(
+        CaseRequest(asked, item.case, item.workload, item.small_workload, folder, run, commit)
+    )
 
 
 def _blank(item: SuiteItem, kind: str, commit: str | None) -> Row:

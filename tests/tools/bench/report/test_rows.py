@@ -115,7 +115,7 @@ def test_items_are_ordered_and_predicted():
     assert all(seconds == 0 for _, seconds in predict(suite_items("cpu", "digits")))
 
 
-@pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "wan-1.3b")])
+@pytest.mark.parametrize(("device", "model"), [("cuda", "digits"), ("cpu", "golden")])
 def test_suite_names_its_models(device, model):
     with pytest.raises(InputError, match=f"on --device {device}, not {model}"):
         suite_items(device, model)
