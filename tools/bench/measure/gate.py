@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.bundle.arrays import read_arrays
 from forcing_kv.runtime_trt.bundle.atomic.files import replaced_file
-from forcing_kv.runtime_trt.chunk import Chunk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.ports import port_name, split_name
