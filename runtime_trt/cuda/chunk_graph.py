@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -25,7 +26,7 @@ from forcing_kv.runtime_trt.backends.base import (
 )
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory
-from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture
+from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture, without_collection
 from forcing_kv.runtime_trt.cuda.chunk_program import (
     ChunkProgram,
     ChunkVariant,
@@ -84,6 +85,7 @@ class ChunkGraphBackend(Backend):
         """See `use_graphs` above; may be changed between two chunks."""
         self._waiting: list[_Pending] = []
         self._num_submitted = 0
+        self._thread = threading.local()
         scratch = max(engine.scratch_nbytes.values(), default=0)
         start = perf_counter()
         resources = ChunkResources(cuda, config, graphs, scratch, engine.close)
@@ -124,9 +126,20 @@ class ChunkGraphBackend(Backend):
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
         self._program.prompt(self._stream)
+        self._warm_thread()
+
+    def _warm_thread(self) -> None:
+        """Run what chunks are made of in this thread, if it has not; before a chunk, or on opening.
+
+        Libraries keep handles for each thread (cuBLAS) and allocate with the first, which no
+        capture allows. The next chunk writes again whatever this writes.
+        """
+        if getattr(self._thread, "warm", False):
+            return
         for run in self._chunk_graphs().values():
             run()
         self._cuda.synchronize(self._stream)
+        self._thread.warm = True
 
     def _chunk_graphs(self) -> Mapping[str, Callable[[], object]]:
         """A launch of each graph that chunks are made of, by its name."""
@@ -139,17 +152,20 @@ class ChunkGraphBackend(Backend):
         return {name: run for name, run in runs.items() if name in self._graph_infos}
 
     def _capture_expected(self) -> None:
-        # Each graph alone first: one that escapes a capture would be hidden by the others.
-        for name, run in self._chunk_graphs().items():
-            captured = self._capture(run, f"graph {name}")
-            self._cuda.destroy_executable(captured.executable)
-        for variant in expected_variants(self.config, self._graph_infos)[:MAX_PREPARED]:
-            self._captured_chunk(variant)
+        variants = expected_variants(self.config, self._graph_infos)
+        with without_collection():
+            # Each graph alone first: one that escapes a capture would be hidden by the others.
+            for name, run in self._chunk_graphs().items():
+                captured = self._capture(run, f"graph {name}")
+                self._cuda.destroy_executable(captured.executable)
+            for variant in islice(variants, MAX_PREPARED):
+                self._captured_chunk(variant)
 
     def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
         """The captured graph of a variant, captured now if it is new."""
         captured = self._resources.captured
         if variant not in captured:
+            self._warm_thread()
             chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
             captured[variant] = self._capture(chunk, f"a chunk ({variant.name})")
         return captured[variant]

@@ -3,7 +3,7 @@
 The same sequence is enqueued directly or captured once per variant and replayed. What changes from
 chunk to chunk lies in device memory; what the sequence itself depends on is a `ChunkVariant`.
 With local windows of at most F frames there are a handful: first chunk, warm-up, steady with and
-without eviction, re-encode. A dense ring of W > F frames writes other slots in every chunk and
+without eviction, re-encodes. A dense ring of W > F frames writes other slots in every chunk and
 comes back to the first pattern after at most W chunks, so it has at most W + W / F variants.
 """
 
@@ -31,7 +31,7 @@ from forcing_kv.runtime_trt.rollout.ports import (
     ports_by_name,
     steady_name,
 )
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, GroupPlan, Timeline
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, GroupPlan, every_plan
 
 Mark = Callable[[str], None]
 """Told the name of each part of a chunk when all of it is enqueued: steps, clean, evict, commit."""
@@ -83,14 +83,15 @@ class ChunkVariant:
         return f"{form}, {'with' if self.evict else 'without'} eviction"
 
 
-def expected_variants(config: RolloutConfig, graphs: Collection[str]) -> tuple[ChunkVariant, ...]:
-    """Variants that a video without prompt switches meets, in order of first use."""
+def expected_variants(config: RolloutConfig, graphs: Collection[str]) -> Iterator[ChunkVariant]:
+    """Variants that a video meets, prompt switches included; the earliest come first."""
     policy, frames = config.policy, config.chunk.num_frames
-    window = policy.num_sink_frames + policy.warmup_frames
-    timeline = Timeline(policy, frames)
-    num_chunks = policy.last_warmup_chunk + 3 + window // frames + window
-    plans = (timeline.advance() for _ in range(num_chunks))
-    return tuple(dict.fromkeys(ChunkVariant.of(plan, config, graphs) for plan in plans))
+    seen: set[ChunkVariant] = set()
+    for plan, recache in every_plan(policy, frames, switches=config.switchable):
+        variant = ChunkVariant.of(plan, config, graphs, recache=recache)
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
 
 
 @dataclass(frozen=True)
