@@ -160,6 +160,7 @@ class ChunkGraphBackend(Backend):
                 self._cuda.destroy_executable(captured.executable)
             for variant in islice(variants, MAX_PREPARED):
                 self._captured_chunk(variant)
+            self._cuda.synchronize(self._stream)  # The first chunk waits for no upload.
 
     def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
         """The captured graph of a variant, captured now if it is new."""
@@ -167,7 +168,9 @@ class ChunkGraphBackend(Backend):
         if variant not in captured:
             self._warm_thread()
             chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
-            captured[variant] = self._capture(chunk, f"a chunk ({variant.name})")
+            graph = self._capture(chunk, f"a chunk ({variant.name})")
+            captured[variant] = graph
+            graph.upload(self._cuda, self._stream)
         return captured[variant]
 
     def _capture(self, work: Callable[[], object], what: str) -> CapturedGraph:

@@ -134,7 +134,10 @@ class GraphDecodeRunner(DecodeRunner):
                 work = partial(self._enqueue, graph, current)
                 guard = self._engine.capturing(stream)
                 base, what = self.memory.base, f"graph {graph}"
-                captured[graph, current] = capture(cuda, stream, work, guard, base, what)
+                made = capture(cuda, stream, work, guard, base, what)
+                captured[graph, current] = made
+                made.upload(cuda, stream)
+                cuda.synchronize(stream)  # A capture begins on an idle stream.
 
     def _enqueue(self, graph: str, current: int) -> None:
         """Launch a graph that reads the state in set `current`.

@@ -41,6 +41,7 @@ class HostCuda:
         self.memory = {}  # address -> array
         self.pinned = {}
         self.streams, self.events, self.graphs, self.executables = {}, {}, {}, {}
+        self.uploaded = set()
         self.calls = Counter()
         self.fail_at = None  # (call name, how many calls from now on)
         self._thread = threading.local()  # .warm: what this thread has run outside captures
@@ -183,13 +184,23 @@ class HostCuda:
     def instantiate(self, graph):
         return self._create(self.executables, list(self.graphs[graph]), "instantiate")
 
+    def upload(self, executable, stream):
+        assert executable in self.executables
+        self._enqueue("upload", stream, lambda: self.uploaded.add(executable))
+
     def destroy_graph(self, graph):
         self._forbid("destroy_graph")
         del self.graphs[graph]
 
     def launch(self, executable, stream):
         nodes = self.executables[executable]
-        self._enqueue("graph", stream, lambda: [work() for _, work in nodes])
+
+        def work():
+            assert executable in self.uploaded, "the first launch of a graph had to upload it"
+            for _, node in nodes:
+                node()
+
+        self._enqueue("graph", stream, work)
 
     def destroy_executable(self, executable):
         self._forbid("destroy_executable")
