@@ -52,8 +52,10 @@ class InductorEngine:
     def __init__(self, package: InductorPackage) -> None:
         self._torch = require("torch", extra="inductor")
         self._package = package
-        # Captured allocations stay reserved for the replays as long as this engine lives.
-        self._pool = self._torch.cuda.MemPool()
+        # Captured allocations stay reserved for the replays as long as this engine lives. A pool is
+        # one of the current device, whichever it is used on.
+        with self._torch.cuda.device(package.device):
+            self._pool = self._torch.cuda.MemPool()
         self._views: dict[tuple[int, str], Tensor] = {}
 
     @property
