@@ -25,13 +25,14 @@ from forcing_kv.runtime_trt.backends.base import (
     outputs_of,
 )
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory
+from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, read_from
 from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture, without_collection
 from forcing_kv.runtime_trt.cuda.chunk_program import (
     ChunkProgram,
     ChunkVariant,
     Mark,
     expected_variants,
+    plan_memory,
     result_names,
     scalar_names,
     step_name,
@@ -43,7 +44,7 @@ from forcing_kv.runtime_trt.cuda.engine import GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import pool_ports, steady_name
+from forcing_kv.runtime_trt.rollout.ports import pool_ports, ports_by_name, steady_name
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, steady_plan
 
@@ -86,9 +87,10 @@ class ChunkGraphBackend(Backend):
         self._waiting: list[_Pending] = []
         self._num_submitted = 0
         self._thread = threading.local()
-        scratch = max(engine.scratch_nbytes.values(), default=0)
         start = perf_counter()
-        resources = ChunkResources(cuda, config, graphs, scratch, engine.close)
+        placed = engine.placed is not None
+        plan = plan_memory(config, graphs, engine.scratch_nbytes, placed=placed)
+        resources = ChunkResources(cuda, config, plan, engine.close)
         # Releases when closed, when collected as garbage and at exit, once.
         self._release = weakref.finalize(self, resources.close)
         self._resources, self._stream = resources, resources.stream
@@ -189,7 +191,11 @@ class ChunkGraphBackend(Backend):
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         self._enter()
-        return self.memory.read(self._cuda, name, self._stream)
+        if name in self.memory.plan.offsets:
+            return self.memory.read(self._cuda, name, self._stream)
+        port = ports_by_name(self._graph_infos)[name]
+        spec = BufferSpec(name, tuple(port.shape), port.dtype)
+        return read_from(self._cuda, self._program.address(name), spec, self._stream)
 
     def outputs_of(self, graph: str) -> Collection[str]:
         return outputs_of(self._graph_infos, graph)

@@ -28,6 +28,7 @@ from forcing_kv.runtime_trt.rollout.ports import (
     GraphLike,
     Part,
     kv_name,
+    kv_names,
     ports_by_name,
     steady_name,
 )
@@ -154,12 +155,20 @@ def scalar_names(graphs: Mapping[str, GraphLike]) -> tuple[str, ...]:
 
 
 def plan_memory(
-    config: RolloutConfig, graphs: Mapping[str, GraphLike], scratch_nbytes: int
+    config: RolloutConfig,
+    graphs: Mapping[str, GraphLike],
+    scratch: Mapping[str, int],
+    *,
+    placed: bool = False,
 ) -> MemoryPlan:
     """Lay out every buffer of a session.
 
+    What an eviction hands to the commit lies in the scratch, behind the eviction's own: no other
+    graph runs in between.
+
     Args:
-        scratch_nbytes: largest scratch of any graph.
+        scratch: bytes that each graph needs.
+        placed: whether the engine has memory of its own for it.
     """
     known = {
         name: BufferSpec(name, tuple(port.shape), port.dtype)
@@ -180,9 +189,14 @@ def plan_memory(
     first = [specs.pop(name) for name in ordered]
     result = sum(spec.padded_nbytes for spec in first[len(upload_names(config)) :])
     extra = [BufferSpec(name, (result,), "uint8") for name in SLOTS]
-    if scratch_nbytes:
-        extra.append(BufferSpec(SCRATCH, (scratch_nbytes,), "uint8"))
-    return MemoryPlan.of([*first, *extra, *specs.values()])
+    evicted = [specs.pop(name) for name in kv_names("dyn", config.evicted_layers)]
+    guests = [] if placed else evicted
+    start = BufferSpec(SCRATCH, (scratch.get("evict", 0),), "uint8").padded_nbytes
+    end = start + sum(spec.padded_nbytes for spec in guests)
+    if size := max(end, *scratch.values(), 0):
+        extra.append(BufferSpec(SCRATCH, (size,), "uint8"))
+    plan = MemoryPlan.of([*first, *extra, *specs.values()])
+    return plan.with_guests(SCRATCH, start, guests) if guests else plan
 
 
 class ChunkProgram:
@@ -213,6 +227,7 @@ class ChunkProgram:
             name: {info.name for info in (*graph.inputs, *graph.outputs)}
             for name, graph in graphs.items()
         }
+        self._selected: dict[str, int] = {}
         if SCRATCH in offsets:
             for bindings in self._bindings.values():
                 bindings[SCRATCH] = memory.address(SCRATCH)
@@ -251,10 +266,15 @@ class ChunkProgram:
     def evict(self, stream: int) -> None:
         """Scores, kept segments and dynamic rows from the last pass."""
         self._engine.enqueue("evict", self._bindings["evict"], stream)
+        self._selected = dict(self._engine.placed or {})
+
+    def address(self, name: str) -> int:
+        """Where a buffer lies; the rows of an eviction until the next launch of any graph."""
+        return self._selected[name] if name in self._selected else self._memory.address(name)
 
     def commit(self, stream: int, variant: ChunkVariant) -> None:
         """Copy what the next chunk sees into the pools."""
-        address = self._memory.address
+        address = self.address
         for copy in commit_copies(variant, self._config):
             self._cuda.copy_rows(
                 address(copy.target) + copy.target_offset, copy.target_pitch,

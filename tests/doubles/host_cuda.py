@@ -238,10 +238,14 @@ class HostCuda:
     def _allocate(self, table, nbytes, name):
         self._count(name)
         self._forbid(name)
-        array = np.full(nbytes + 256, 0xFF, np.uint8)
+        array = self.new_array(nbytes + 256)
         address = -(-array.ctypes.data // 256) * 256
         table[address] = array
         return address
+
+    def new_array(self, nbytes):
+        """Memory as it comes: full of NaN."""
+        return np.full(nbytes, 0xFF, np.uint8)
 
     def _check(self, address, nbytes, strict=True):
         for begin, array in (*self.memory.items(), *self.pinned.items()):
@@ -313,10 +317,13 @@ class HostEngine:
             raise RuntimeError(f"{graph} was made to fail")
         info, session = self._manifest.graphs[graph], self.shared["sessions"][graph]
         dtypes = {"float32": np.float32, "float16": np.float16, "int32": np.int32}
-        assert bindings["scratch"] % 256 == 0
+        scratch, size = bindings["scratch"], self.scratch_nbytes.get(graph, 0)
+        assert scratch % 256 == 0
+        if size:
+            self._cuda.fill(scratch, 0xFF, size, stream)  # An engine leaves anything there.
 
         def array(tensor):
-            address = bindings[tensor.name]
+            address = bindings[tensor.name] if tensor.name in bindings else self.place(tensor)
             assert address % 256 == 0, f"{tensor.name} is not aligned"
             dtype = np.dtype(dtypes[tensor.dtype])
             nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
@@ -332,8 +339,14 @@ class HostEngine:
 
         self._cuda.enqueue_kernel(stream, work, of=(id(self.shared), graph))
 
+    placed = None
+
     def capturing(self, stream):
         return nullcontext()
+
+    def place(self, tensor):
+        """Where an output goes that has no binding."""
+        raise AssertionError(f"{tensor.name} is not bound")
 
     def sibling(self):
         return HostEngine(self._cuda, self._bundle, self._manifest, self.name, self.shared)
@@ -344,3 +357,37 @@ class HostEngine:
             self.shared["users"] -= 1
             if not self.shared["users"]:
                 self.shared["sessions"].clear()
+
+
+class PlacingEngine(HostEngine):
+    """Has memory of its own for outputs that have no binding, as an engine of PyTorch does."""
+
+    ARENA_NBYTES = 1 << 16
+
+    def __init__(self, cuda, *arguments, **options):
+        super().__init__(cuda, *arguments, **options)
+        self.placed = {}
+        self._arena = cuda.malloc(self.ARENA_NBYTES)
+        self._end = self._arena
+
+    def enqueue(self, graph, bindings, stream):
+        self.placed.clear()
+        self._end = self._arena
+        self._cuda.fill(self._arena, 0xFF, self.ARENA_NBYTES, stream)
+        super().enqueue(graph, {"scratch": 0, **bindings}, stream)
+
+    @property
+    def scratch_nbytes(self):
+        return {}
+
+    def place(self, tensor):
+        self.placed[tensor.name] = address = self._end
+        nbytes = 4 * int(np.prod(tensor.shape))
+        self._end += -(-nbytes // 256) * 256
+        assert self._end <= self._arena + self.ARENA_NBYTES, "the arena is too small"
+        return address
+
+    def close(self):
+        super().close()
+        if self.closed == 1:
+            self._cuda.free(self._arena)

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda, HostEngine, PlacingEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,8 +39,8 @@ class Graphed:
     def __init__(self, bundle):
         self.bundle, self.manifest = bundle, read_manifest(bundle)
 
-    def backend(self, cuda, **options):
-        engine = HostEngine(cuda, self.bundle, self.manifest)
+    def backend(self, cuda, make=HostEngine, **options):
+        engine = make(cuda, self.bundle, self.manifest)
         return ChunkGraphBackend(
             cuda, engine, self.manifest.config, self.manifest.graphs, **options
         )
@@ -68,10 +68,12 @@ def same(found, wanted):
             np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.parametrize("make", [HostEngine, PlacingEngine], ids=["bound", "placed"])
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["captured", "enqueued"])
-def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
+def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs, make):
     cuda = HostCuda()
-    with graphed.session(cuda, use_graphs=use_graphs) as session, graphed.reference() as reference:
+    opened = graphed.session(cuda, make=make, use_graphs=use_graphs)
+    with opened as session, graphed.reference() as reference:
         for each in (session, reference):
             each.set_prompt(prompts(0))
         for _ in range(5):
@@ -87,7 +89,8 @@ def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
     assert not cuda.live
 
 
-def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
+@pytest.mark.parametrize("make", [HostEngine, PlacingEngine], ids=["bound", "placed"])
+def test_pass_by_pass_it_equals_eager(graphed, monkeypatch, make):
     from forcing_kv.export.verify.bundle import verify_bundle
 
     cleaned = []
@@ -97,7 +100,7 @@ def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
         cleaned.append(x)
         run_clean(program, stream, x, **form)
 
-    with closing(graphed.backend(HostCuda())) as backend:
+    with closing(graphed.backend(HostCuda(), make=make)) as backend:
         monkeypatch.setattr(ChunkProgram, "clean", clean)
         assert "new_k.1" in backend.outputs_of("clean")
         assert backend.num_text_rows == backend.config.model.text_len
