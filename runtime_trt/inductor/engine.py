@@ -41,7 +41,7 @@ class _DeviceArray:
 
 
 class InductorEngine:
-    """See `GraphEngine`. Results are copied to where the runtime wants them, or stay where they are.
+    """See `GraphEngine`. Results are copied to where the runtime wants them, or stay.
 
     Args:
         package: compiled graphs on a CUDA device; closed with this engine.
