@@ -246,7 +246,7 @@ def test_keys_and_values_take_a_quarter_of_the_dense_ones():
         assert sizes[policy] == cost.kv_nbytes
     compressed, dense = sizes.values()
     assert dense / 1e9 == pytest.approx(6.04, rel=PERCENT)
-    assert compressed <= 0.27 * dense
+    assert compressed <= 0.25 * dense
 
 
 @settings(max_examples=60)

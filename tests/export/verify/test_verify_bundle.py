@@ -83,7 +83,7 @@ def test_a_fault_is_found_in_its_layer(tmp_path):
 
     def faulty():
         run()
-        backend.buffers["new_v.1"][0, 0, 0] += 0.5
+        backend.buffers["new_v.1"][0, 0] += 0.5
 
     backend._graphs["step"].run = faulty
     report = verify_bundle(bundle, backend)
@@ -141,7 +141,7 @@ def test_what_an_engine_alone_makes_infinite_is_named_where_it_begins(tmp_path):
     def faulty():
         run()
         backend.buffers["new_k.0"] += 100.0
-        backend.buffers["new_v.1"][0, 0, 0] = np.inf
+        backend.buffers["new_v.1"][0, 0] = np.inf
 
     backend._graphs["step"].run = faulty
     report = verify_bundle(bundle, backend)

@@ -514,7 +514,7 @@ def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
     for part in "kv":
         for layer in layers:
             buffers[f"hist_{part}.{layer}"] = buffer(config.layouts[layer].num_rows)
-            buffers[f"new_{part}.{layer}"] = buffer(config.model.num_heads, config.chunk.num_tokens)
+            buffers[f"new_{part}.{layer}"] = buffer(config.layouts[layer].num_own_rows)
         for layer in config.evicted_layers:
             heads = config.layouts[layer].group("dynamic").num_heads
             rows = policy.num_dynamic_frames * tokens

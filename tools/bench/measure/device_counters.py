@@ -38,8 +38,8 @@ def kv_nbytes(session: Session) -> dict[str, int]:
 
     Returns:
         `kv_history_nbytes` for the past, and `kv_nbytes` with the running chunk's own rows, which a
-        dense cache holds in the same buffer, and those that an eviction hands to the commit where they
-        have memory of their own.
+        dense cache holds in the same buffer, and those that an eviction hands to the commit where
+        they have memory of their own.
     """
     backend: Any = session.backend
     if hasattr(backend, "nbytes_kv"):
