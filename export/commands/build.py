@@ -210,7 +210,7 @@ def describe(plan: BuildPlan) -> str:
         to_do = "to build" if plan.source is None else f"to refit, from {plan.source.bundle}"
         state = to_do if graph.found is None else "up to date"
         lines.append(f"  {graph.label}: {state} (inputs {graph.inputs_sha256[:12]})")
-    buffers = plan_memory(manifest.config, manifest.graphs, 0).nbytes
+    buffers = plan_memory(manifest.config, manifest.graphs, {}).nbytes
     lines.append(_expected(plan, "denoiser", manifest.weights_nbytes, buffers))
     for kind, decoder in manifest.decoders.items():
         nbytes = (plan.bundle / decoder.weights_file).stat().st_size

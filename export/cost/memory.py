@@ -102,7 +102,11 @@ _PURPOSES: Mapping[Family | None, str] = {
 
 
 def buffer_nbytes(config: RolloutConfig) -> dict[str, int]:
-    """Bytes of every buffer that a session binds to its graphs, by purpose."""
+    """Bytes of every buffer that a session binds to its graphs, by purpose.
+
+    The CUDA-graph runtime keeps those of the eviction in scratch memory, or where the engine left
+    them: see `MemoryCost`.
+    """
     row = config.model.head_dim * DTYPES[config.dtype].nbytes
     sizes = {f"K/V {kind}": 0 for kind in KINDS}
     for layout in config.layouts:
@@ -126,7 +130,7 @@ def replay_nbytes(config: RolloutConfig) -> int:
     Every step has latents and scalars of its own, for addresses are fixed, and two sets of results
     wait for their copy to the host. Buffers start on multiples of 256 bytes, which is not counted.
     """
-    specs = plan_memory(config, ports(config), scratch_nbytes=0).specs.values()
+    specs = plan_memory(config, ports(config), {}).specs.values()
     return sum(spec.nbytes for spec in specs) - sum(buffer_nbytes(config).values())
 
 
@@ -146,14 +150,22 @@ class MemoryCost:
     weights: int
     buffers: Mapping[str, int]
     activations: int
-    """An estimate."""
+    """An estimate of the scratch beyond the keys and values of the eviction, which lie in it."""
     copies: int = 0
     """What the CUDA-graph runtime holds beside the buffers."""
 
     @classmethod
     def of(cls, config: RolloutConfig, fp8: Fp8Counts = NO_FP8) -> MemoryCost:
         weights = sum(engine_nbytes(config.model, config.dtype, fp8).values())
-        return cls(weights, buffer_nbytes(config), activation_nbytes(config), replay_nbytes(config))
+        buffers = buffer_nbytes(config)
+        activations = max(0, activation_nbytes(config) - buffers["K/V of the eviction"])
+        return cls(weights, buffers, activations, replay_nbytes(config))
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Self-attention's keys and values on a GPU: the past and the chunk's own rows."""
+        names = (*(f"K/V {kind}" for kind in KINDS), _PURPOSES["new"])
+        return sum(self.buffers[name] for name in names)
 
     @property
     def total(self) -> int:

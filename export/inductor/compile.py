@@ -151,7 +151,8 @@ def compile_sources(
     Returns:
         The package. Its constants share memory with the graphs' modules.
     """
-    from torch._inductor.package.package import load_package, package_aoti
+    from torch._inductor.package.package import package_aoti
+    from torch.export.pt2_archive._package import load_pt2
 
     files: dict[str, Any] = {}
     constants: dict[str, Tensor] = {}
@@ -169,10 +170,9 @@ def compile_sources(
     package_aoti(str(path), files)
     sha256 = sha256_of(path)
     graphs = {name: GraphInfo(PACKAGE_FILE, sha256, *pair) for name, pair in ports.items()}
+    loaded = load_pt2(str(path), run_single_threaded=True).aoti_runners
     needed = {
-        name: constants[name]
-        for graph in graphs
-        for name in load_package(str(path), graph, run_single_threaded=True).get_constant_fqns()
+        name: constants[name] for graph in graphs for name in loaded[graph].get_constant_fqns()
     }
     return CompiledPackage(path, graphs, needed)
 

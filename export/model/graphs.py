@@ -138,7 +138,10 @@ class ChunkGraph(nn.Module):
     def run_blocks(
         self, tokens: Tensor, projected: Tensor, inputs: ChunkInputs, num_layers: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run the first `num_layers` blocks; returns tokens, and new_k and new_v of each."""
+        """Run the first `num_layers` blocks; returns tokens, and new_k and new_v of each.
+
+        The latter are `own_rows`.
+        """
         model = self.model
         cos, sin = self.angles(inputs)
         text_bias = None if inputs.text_bias is None else inputs.text_bias.to(tokens.dtype)
@@ -170,8 +173,8 @@ class ChunkGraph(nn.Module):
                 shape.num_heads, shape.eps,
             )  # fmt: skip
             v = attn.split_heads(v).contiguous()
-            new_k.append(k)
-            new_v.append(v)
+            new_k.append(own_rows(k, layouts[layer]))
+            new_v.append(own_rows(v, layouts[layer]))
             if self._observer is not None:
                 self._observer(layer, q, k)
             rows, layout = (q, k, v, inputs.hist_k[layer], inputs.hist_v[layer]), layouts[layer]
@@ -248,8 +251,9 @@ class CleanGraph(ChunkGraph):
         attn = block.self_attn
         k, v = attn.project_kv(block.attention_input(tokens, projected))
         k_HND = attn.split_heads(rms_norm(k, attn.norm_k.weight, attn.norm_k.eps))
-        new_k.append(rotate_pairs(k_HND, *self.angles(inputs)).contiguous())
-        new_v.append(attn.split_heads(v).contiguous())
+        layout = self.config.layouts[-1]
+        new_k.append(own_rows(rotate_pairs(k_HND, *self.angles(inputs)), layout))
+        new_v.append(own_rows(attn.split_heads(v), layout))
         return new_k, new_v
 
 
@@ -289,7 +293,11 @@ class EvictGraph(nn.Module):
     def score(self, hist_k: Sequence[Tensor], new_k: Sequence[Tensor]) -> list[Tensor]:
         """Scores [F, P] of layer 1, or of every evicted layer with `per_layer` selection."""
         return [
-            OPERATORS[SEGMENT_SIMILARITY](hist_k[i], new_k[i], *astuple(self._candidates[layer]))
+            OPERATORS[SEGMENT_SIMILARITY](
+                hist_k[i],
+                dynamic_rows(new_k[i], self.config.layouts[layer]),
+                *astuple(self._candidates[layer]),
+            )
             for i, layer in enumerate(self.config.evicted_layers)
             if self.config.policy.selection == "per_layer" or layer == 1
         ]
@@ -306,12 +314,36 @@ class EvictGraph(nn.Module):
         layers, num_kept = self.config.evicted_layers, self.config.policy.num_kept_segments
         chosen_by = scores if len(scores) > 1 else [scores[0]] * len(layers)
         tensors = zip(chosen_by, hist_k, hist_v, new_k, new_v, strict=True)
-        outputs = [
-            OPERATORS[SIMILARITY_EVICTION](*own, *astuple(self._candidates[layer]), num_kept)
-            for layer, own in zip(layers, tensors, strict=True)
-        ]
+        outputs = []
+        for layer, (chosen, pool_k, pool_v, *new) in zip(layers, tensors, strict=True):
+            own = (dynamic_rows(rows, self.config.layouts[layer]) for rows in new)
+            arguments = (*astuple(self._candidates[layer]), num_kept)
+            outputs.append(OPERATORS[SIMILARITY_EVICTION](chosen, pool_k, pool_v, *own, *arguments))
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[layers.index(1)]
+
+
+def own_rows(rows_HND: Tensor, layout: LayerLayout) -> Tensor:
+    """Rows [W, D] of a chunk that a commit may copy, head by head.
+
+    Args:
+        rows_HND: keys or values [H, N, D] of the whole chunk.
+    """
+    blocks = []
+    for group in layout.groups:
+        block, tokens = rows_HND[group.heads], group.tokens_per_frame
+        if group.own_rows_per_head < block.shape[1]:
+            frames = [block[:, i * tokens : (i + 1) * tokens] for i in group.own_frames]
+            block = torch.cat(frames, dim=1)
+        blocks.append(block.flatten(0, 1))
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0].contiguous()
+
+
+def dynamic_rows(own: Tensor, layout: LayerLayout) -> Tensor:
+    """Rows [G, N, D] of the dynamic heads of an evicted layer, of those that `own_rows` gave."""
+    group = layout.group("dynamic")
+    assert group is not None, "the layer is not evicted"
+    return own[group.own_rows].unflatten(0, (group.num_heads, group.own_rows_per_head))
 
 
 def steady_layout(layout: LayerLayout) -> SteadyLayout:
@@ -328,12 +360,12 @@ def steady_layout(layout: LayerLayout) -> SteadyLayout:
 
 
 def candidate_layout(config: RolloutConfig, layer: int) -> CandidateLayout:
-    """Where the candidates of an evicted layer lie."""
+    """Where the candidates of an evicted layer lie, the chunk's being `dynamic_rows`."""
     group = config.layouts[layer].group("dynamic")
     assert group is not None, f"layer {layer} is not evicted"
     policy, tokens = config.policy, config.chunk.tokens_per_frame
     return CandidateLayout(
-        first_head=group.first_head,
+        first_head=0,
         row_offset=group.row_offset,
         rows_per_head=group.rows_per_head,
         sink_rows=policy.num_sink_frames * tokens,

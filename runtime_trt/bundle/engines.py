@@ -76,6 +76,10 @@ class EnginePart:
         """Largest scratch of any graph."""
         return max((detail.scratch_nbytes or 0 for detail in self.details.values()), default=0)
 
+    @property
+    def scratch_by_graph(self) -> Mapping[str, int]:
+        return {name: detail.scratch_nbytes or 0 for name, detail in self.details.items()}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self, dict_factory=_written)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -44,6 +44,8 @@ class MemoryPlan:
     offsets: Mapping[str, int]
     specs: Mapping[str, BufferSpec]
     nbytes: int
+    guests: Mapping[str, BufferSpec] = field(default_factory=dict)
+    """Buffers that lie within another one, which is idle while they are in use."""
 
     @classmethod
     def of(cls, specs: Sequence[BufferSpec]) -> MemoryPlan:
@@ -60,6 +62,19 @@ class MemoryPlan:
             offsets[spec.name] = end
             end += spec.padded_nbytes
         return cls(offsets, {spec.name: spec for spec in specs}, end)
+
+    def with_guests(self, host: str, start: int, guests: Sequence[BufferSpec]) -> MemoryPlan:
+        """The plan with further buffers inside buffer `host`, from byte `start` of it on."""
+        inner = MemoryPlan.of(guests)
+        assert start % ALIGNMENT == 0, f"byte {start} of {host} is not aligned"
+        assert start + inner.nbytes <= self.specs[host].nbytes, f"{host} is too small for guests"
+        begin = self.offsets[host] + start
+        offsets = {name: begin + offset for name, offset in inner.offsets.items()}
+        return replace(self, offsets={**self.offsets, **offsets}, guests=inner.specs)
+
+    def spec(self, name: str) -> BufferSpec:
+        """A buffer, whether it has memory of its own or not."""
+        return self.specs[name] if name in self.specs else self.guests[name]
 
     def span(self, names: Sequence[str]) -> tuple[int, int]:
         """(offset, nbytes) of buffers that lie next to each other, in this order."""
@@ -96,11 +111,7 @@ class DeviceMemory:
 
     def read(self, cuda: Cuda, name: str, stream: int) -> NDArray[Any]:
         """Copy a buffer to the host, bfloat16 as float32; waits for `stream`."""
-        spec = self.plan.specs[name]
-        array = np.empty(spec.shape, DTYPES[spec.dtype].numpy)
-        cuda.copy(array.ctypes.data, self.address(name), spec.nbytes, stream)
-        cuda.synchronize(stream)
-        return widened(array, spec.dtype)
+        return read_from(cuda, self.address(name), self.plan.spec(name), stream)
 
     def write(self, cuda: Cuda, name: str, array: NDArray[Any], stream: int) -> None:
         """Copy an array of the buffer's shape to the device; waits for `stream`."""
@@ -109,6 +120,14 @@ class DeviceMemory:
         assert source.shape == spec.shape, f"{name}: {source.shape} given, {spec.shape} needed"
         cuda.copy(self.address(name), source.ctypes.data, spec.nbytes, stream)
         cuda.synchronize(stream)
+
+
+def read_from(cuda: Cuda, address: int, spec: BufferSpec, stream: int) -> NDArray[Any]:
+    """Copy what lies at an address to the host, bfloat16 as float32; waits for `stream`."""
+    array = np.empty(spec.shape, DTYPES[spec.dtype].numpy)
+    cuda.copy(array.ctypes.data, address, spec.nbytes, stream)
+    cuda.synchronize(stream)
+    return widened(array, spec.dtype)
 
 
 class PinnedMirror:

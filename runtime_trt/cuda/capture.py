@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import Counter
-from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,47 @@ class CapturedGraph:
     base: int
     """Address of the memory that it was captured over."""
 
+    def upload(self, cuda: Cuda, stream: int) -> None:
+        """Send the graph to the device now, so that its first replay is as fast as the others."""
+        cuda.upload(self.executable, stream)
+
     def launch(self, cuda: Cuda, stream: int, base: int) -> None:
         """Replay on `stream`, over the same memory as at capture."""
         assert base == self.base, "the buffers have moved since this graph was captured"
         cuda.launch(self.executable, stream)
+
+
+class _Collector:
+    """Python's garbage collector, off while any thread captures."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_holds = 0
+        self._was_enabled = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Collect what is garbage now, and nothing more until the block ends; may be nested."""
+        with self._lock:
+            if not self._num_holds:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._num_holds += 1
+            first = self._num_holds == 1
+        try:
+            if first:
+                gc.collect()
+            yield
+        finally:
+            with self._lock:
+                self._num_holds -= 1
+                if not self._num_holds and self._was_enabled:
+                    gc.enable()
+
+
+without_collection = _Collector().held
+"""Entered around captures: what the collector finds may be an older session, whose release on the
+capturing thread would break the capture. Once around several spares collecting before each."""
 
 
 def capture(
@@ -49,7 +88,7 @@ def capture(
         ForcingKvError: the work cannot be captured, or holds no kernel.
     """
     assert stream != 0, "the default stream cannot be captured"
-    with guard:
+    with without_collection(), guard:
         cuda.begin_capture(stream)
         try:
             record()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,13 +25,14 @@ from forcing_kv.runtime_trt.backends.base import (
     outputs_of,
 )
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory
-from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture
+from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, read_from
+from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture, without_collection
 from forcing_kv.runtime_trt.cuda.chunk_program import (
     ChunkProgram,
     ChunkVariant,
     Mark,
     expected_variants,
+    plan_memory,
     result_names,
     scalar_names,
     step_name,
@@ -42,7 +44,7 @@ from forcing_kv.runtime_trt.cuda.engine import GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.errors import ForcingKvError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.ports import pool_ports, steady_name
+from forcing_kv.runtime_trt.rollout.ports import pool_ports, ports_by_name, steady_name
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, steady_plan
 
@@ -84,9 +86,11 @@ class ChunkGraphBackend(Backend):
         """See `use_graphs` above; may be changed between two chunks."""
         self._waiting: list[_Pending] = []
         self._num_submitted = 0
-        scratch = max(engine.scratch_nbytes.values(), default=0)
+        self._thread = threading.local()
         start = perf_counter()
-        resources = ChunkResources(cuda, config, graphs, scratch, engine.close)
+        placed = engine.placed is not None
+        plan = plan_memory(config, graphs, engine.scratch_nbytes, placed=placed)
+        resources = ChunkResources(cuda, config, plan, engine.close)
         # Releases when closed, when collected as garbage and at exit, once.
         self._release = weakref.finalize(self, resources.close)
         self._resources, self._stream = resources, resources.stream
@@ -124,9 +128,20 @@ class ChunkGraphBackend(Backend):
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
         self._program.prompt(self._stream)
+        self._warm_thread()
+
+    def _warm_thread(self) -> None:
+        """Run what chunks are made of in this thread, if it has not; before a chunk, or on opening.
+
+        Libraries keep handles for each thread (cuBLAS) and allocate with the first, which no
+        capture allows. The next chunk writes again whatever this writes.
+        """
+        if getattr(self._thread, "warm", False):
+            return
         for run in self._chunk_graphs().values():
             run()
         self._cuda.synchronize(self._stream)
+        self._thread.warm = True
 
     def _chunk_graphs(self) -> Mapping[str, Callable[[], object]]:
         """A launch of each graph that chunks are made of, by its name."""
@@ -139,19 +154,25 @@ class ChunkGraphBackend(Backend):
         return {name: run for name, run in runs.items() if name in self._graph_infos}
 
     def _capture_expected(self) -> None:
-        # Each graph alone first: one that escapes a capture would be hidden by the others.
-        for name, run in self._chunk_graphs().items():
-            captured = self._capture(run, f"graph {name}")
-            self._cuda.destroy_executable(captured.executable)
-        for variant in expected_variants(self.config, self._graph_infos)[:MAX_PREPARED]:
-            self._captured_chunk(variant)
+        variants = expected_variants(self.config, self._graph_infos)
+        with without_collection():
+            # Each graph alone first: one that escapes a capture would be hidden by the others.
+            for name, run in self._chunk_graphs().items():
+                captured = self._capture(run, f"graph {name}")
+                self._cuda.destroy_executable(captured.executable)
+            for variant in islice(variants, MAX_PREPARED):
+                self._captured_chunk(variant)
+            self._cuda.synchronize(self._stream)  # The first chunk waits for no upload.
 
     def _captured_chunk(self, variant: ChunkVariant) -> CapturedGraph:
         """The captured graph of a variant, captured now if it is new."""
         captured = self._resources.captured
         if variant not in captured:
+            self._warm_thread()
             chunk = partial(self._program.chunk, self._stream, variant, lambda _: None)
-            captured[variant] = self._capture(chunk, f"a chunk ({variant.name})")
+            graph = self._capture(chunk, f"a chunk ({variant.name})")
+            captured[variant] = graph
+            graph.upload(self._cuda, self._stream)
         return captured[variant]
 
     def _capture(self, work: Callable[[], object], what: str) -> CapturedGraph:
@@ -170,7 +191,11 @@ class ChunkGraphBackend(Backend):
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         self._enter()
-        return self.memory.read(self._cuda, name, self._stream)
+        if name in self.memory.plan.offsets:
+            return self.memory.read(self._cuda, name, self._stream)
+        port = ports_by_name(self._graph_infos)[name]
+        spec = BufferSpec(name, tuple(port.shape), port.dtype)
+        return read_from(self._cuda, self._program.address(name), spec, self._stream)
 
     def outputs_of(self, graph: str) -> Collection[str]:
         return outputs_of(self._graph_infos, graph)

@@ -3,7 +3,7 @@
 The same sequence is enqueued directly or captured once per variant and replayed. What changes from
 chunk to chunk lies in device memory; what the sequence itself depends on is a `ChunkVariant`.
 With local windows of at most F frames there are a handful: first chunk, warm-up, steady with and
-without eviction, re-encode. A dense ring of W > F frames writes other slots in every chunk and
+without eviction, re-encodes. A dense ring of W > F frames writes other slots in every chunk and
 comes back to the first pattern after at most W chunks, so it has at most W + W / F variants.
 """
 
@@ -28,10 +28,11 @@ from forcing_kv.runtime_trt.rollout.ports import (
     GraphLike,
     Part,
     kv_name,
+    kv_names,
     ports_by_name,
     steady_name,
 )
-from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, GroupPlan, Timeline
+from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan, GroupPlan, every_plan
 
 Mark = Callable[[str], None]
 """Told the name of each part of a chunk when all of it is enqueued: steps, clean, evict, commit."""
@@ -83,14 +84,15 @@ class ChunkVariant:
         return f"{form}, {'with' if self.evict else 'without'} eviction"
 
 
-def expected_variants(config: RolloutConfig, graphs: Collection[str]) -> tuple[ChunkVariant, ...]:
-    """Variants that a video without prompt switches meets, in order of first use."""
+def expected_variants(config: RolloutConfig, graphs: Collection[str]) -> Iterator[ChunkVariant]:
+    """Variants that a video meets, prompt switches included; the earliest come first."""
     policy, frames = config.policy, config.chunk.num_frames
-    window = policy.num_sink_frames + policy.warmup_frames
-    timeline = Timeline(policy, frames)
-    num_chunks = policy.last_warmup_chunk + 3 + window // frames + window
-    plans = (timeline.advance() for _ in range(num_chunks))
-    return tuple(dict.fromkeys(ChunkVariant.of(plan, config, graphs) for plan in plans))
+    seen: set[ChunkVariant] = set()
+    for plan, recache in every_plan(policy, frames, switches=config.switchable):
+        variant = ChunkVariant.of(plan, config, graphs, recache=recache)
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,20 @@ def scalar_names(graphs: Mapping[str, GraphLike]) -> tuple[str, ...]:
 
 
 def plan_memory(
-    config: RolloutConfig, graphs: Mapping[str, GraphLike], scratch_nbytes: int
+    config: RolloutConfig,
+    graphs: Mapping[str, GraphLike],
+    scratch: Mapping[str, int],
+    *,
+    placed: bool = False,
 ) -> MemoryPlan:
     """Lay out every buffer of a session.
 
+    What an eviction hands to the commit lies in the scratch, behind the eviction's own: no other
+    graph runs in between.
+
     Args:
-        scratch_nbytes: largest scratch of any graph.
+        scratch: bytes that each graph needs.
+        placed: whether the engine has memory of its own for it.
     """
     known = {
         name: BufferSpec(name, tuple(port.shape), port.dtype)
@@ -179,9 +189,14 @@ def plan_memory(
     first = [specs.pop(name) for name in ordered]
     result = sum(spec.padded_nbytes for spec in first[len(upload_names(config)) :])
     extra = [BufferSpec(name, (result,), "uint8") for name in SLOTS]
-    if scratch_nbytes:
-        extra.append(BufferSpec(SCRATCH, (scratch_nbytes,), "uint8"))
-    return MemoryPlan.of([*first, *extra, *specs.values()])
+    evicted = [specs.pop(name) for name in kv_names("dyn", config.evicted_layers)]
+    guests = [] if placed else evicted
+    start = BufferSpec(SCRATCH, (scratch.get("evict", 0),), "uint8").padded_nbytes
+    end = start + sum(spec.padded_nbytes for spec in guests)
+    if size := max(end, *scratch.values(), 0):
+        extra.append(BufferSpec(SCRATCH, (size,), "uint8"))
+    plan = MemoryPlan.of([*first, *extra, *specs.values()])
+    return plan.with_guests(SCRATCH, start, guests) if guests else plan
 
 
 class ChunkProgram:
@@ -212,6 +227,7 @@ class ChunkProgram:
             name: {info.name for info in (*graph.inputs, *graph.outputs)}
             for name, graph in graphs.items()
         }
+        self._selected: dict[str, int] = {}
         if SCRATCH in offsets:
             for bindings in self._bindings.values():
                 bindings[SCRATCH] = memory.address(SCRATCH)
@@ -250,10 +266,15 @@ class ChunkProgram:
     def evict(self, stream: int) -> None:
         """Scores, kept segments and dynamic rows from the last pass."""
         self._engine.enqueue("evict", self._bindings["evict"], stream)
+        self._selected = dict(self._engine.placed or {})
+
+    def address(self, name: str) -> int:
+        """Where a buffer lies; the rows of an eviction until the next launch of any graph."""
+        return self._selected[name] if name in self._selected else self._memory.address(name)
 
     def commit(self, stream: int, variant: ChunkVariant) -> None:
         """Copy what the next chunk sees into the pools."""
-        address = self._memory.address
+        address = self.address
         for copy in commit_copies(variant, self._config):
             self._cuda.copy_rows(
                 address(copy.target) + copy.target_offset, copy.target_pitch,

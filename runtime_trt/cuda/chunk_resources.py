@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory, PinnedMirror
+from forcing_kv.runtime_trt.cuda.buffers import DeviceMemory, MemoryPlan, PinnedMirror
 from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, destroy_all
-from forcing_kv.runtime_trt.cuda.chunk_program import SLOTS, plan_memory, result_names, upload_names
+from forcing_kv.runtime_trt.cuda.chunk_program import SLOTS, result_names, upload_names
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
@@ -35,7 +34,7 @@ class ChunkResources:
     """Everything on the device that a session owns beside the engine.
 
     Args:
-        scratch_nbytes: largest scratch of any graph.
+        plan: every device buffer.
         on_close: runs after everything else is released.
 
     Raises:
@@ -46,8 +45,7 @@ class ChunkResources:
         self,
         cuda: Cuda,
         config: RolloutConfig,
-        graphs: Mapping[str, GraphInfo],
-        scratch_nbytes: int,
+        plan: MemoryPlan,
         on_close: Callable[[], None],
     ) -> None:
         self._cuda = cuda
@@ -58,7 +56,6 @@ class ChunkResources:
             cuda.bind_thread()
             self.stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
             self.copy_stream = self._owned(stack, cuda.create_stream, cuda.destroy_stream)
-            plan = plan_memory(config, graphs, scratch_nbytes)
             self.memory = DeviceMemory(cuda, plan)
             stack.callback(cuda.free, self.memory.base)
             self.slots = tuple(self._slot(stack, config, held) for held in SLOTS)

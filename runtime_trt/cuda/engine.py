@@ -17,6 +17,10 @@ class GraphEngine(Protocol):
     name: str
     """Backend name, as users type it."""
 
+    placed: Mapping[str, int] | None
+    """None for an engine that writes every output where it is bound. Another allocates its outputs:
+    where the last launch left those that had no binding, valid until the next one."""
+
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:
         """Scratch that each graph needs at a binding called `SCRATCH`; 0 or absent for none.
@@ -35,7 +39,7 @@ class GraphEngine(Protocol):
             graph: prompt, step or evict.
             bindings: device address of every input and output by its manifest name (256-byte
                 aligned, dense row-major), and of `SCRATCH` where the graph needs some. Outputs must
-                be written at these addresses.
+                be written at these addresses; one may be missing where there is `placed`.
             stream: `cudaStream_t` of a non-default stream, as an integer.
 
         Raises:

@@ -184,6 +184,10 @@ class Cuda:
     def instantiate(self, graph: int) -> int:
         return int(self._call("cudaGraphInstantiate", graph, 0))
 
+    def upload(self, executable: int, stream: int) -> None:
+        """Send an executable graph to the device in stream order, so that no launch has to."""
+        self._call("cudaGraphUpload", executable, stream)
+
     def destroy_graph(self, graph: int) -> None:
         self._call("cudaGraphDestroy", graph)
 

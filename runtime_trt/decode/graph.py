@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, MemoryPlan, PinnedMirror
-from forcing_kv.runtime_trt.cuda.capture import CapturedGraph, capture, destroy_all
+from forcing_kv.runtime_trt.cuda.capture import (
+    CapturedGraph,
+    capture,
+    destroy_all,
+    without_collection,
+)
 from forcing_kv.runtime_trt.cuda.engine import SCRATCH, GraphEngine
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.decode.runner import (
@@ -123,15 +128,16 @@ class GraphDecodeRunner(DecodeRunner):
         self._cuda.synchronize(self._stream)
 
     def _capture(self, captured: dict[tuple[str, int], CapturedGraph]) -> None:
-        for graph, current in self._variants():
-            captured[graph, current] = capture(
-                self._cuda,
-                self._stream,
-                partial(self._enqueue, graph, current),
-                self._engine.capturing(self._stream),
-                self.memory.base,
-                f"graph {graph}",
-            )
+        cuda, stream = self._cuda, self._stream
+        with without_collection():
+            for graph, current in self._variants():
+                work = partial(self._enqueue, graph, current)
+                guard = self._engine.capturing(stream)
+                base, what = self.memory.base, f"graph {graph}"
+                made = capture(cuda, stream, work, guard, base, what)
+                captured[graph, current] = made
+                made.upload(cuda, stream)
+                cuda.synchronize(stream)  # A capture begins on an idle stream.
 
     def _enqueue(self, graph: str, current: int) -> None:
         """Launch a graph that reads the state in set `current`.

@@ -41,7 +41,7 @@ class _DeviceArray:
 
 
 class InductorEngine:
-    """See `GraphEngine`. The graphs' results are copied to where the runtime wants them.
+    """See `GraphEngine`. Results are copied to where the runtime wants them, or stay.
 
     Args:
         package: compiled graphs on a CUDA device; closed with this engine.
@@ -52,9 +52,14 @@ class InductorEngine:
     def __init__(self, package: InductorPackage) -> None:
         self._torch = require("torch", extra="inductor")
         self._package = package
-        # Captured allocations stay reserved for the replays as long as this engine lives.
-        self._pool = self._torch.cuda.MemPool()
+        # Captured allocations stay reserved for the replays as long as this engine lives. A pool is
+        # one of the current device, whichever it is used on.
+        with self._torch.cuda.device(package.device):
+            self._pool = self._torch.cuda.MemPool()
         self._views: dict[tuple[int, str], Tensor] = {}
+        self._held: list[Tensor] = []
+        self.placed: dict[str, int] = {}
+        """See `GraphEngine`."""
 
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:
@@ -63,12 +68,18 @@ class InductorEngine:
 
     def enqueue(self, graph: str, bindings: Mapping[str, int], stream: int) -> None:
         torch, info = self._torch, self._package.graphs[graph]
+        self._held.clear()
+        self.placed.clear()
         external = torch.cuda.ExternalStream(stream, device=self._package.device)
         with torch.inference_mode(), torch.cuda.stream(external):
             inputs = {port.name: self._view(port, bindings[port.name]) for port in info.inputs}
             outputs = self._package.run(graph, inputs)
             for port in info.outputs:
-                self._view(port, bindings[port.name]).copy_(outputs[port.name])
+                if port.name in bindings:
+                    self._view(port, bindings[port.name]).copy_(outputs[port.name])
+                else:
+                    self._held.append(outputs[port.name].contiguous())
+                    self.placed[port.name] = self._held[-1].data_ptr()
 
     def _view(self, info: TensorInfo, address: int) -> Tensor:
         key = (address, info.name)
@@ -91,4 +102,5 @@ class InductorEngine:
 
     def close(self) -> None:
         self._views.clear()
+        self._held.clear()
         self._package.close()

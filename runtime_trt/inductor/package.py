@@ -78,23 +78,30 @@ class InductorPackage:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._content, self._where = content, where
-        self._runners = {name: self._load(name) for name in graphs}
+        loaded = self._load()
+        self._runners = {name: self._ready(name, loaded) for name in graphs}
 
-    def _load(self, name: str) -> Any:
-        package = require("torch._inductor.package", extra="inductor")
+    def _load(self) -> Mapping[str, Any]:
+        """Every model of the package, each loaded once."""
+        archive = require("torch.export.pt2_archive._package", extra="inductor")
         index = self.device.index if self.device.type == "cuda" else None
         try:
             # One runner without worker threads: the form that a CUDA graph can capture.
-            runner = package.load_package(
+            contents = archive.load_pt2(
                 io.BytesIO(self._content),
-                name,
                 run_single_threaded=True,
                 device_index=-1 if index is None else index,
             )
         except Exception as error:
-            raise BundleError(
-                f"{self._where}: graph {name} does not load ({error}); {REBUILD}"
-            ) from error
+            raise BundleError(f"{self._where} does not load ({error}); {REBUILD}") from error
+        models: Mapping[str, Any] = contents.aoti_runners
+        return models
+
+    def _ready(self, name: str, loaded: Mapping[str, Any]) -> Any:
+        """The model of one graph, its constants handed over."""
+        if name not in loaded:
+            raise BundleError(f"{self._where} holds no graph {name}; {REBUILD}")
+        runner = loaded[name]
         needed = runner.get_constant_fqns()
         missing = [constant for constant in needed if constant not in self.constants]
         if missing:

@@ -56,7 +56,7 @@ class RolloutConfig:
 
     @cached_property
     def layouts(self) -> tuple[LayerLayout, ...]:
-        return pool_layouts(self.policy, self.partition, self.chunk.tokens_per_frame)
+        return pool_layouts(self.policy, self.partition, self.chunk)
 
     @cached_property
     def evicted_layers(self) -> tuple[int, ...]:

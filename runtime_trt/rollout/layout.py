@@ -208,6 +208,21 @@ class CachePolicy:
         dynamic = self.num_dynamic_frames if kind == "dynamic" else 0
         return self.num_sink_frames + self.local_frames(kind, warmup=False) + dynamic
 
+    def own_frames(self, kind: HeadKind, chunk_frames: int) -> tuple[int, ...]:
+        """Frames of a chunk, ascending, whose rows a head of `kind` may hand to a commit.
+
+        At least one, so that no binding is empty.
+        """
+        if kind == "dynamic" and self.num_dynamic_frames:
+            return tuple(range(chunk_frames))  # Every frame is a candidate.
+        window = max(self.local_frames(kind, warmup=each) for each in (False, True))
+        kept = set(range(chunk_frames)[-max(window, 1) :])
+        kept |= set(range(chunk_frames)[: self.num_sink_frames])
+        again = self.num_recached_frames
+        if again <= chunk_frames:  # A prompt switch re-encodes as many, at the chunk's beginning.
+            kept |= set(range(max(0, again - window), again))
+        return tuple(sorted(kept))
+
     def capacity_frames(self, kind: HeadKind) -> int:
         """Frames of rows that the pool holds for one head of `kind`, sink included."""
         steady = self.steady_frames(kind)
@@ -276,6 +291,21 @@ class HeadGroup:
     tokens_per_frame: int
     steady_frames: int
     """Length of the valid prefix in the long run."""
+    own_frames: tuple[int, ...]
+    """Frames of a chunk whose rows the heads may hand to a commit."""
+    own_row_offset: int
+    """First of the group's rows among those of the chunk that its layer hands over."""
+
+    @property
+    def own_rows_per_head(self) -> int:
+        """Rows of a chunk that one head may hand to a commit."""
+        return len(self.own_frames) * self.tokens_per_frame
+
+    @property
+    def own_rows(self) -> slice:
+        """The group's rows among those of the chunk that its layer hands over."""
+        num_rows = self.num_heads * self.own_rows_per_head
+        return slice(self.own_row_offset, self.own_row_offset + num_rows)
 
     @property
     def steady_rows(self) -> int:
@@ -305,9 +335,14 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Packed K (or V) pool of one layer."""
+    """Packed K (or V) of one layer: its pool, and the rows of a chunk that a commit may copy."""
 
     groups: tuple[HeadGroup, ...]
+
+    @property
+    def num_own_rows(self) -> int:
+        """Rows of a chunk that the layer hands over, head by head."""
+        return self.groups[-1].own_rows.stop
 
     @property
     def num_rows(self) -> int:
@@ -334,10 +369,10 @@ class LayerLayout:
 
 
 def pool_layouts(
-    policy: CachePolicy, partition: HeadPartition, tokens_per_frame: int
+    policy: CachePolicy, partition: HeadPartition, chunk: ChunkShape
 ) -> tuple[LayerLayout, ...]:
     """Lay out the pool of every layer: static heads first, rows `[sink | local | dynamic]`."""
-    layouts = []
+    layouts, tokens = [], chunk.tokens_per_frame
     for layer in range(partition.num_layers):
         num_static = len(partition.static_heads[layer])
         parts: Iterable[tuple[HeadKind, int]] = (
@@ -347,13 +382,15 @@ def pool_layouts(
         if layer == 0 and not policy.compress_first_layer:
             parts = (("uncompressed", partition.num_heads),)
         groups: list[HeadGroup] = []
-        head = row = 0
+        head = row = own_row = 0
         for kind, count in parts:
             if count == 0:
                 continue
             capacity, steady = policy.capacity_frames(kind), policy.steady_frames(kind)
-            groups.append(HeadGroup(kind, head, count, capacity, row, tokens_per_frame, steady))
-            head, row = head + count, row + groups[-1].num_rows
+            own = policy.own_frames(kind, chunk.num_frames)
+            group = HeadGroup(kind, head, count, capacity, row, tokens, steady, own, own_row)
+            groups.append(group)
+            head, row, own_row = head + count, row + group.num_rows, group.own_rows.stop
         layouts.append(LayerLayout(tuple(groups)))
     return tuple(layouts)
 

@@ -54,12 +54,13 @@ def moves(groups: Mapping[HeadKind, GroupPlan], config: RolloutConfig) -> Iterat
 def _group_moves(
     plan: GroupPlan, group: HeadGroup, layer: int, config: RolloutConfig
 ) -> Iterator[RowMove]:
-    tokens, num_new = config.chunk.tokens_per_frame, config.chunk.num_tokens
+    tokens = config.chunk.tokens_per_frame
     selected = config.policy.num_dynamic_frames
     pool = (group.row_offset, group.rows_per_head)
+    own = (group.own_row_offset, group.own_rows_per_head)
     runs: list[tuple[Family, tuple[int, int], FrameCopy]] = [
         *(("hist", pool, run) for run in plan.moves),
-        *(("new", (group.first_head * num_new, num_new), run) for run in plan.writes),
+        *(("new", own, _handed_over(run, group)) for run in plan.writes),
     ]
     if plan.dynamic_slot is not None:
         runs.append(("dyn", (0, selected * tokens), FrameCopy(0, plan.dynamic_slot, selected)))
@@ -71,3 +72,11 @@ def _group_moves(
             group.num_heads,
             run.count * tokens,
         )
+
+
+def _handed_over(run: FrameCopy, group: HeadGroup) -> FrameCopy:
+    """A run of a chunk's frames, counted among those that the group hands over."""
+    source = group.own_frames.index(run.source)
+    wanted = tuple(range(run.source, run.source + run.count))
+    assert group.own_frames[source : source + run.count] == wanted, "a frame is not handed over"
+    return FrameCopy(source, run.destination, run.count)

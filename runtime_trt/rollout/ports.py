@@ -15,12 +15,13 @@ nothing else makes or takes apart the name of a tensor that exists once a layer.
     text_bias                [text rows] float32: added to the scores of folded text
     hist_k.l, hist_v.l       [R, D]: packed pool of layer l
     cross_k.l, cross_v.l     [H, text rows, D]: keys and values of the text
-    new_k.l, new_v.l         [H, F * T, D]: keys and values of the chunk
+    new_k.l, new_v.l         [W, D]: keys and values of the chunk that a commit may copy
     dyn_k.l, dyn_v.l         [G, B * T, D]: segments that an eviction selected
     scores, kept             [F, P] float32, [B * P] int32: segment similarities, kept segments
 
 Keys and values are in the compute dtype, heads in exported order. Legend beside that of `layout`: C
-latent channels, h and w latent rows and columns, L layers; of a layer R pool rows, G dynamic heads.
+latent channels, h and w latent rows and columns, L layers; of a layer R pool rows, W rows of the
+frames of the chunk that each head may keep, head by head, G dynamic heads.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ class _Ports:
         if family == "cross":
             return num_heads, self._num_text_rows, dim
         if family == "new":
-            return num_heads, config.chunk.num_tokens, dim
+            return layout.num_own_rows, dim
         group = layout.group("dynamic")
         assert group is not None, f"layer {layer} is not evicted"
         return group.num_heads, config.policy.num_dynamic_frames * group.tokens_per_frame, dim

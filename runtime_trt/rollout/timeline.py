@@ -6,7 +6,9 @@ turns it into lengths, copies and, on a GPU, replays of captured graphs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadKind
@@ -93,6 +95,30 @@ def steady_plan(policy: CachePolicy, chunk_frames: int) -> ChunkPlan:
     return timeline.advance()
 
 
+def every_plan(
+    policy: CachePolicy, chunk_frames: int, *, switches: bool
+) -> Iterator[tuple[ChunkPlan, bool]]:
+    """Plans that a video can meet, each with whether it is a re-encode; the earliest come first.
+
+    Of chunks that differ in frame numbers alone one stands for all.
+
+    Args:
+        switches: whether the prompt may be switched, at every chunk boundary.
+    """
+    waiting, seen = deque([Timeline(policy, chunk_frames)]), set()
+    while waiting:
+        timeline = waiting.popleft()
+        if timeline.state in seen:
+            continue
+        seen.add(timeline.state)
+        for switch in (False, True) if switches else (False,):
+            following = deepcopy(timeline)
+            plan = following.switch_prompt() if switch else following.advance()
+            if plan is not None:
+                yield plan, switch
+                waiting.append(following)
+
+
 class Timeline:
     """Frames in the pools as chunks go by; semantics of the paper, section 3 of the design."""
 
@@ -110,6 +136,24 @@ class Timeline:
     @property
     def num_frames(self) -> int:
         return self.next_chunk * self._chunk_frames
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """Equal where videos go on alike, frame numbers aside."""
+        policy, end = self._policy, self.num_frames
+        # A sink frame counts while a re-encode could reach it; a ring's slots come round.
+        oldest = policy.num_recached_frames + 1
+        windows = {policy.local_frames(kind, warmup=w) for kind in KINDS for w in (False, True)}
+        turns = tuple(end % window for window in sorted(windows) if window > self._chunk_frames)
+        rows = tuple(
+            (
+                tuple(min(end - frame, oldest) for frame in self._rows[kind].sink),
+                tuple(end - frame for frame in self._rows[kind].local),
+            )
+            for kind in KINDS
+        )
+        chunk = min(self.next_chunk, policy.last_warmup_chunk + 1)
+        return chunk, self._has_dynamic, self._switched, turns, rows
 
     def is_warmup(self, chunk: int) -> bool:
         """Whether `chunk` sees the warm-up window (never after a prompt switch)."""

@@ -216,6 +216,8 @@ class TensorRtEngine:
         self._jit_cache.attach(config)
         return engine.create_execution_context(config)
 
+    placed = None
+
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:
         return {

@@ -112,4 +112,4 @@ def _numbers(version: str) -> list[int]:
 
 def nbytes_on_device(record: EngineRecord, config: RolloutConfig) -> int:
     """Device memory that a first session needs: weights, buffers and scratch."""
-    return record.weight_nbytes + plan_memory(config, record.graphs, record.scratch_nbytes).nbytes
+    return record.weight_nbytes + plan_memory(config, record.graphs, record.scratch_by_graph).nbytes

@@ -3,11 +3,13 @@
 Work is queued and runs as late as the rules of streams and events allow, so that a missing wait
 shows as a wrong result. Memory is filled with 0xFF (NaN) when allocated. Use after free, copies
 across an allocation's end, work on another stream during a capture, allocation during a capture and
-releases of what is in use are errors.
+releases of what is in use are errors. A thread that captures may neither release anything nor wait:
+that fails and spoils the capture, as on CUDA.
 """
 
 import ctypes
 import itertools
+import threading
 from collections import Counter
 from contextlib import nullcontext
 
@@ -20,6 +22,8 @@ class _Stream:
     def __init__(self):
         self.queue = []
         self.capture = None
+        self.captured_by = None
+        self.spoiled = False
 
 
 class _Event:
@@ -37,8 +41,10 @@ class HostCuda:
         self.memory = {}  # address -> array
         self.pinned = {}
         self.streams, self.events, self.graphs, self.executables = {}, {}, {}, {}
+        self.uploaded = set()
         self.calls = Counter()
         self.fail_at = None  # (call name, how many calls from now on)
+        self._thread = threading.local()  # .warm: what this thread has run outside captures
 
     # --- what tests ask -------------------------------------------------------------------------
 
@@ -53,8 +59,18 @@ class HostCuda:
         self._check(address, nbytes)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
-    def enqueue_kernel(self, stream, work):
-        """What an engine does: queue a function, captured as one kernel."""
+    def enqueue_kernel(self, stream, work, of=None):
+        """What an engine does: queue a function, captured as one kernel.
+
+        Args:
+            of: what the function belongs to. A thread runs it once before it may capture it:
+                libraries make their handles for each thread, and allocate for them.
+        """
+        warm = vars(self._thread).setdefault("warm", set())
+        if self.streams[stream].capture is None:
+            warm.add(of)
+        elif of not in warm:
+            self._forbid("malloc")
         self._enqueue("kernel", stream, work)
 
     # --- the interface of Cuda ------------------------------------------------------------------
@@ -72,10 +88,12 @@ class HostCuda:
         return self._allocate(self.pinned, nbytes, "malloc_host")
 
     def free(self, address):
+        self._forbid("free")
         self._idle("free")
         del self.memory[address]
 
     def free_host(self, address):
+        self._forbid("free_host")
         self._idle("free_host")
         del self.pinned[address]
 
@@ -103,18 +121,20 @@ class HostCuda:
         return self._create(self.streams, _Stream(), "create_stream")
 
     def destroy_stream(self, stream):
+        self._forbid("destroy_stream")
         assert not self.streams[stream].queue, "destroyed a busy stream"
         del self.streams[stream]
 
     def synchronize(self, stream):
         self._count("synchronize")
-        assert self.streams[stream].capture is None, "synchronised a stream under capture"
+        self._forbid("synchronize")
         self._drain(stream, None)
 
     def create_event(self):
         return self._create(self.events, _Event(), "create_event")
 
     def destroy_event(self, event):
+        self._forbid("destroy_event")
         del self.events[event]
 
     def record(self, event, stream):
@@ -133,6 +153,7 @@ class HostCuda:
 
     def synchronize_event(self, event):
         self._count("synchronize_event")
+        self._forbid("synchronize_event")
         self._run_until(self.events[event], self.events[event].records)
 
     def elapsed_ms(self, start, end):
@@ -144,12 +165,17 @@ class HostCuda:
 
     def begin_capture(self, stream):
         self._count("begin_capture")
-        assert not self.streams[stream].queue, "began a capture on a busy stream"
-        self.streams[stream].capture = []
+        found = self.streams[stream]
+        assert not found.queue, "began a capture on a busy stream"
+        found.capture, found.captured_by, found.spoiled = [], threading.get_ident(), False
 
     def end_capture(self, stream):
         found = self.streams[stream]
+        assert found.captured_by == threading.get_ident(), "ended a capture of another thread"
         nodes, found.capture = found.capture, None
+        if found.spoiled:
+            text = "operation failed due to a previous error during capture"
+            raise CudaError("end_capture", "cudaErrorStreamCaptureInvalidated", text)
         return self._create(self.graphs, nodes, "end_capture")
 
     def graph_nodes(self, graph):
@@ -158,14 +184,26 @@ class HostCuda:
     def instantiate(self, graph):
         return self._create(self.executables, list(self.graphs[graph]), "instantiate")
 
+    def upload(self, executable, stream):
+        assert executable in self.executables
+        self._enqueue("upload", stream, lambda: self.uploaded.add(executable))
+
     def destroy_graph(self, graph):
+        self._forbid("destroy_graph")
         del self.graphs[graph]
 
     def launch(self, executable, stream):
         nodes = self.executables[executable]
-        self._enqueue("graph", stream, lambda: [work() for _, work in nodes])
+
+        def work():
+            assert executable in self.uploaded, "the first launch of a graph had to upload it"
+            for _, node in nodes:
+                node()
+
+        self._enqueue("graph", stream, work)
 
     def destroy_executable(self, executable):
+        self._forbid("destroy_executable")
         self._idle("destroy_executable")
         del self.executables[executable]
 
@@ -179,6 +217,18 @@ class HostCuda:
                 self.fail_at = None
                 raise CudaError(name, "cudaErrorUnknown", "made to fail")
 
+    def _captured_here(self):
+        """Streams that this thread captures."""
+        here = threading.get_ident()
+        return [s for s in self.streams.values() if s.capture is not None and s.captured_by == here]
+
+    def _forbid(self, name):
+        """Refuse what the capturing thread must not do, and spoil its capture."""
+        for found in self._captured_here():
+            found.spoiled = True
+            text = "operation not permitted when stream is capturing"
+            raise CudaError(name, "cudaErrorStreamCaptureUnsupported", text)
+
     def _create(self, table, value, name):
         self._count(name)
         handle = next(self._handles)
@@ -187,11 +237,15 @@ class HostCuda:
 
     def _allocate(self, table, nbytes, name):
         self._count(name)
-        assert not any(s.capture is not None for s in self.streams.values()), "malloc in a capture"
-        array = np.full(nbytes + 256, 0xFF, np.uint8)
+        self._forbid(name)
+        array = self.new_array(nbytes + 256)
         address = -(-array.ctypes.data // 256) * 256
         table[address] = array
         return address
+
+    def new_array(self, nbytes):
+        """Memory as it comes: full of NaN."""
+        return np.full(nbytes, 0xFF, np.uint8)
 
     def _check(self, address, nbytes, strict=True):
         for begin, array in (*self.memory.items(), *self.pinned.items()):
@@ -207,7 +261,7 @@ class HostCuda:
         if found.capture is not None:
             found.capture.append((kind, work))
             return
-        assert not any(s.capture is not None for s in self.streams.values()), "escaped a capture"
+        assert not self._captured_here(), "escaped a capture"
         found.queue.append((kind, work))
 
     def _drain(self, stream, until):
@@ -263,10 +317,13 @@ class HostEngine:
             raise RuntimeError(f"{graph} was made to fail")
         info, session = self._manifest.graphs[graph], self.shared["sessions"][graph]
         dtypes = {"float32": np.float32, "float16": np.float16, "int32": np.int32}
-        assert bindings["scratch"] % 256 == 0
+        scratch, size = bindings["scratch"], self.scratch_nbytes.get(graph, 0)
+        assert scratch % 256 == 0
+        if size:
+            self._cuda.fill(scratch, 0xFF, size, stream)  # An engine leaves anything there.
 
         def array(tensor):
-            address = bindings[tensor.name]
+            address = bindings[tensor.name] if tensor.name in bindings else self.place(tensor)
             assert address % 256 == 0, f"{tensor.name} is not aligned"
             dtype = np.dtype(dtypes[tensor.dtype])
             nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
@@ -280,10 +337,16 @@ class HostEngine:
             for target, value in zip(outputs, session.run(names, inputs), strict=True):
                 target[...] = value
 
-        self._cuda.enqueue_kernel(stream, work)
+        self._cuda.enqueue_kernel(stream, work, of=(id(self.shared), graph))
+
+    placed = None
 
     def capturing(self, stream):
         return nullcontext()
+
+    def place(self, tensor):
+        """Where an output goes that has no binding."""
+        raise AssertionError(f"{tensor.name} is not bound")
 
     def sibling(self):
         return HostEngine(self._cuda, self._bundle, self._manifest, self.name, self.shared)
@@ -294,3 +357,37 @@ class HostEngine:
             self.shared["users"] -= 1
             if not self.shared["users"]:
                 self.shared["sessions"].clear()
+
+
+class PlacingEngine(HostEngine):
+    """Has memory of its own for outputs that have no binding, as an engine of PyTorch does."""
+
+    ARENA_NBYTES = 1 << 16
+
+    def __init__(self, cuda, *arguments, **options):
+        super().__init__(cuda, *arguments, **options)
+        self.placed = {}
+        self._arena = cuda.malloc(self.ARENA_NBYTES)
+        self._end = self._arena
+
+    def enqueue(self, graph, bindings, stream):
+        self.placed.clear()
+        self._end = self._arena
+        self._cuda.fill(self._arena, 0xFF, self.ARENA_NBYTES, stream)
+        super().enqueue(graph, {"scratch": 0, **bindings}, stream)
+
+    @property
+    def scratch_nbytes(self):
+        return {}
+
+    def place(self, tensor):
+        self.placed[tensor.name] = address = self._end
+        nbytes = 4 * int(np.prod(tensor.shape))
+        self._end += -(-nbytes // 256) * 256
+        assert self._end <= self._arena + self.ARENA_NBYTES, "the arena is too small"
+        return address
+
+    def close(self):
+        super().close()
+        if self.closed == 1:
+            self._cuda.free(self._arena)

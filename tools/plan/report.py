@@ -102,6 +102,7 @@ class Plan:
             },
             "kv_nbytes": {
                 "pools": config.nbytes_kv,
+                "allocated": memory.kv_nbytes,
                 "attended": attended_nbytes(config, history),
                 "warmup": self.warmup_nbytes(),
             },
@@ -147,6 +148,7 @@ class Plan:
             "total": _gb(memory.total),
             "fits": ", ".join(f"{size}: {_yes(fits)}" for size, fits in self.fits().items()),
             "K/V pools": _gb(config.nbytes_kv),
+            "K/V allocated, own rows included": _gb(memory.kv_nbytes),
             "K/V pools, exact / steady warm-up": " / ".join(
                 _gb(size) for size in self.warmup_nbytes().values()
             ),

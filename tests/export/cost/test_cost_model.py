@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from host_cuda import HostCuda
@@ -34,10 +35,12 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.presets import PRESETS, WAN_1_3B, WAN_14B
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.cuda.buffers import BufferSpec
+from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
 from forcing_kv.runtime_trt.cuda.chunk_resources import ChunkResources
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.ports import ports
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 
 PERCENT = 0.01
@@ -192,22 +195,58 @@ def test_a_session_allocates_what_is_predicted(policy, dtype):
     partition = HeadPartition(3, ((0,), (2,), (0, 1)))
     schedule = PRESETS["self-forcing-1.3b"].schedule
     config = RolloutConfig(SMALL, ChunkShape(3, 8, 12), policy, partition, schedule, dtype)
+    allocated, specs = allocation(config, graph_infos(config))
+    cost = MemoryCost.of(config)
+    padding = sum(spec.padded_nbytes - spec.nbytes for spec in specs)
+    assert allocated == sum(cost.buffers.values()) + cost.copies + padding
+    assert padding < 256 * len(specs)
+    assert kv_of(specs, "hist") == config.nbytes_kv
+
+
+def allocation(config, graphs):
+    """What a session allocates on the device, and its buffers, by the double of the CUDA calls."""
     allocated = []
 
     class Counting(HostCuda):
+        """Hands out address space; nothing is written, so it takes no memory."""
+
         def malloc(self, nbytes):
             allocated.append(nbytes)
             return super().malloc(nbytes)
 
-    resources = ChunkResources(Counting(), config, graph_infos(config), 0, lambda: None)
-    specs = resources.memory.plan.specs.values()
+        def new_array(self, nbytes):
+            return np.empty(nbytes, np.uint8)
+
+        def fill(self, address, value, nbytes, stream):
+            pass
+
+    cuda = Counting(free_nbytes=1 << 35)
+    resources = ChunkResources(cuda, config, plan_memory(config, graphs, {}), lambda: None)
+    specs = list(resources.memory.plan.specs.values())
     resources.close()
-    cost = MemoryCost.of(config)
-    padding = sum(spec.padded_nbytes - spec.nbytes for spec in specs)
-    assert sum(allocated) == sum(cost.buffers.values()) + cost.copies + padding
-    assert padding < 256 * len(specs)
-    pools = [spec.nbytes for spec in specs if spec.name.startswith(("hist_k.", "hist_v."))]
-    assert sum(pools) == config.nbytes_kv
+    return sum(allocated), specs
+
+
+def kv_of(specs, *families):
+    """Bytes of keys and values."""
+    stems = tuple(f"{family}_{part}." for family in families for part in "kv")
+    return sum(spec.nbytes for spec in specs if spec.name.startswith(stems))
+
+
+def test_keys_and_values_take_a_quarter_of_the_dense_ones():
+    """Allocated at the shapes of 480p, the chunk's own rows counted on both sides."""
+    sizes = {}
+    for policy in (CachePolicy(), CachePolicy.dense(21, 3)):
+        config = self_forcing("480p", policy)
+        allocated, specs = allocation(config, ports(config))
+        cost = MemoryCost.of(config)
+        padding = sum(spec.padded_nbytes - spec.nbytes for spec in specs)
+        assert allocated == sum(cost.buffers.values()) + cost.copies + padding
+        sizes[policy] = kv_of(specs, "hist", "new", "dyn")
+        assert sizes[policy] == cost.kv_nbytes
+    compressed, dense = sizes.values()
+    assert dense / 1e9 == pytest.approx(6.04, rel=PERCENT)
+    assert compressed <= 0.25 * dense
 
 
 @settings(max_examples=60)

@@ -1,6 +1,6 @@
 """The Inductor engine of a bundle: weights shared, results as the golden case has them."""
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,12 @@ from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
 from forcing_kv.runtime_trt.inductor.backend import InductorBackend
-from forcing_kv.runtime_trt.inductor.package import check_environment, environment
+from forcing_kv.runtime_trt.inductor.engine import InductorEngine
+from forcing_kv.runtime_trt.inductor.package import (
+    InductorPackage,
+    check_environment,
+    environment,
+)
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
@@ -72,6 +77,46 @@ def test_engine_passes_the_golden_case(bundle, case, fusion):
     for backend in ("inductor", "auto"):
         with pytest.raises(BundleError, match=message):
             open_backend(bundle, backend)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Replaces PyTorch's loader of packages; lists the calls."""
+    calls = []
+    runner = SimpleNamespace(get_constant_fqns=list)
+
+    def load(file, **options):
+        calls.append((file.read(), options))
+        return SimpleNamespace(aoti_runners=dict.fromkeys(("prompt", "step", "clean"), runner))
+
+    monkeypatch.setattr("torch.export.pt2_archive._package.load_pt2", load)
+    return calls
+
+
+def test_a_package_is_loaded_once(loads):
+    graphs = dict.fromkeys(("prompt", "step", "clean"), GraphInfo("package.pt2", "", (), ()))
+    package = InductorPackage(b"models", "here", graphs, {}, "cpu")
+    assert loads == [(b"models", {"run_single_threaded": True, "device_index": -1})]
+    package.sibling()
+    assert len(loads) == 2
+    with pytest.raises(BundleError, match=r"here holds no graph evict; build it again"):
+        InductorPackage(b"models", "here", {**graphs, "evict": graphs["step"]}, {}, "cpu")
+
+
+def test_memory_of_captures_is_of_the_packages_device(monkeypatch):
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: current[-1])
+    engine = InductorEngine(SimpleNamespace(device=torch.device("cuda", 1)))
+    assert engine._pool == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 0)]
 
 
 def test_single_tensors_are_shown():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forcing_kv.export.model.graphs import EvictGraph
+from forcing_kv.export.model.graphs import EvictGraph, own_rows
 from forcing_kv.runtime_trt.backends.base import ChunkPositions
 from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -49,10 +49,14 @@ class Pools:
         index = int(code) // self.config.chunk.num_tokens
         return index // MODEL.num_heads % MODEL.num_layers, index % MODEL.num_heads
 
+    def own(self, new):
+        """What a pass hands over of fresh rows."""
+        return [own_rows(*pair) for pair in zip(new, self.config.layouts, strict=True)]
+
     def evict(self, new, scores):
         """Dynamic rows of each evicted layer, chosen by `scores` [F, P]."""
-        layers = self.config.evicted_layers
-        pools, own = [self.rows[i] for i in layers], [new[i] for i in layers]
+        layers, own = self.config.evicted_layers, self.own(new)
+        pools, own = [self.rows[i] for i in layers], [own[i] for i in layers]
         per_layer = self.config.policy.selection == "per_layer"
         given_scores = [scores] * (len(layers) if per_layer else 1)
         rows, _, kept = EvictGraph(self.config).compact(given_scores, pools, pools, own, own)
@@ -64,7 +68,7 @@ class Pools:
         tensors = {}
         for family, chosen, keys in (
             ("hist", layers, self.rows),
-            ("new", layers, new),
+            ("new", layers, self.own(new)),
             ("dyn", self.config.evicted_layers if plan.evict else (), dynamic),
         ):
             values = [-rows for rows in keys]

@@ -2,22 +2,28 @@
 
 import gc
 import weakref
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda, HostEngine, PlacingEngine
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forcing_kv.runtime_trt.backends.stepwise import copy_rows
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
-from forcing_kv.runtime_trt.cuda.chunk_graph import ChunkGraphBackend
+from forcing_kv.runtime_trt.cuda.capture import capture
+from forcing_kv.runtime_trt.cuda.chunk_graph import MAX_PREPARED, ChunkGraphBackend
 from forcing_kv.runtime_trt.cuda.chunk_program import (
     ChunkProgram,
     ChunkVariant,
     commit_copies,
     expected_variants,
 )
+from forcing_kv.runtime_trt.cuda.runtime import CudaError
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, InputError
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -33,8 +39,8 @@ class Graphed:
     def __init__(self, bundle):
         self.bundle, self.manifest = bundle, read_manifest(bundle)
 
-    def backend(self, cuda, **options):
-        engine = HostEngine(cuda, self.bundle, self.manifest)
+    def backend(self, cuda, make=HostEngine, **options):
+        engine = make(cuda, self.bundle, self.manifest)
         return ChunkGraphBackend(
             cuda, engine, self.manifest.config, self.manifest.graphs, **options
         )
@@ -48,7 +54,9 @@ class Graphed:
 
 @pytest.fixture(scope="module")
 def graphed(tiny_bundle):
-    return Graphed(tiny_bundle)
+    gc.freeze()  # Every opening collects garbage; not among all that PyTorch and ONNX made.
+    yield Graphed(tiny_bundle)
+    gc.unfreeze()
 
 
 def same(found, wanted):
@@ -60,10 +68,12 @@ def same(found, wanted):
             np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.parametrize("make", [HostEngine, PlacingEngine], ids=["bound", "placed"])
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["captured", "enqueued"])
-def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
+def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs, make):
     cuda = HostCuda()
-    with graphed.session(cuda, use_graphs=use_graphs) as session, graphed.reference() as reference:
+    opened = graphed.session(cuda, make=make, use_graphs=use_graphs)
+    with opened as session, graphed.reference() as reference:
         for each in (session, reference):
             each.set_prompt(prompts(0))
         for _ in range(5):
@@ -79,7 +89,8 @@ def test_chunks_equal_those_of_the_plain_loop(graphed, prompts, use_graphs):
     assert not cuda.live
 
 
-def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
+@pytest.mark.parametrize("make", [HostEngine, PlacingEngine], ids=["bound", "placed"])
+def test_pass_by_pass_it_equals_eager(graphed, monkeypatch, make):
     from forcing_kv.export.verify.bundle import verify_bundle
 
     cleaned = []
@@ -89,7 +100,7 @@ def test_pass_by_pass_it_equals_eager(graphed, monkeypatch):
         cleaned.append(x)
         run_clean(program, stream, x, **form)
 
-    with closing(graphed.backend(HostCuda())) as backend:
+    with closing(graphed.backend(HostCuda(), make=make)) as backend:
         monkeypatch.setattr(ChunkProgram, "clean", clean)
         assert "new_k.1" in backend.outputs_of("clean")
         assert backend.num_text_rows == backend.config.model.text_len
@@ -113,19 +124,120 @@ def test_one_launch_and_one_upload_a_chunk(graphed, prompts):
     assert new["kernel"] == new["begin_capture"] == new["malloc"] == 0
 
 
-def test_expected_variants_are_captured_when_opening(graphed, prompts):
+def test_every_variant_is_captured_when_opening(graphed, prompts):
     cuda = HostCuda()
     with graphed.session(cuda) as session:
         captured = session.backend.captured_graphs
-        # First chunk, warm-up, the first eviction, then the steady form.
-        expected = expected_variants(session.config, graphed.manifest.graphs)
-        assert list(captured) == list(expected)
-        assert [variant.steady for variant in expected] == [False, False, False, True]
-        assert sorted(graph.nodes["kernel"] for graph in captured.values()) == [3, 3, 4, 4]
+        # First chunk, the next one, re-encode, the first eviction, then the steady form.
+        expected = list(expected_variants(session.config, graphed.manifest.graphs))
+        assert list(captured) == expected
+        steady = [False, False, False, False, True]
+        assert sorted(variant.steady for variant in expected) == steady
+        assert sorted(graph.nodes["kernel"] for graph in captured.values()) == [1, 3, 3, 4, 4]
+        num_captures = cuda.calls["begin_capture"]
         session.set_prompt(prompts(0))
         for _ in session.stream(5):
             pass
-        assert len(captured) == 4
+        session.switch_prompt(prompts(1))
+        session.generate_chunk()
+        assert list(captured) == expected
+        assert cuda.calls["begin_capture"] == num_captures
+
+
+def in_another_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(60)
+
+
+def late(graphed, cuda):
+    """A session that captures when it first meets a variant, as a long dense ring may."""
+    session = graphed.session(cuda, use_graphs=False)
+    session.backend.use_graphs = True
+    return session
+
+
+def test_a_thread_runs_the_graphs_before_it_captures_them(graphed, prompts):
+    with late(graphed, HostCuda()) as session, graphed.reference() as reference:
+        for each in (session, reference):
+            each.set_prompt(prompts(0))
+        same(in_another_thread(session.generate_chunk), reference.generate_chunk())
+        same(session.generate_chunk(), reference.generate_chunk())
+        in_another_thread(partial(session.switch_prompt, prompts(1)))
+        reference.switch_prompt(prompts(1))
+        same(session.generate_chunk(), reference.generate_chunk())
+
+
+def test_a_capture_in_a_thread_that_ran_nothing_is_refused(graphed, prompts, monkeypatch):
+    cuda = HostCuda()
+    with late(graphed, cuda) as session:
+        session.set_prompt(prompts(0))
+        monkeypatch.setattr(ChunkGraphBackend, "_warm_thread", lambda _: None)
+        with pytest.raises(ForcingKvError, match=r"StreamCaptureUnsupported.*during a capture"):
+            in_another_thread(session.generate_chunk)
+    assert not cuda.live
+
+
+@pytest.fixture(params=[True, False], ids=["on", "off"])
+def collector(request):
+    """Python's garbage collector: on and as eager as it gets, or off; afterwards as it was."""
+    enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    (gc.enable if request.param else gc.disable)()
+    yield request.param
+    gc.set_threshold(*thresholds)
+    (gc.enable if enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("failing", [None, "step"])
+def test_no_garbage_is_collected_in_a_capture(graphed, collector, failing):
+    class Cycle:
+        def __init__(self, release):
+            self.myself = self
+            weakref.finalize(self, release)
+
+    class Littering(HostEngine):
+        """Leaves garbage in every capture that would free device memory."""
+
+        def enqueue(self, graph, bindings, stream):
+            if cuda.streams[stream].capture is not None:
+                Cycle(partial(cuda.free, spare.pop()))
+                self.fail_at = failing
+            super().enqueue(graph, bindings, stream)
+
+    cuda = HostCuda()
+    spare = [cuda.malloc(8) for _ in range(50)]
+    engine = Littering(cuda, graphed.bundle, graphed.manifest)
+    config, graphs = graphed.manifest.config, graphed.manifest.graphs
+    with nullcontext() if failing is None else pytest.raises(RuntimeError, match="made to fail"):
+        ChunkGraphBackend(cuda, engine, config, graphs).close()
+    assert gc.isenabled() == collector
+    gc.collect()
+    assert cuda.live == {"memory": len(spare)}
+
+
+FORBIDDEN = {
+    "free": lambda cuda, event: cuda.free(next(iter(cuda.memory))),
+    "malloc": lambda cuda, event: cuda.malloc(8),
+    "destroy_event": lambda cuda, event: cuda.destroy_event(event),
+    "synchronize_event": lambda cuda, event: cuda.synchronize_event(event),
+    "synchronize": lambda cuda, event: cuda.synchronize(cuda.create_stream()),
+}
+
+
+@pytest.mark.parametrize("call", FORBIDDEN)
+def test_what_a_capturing_thread_must_not_do_spoils_the_capture(call):
+    cuda = HostCuda()
+    stream, event, memory = cuda.create_stream(), cuda.create_event(), cuda.malloc(8)
+
+    def work():
+        cuda.fill(memory, 0, 8, stream)
+        with pytest.raises(CudaError, match="not permitted when stream is capturing"):
+            FORBIDDEN[call](cuda, event)
+        in_another_thread(lambda: FORBIDDEN["malloc"](cuda, event))
+
+    with pytest.raises(ForcingKvError, match=r"StreamCaptureInvalidated.*--no-cuda-graph"):
+        capture(cuda, stream, work, nullcontext(), memory, "nothing much")
+    cuda.synchronize(stream)
 
 
 def test_nothing_is_stale(graphed, prompts):
@@ -330,7 +442,7 @@ def test_a_failure_in_a_chunk_asks_for_a_reset(graphed, prompts, call):
 
 def test_an_engine_that_fails_in_a_capture_can_be_used_again(graphed, prompts):
     cuda = HostCuda()
-    with graphed.session(cuda) as session:
+    with late(graphed, cuda) as session:
         session.set_prompt(prompts(0))
         for _ in range(3):
             session.generate_chunk()
@@ -402,7 +514,7 @@ def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
     for part in "kv":
         for layer in layers:
             buffers[f"hist_{part}.{layer}"] = buffer(config.layouts[layer].num_rows)
-            buffers[f"new_{part}.{layer}"] = buffer(config.model.num_heads, config.chunk.num_tokens)
+            buffers[f"new_{part}.{layer}"] = buffer(config.layouts[layer].num_own_rows)
         for layer in config.evicted_layers:
             heads = config.layouts[layer].group("dynamic").num_heads
             rows = policy.num_dynamic_frames * tokens
@@ -433,5 +545,29 @@ def test_every_chunk_of_a_video_is_an_expected_variant(tiny_config, policy):
     plans = [timeline.advance() for _ in range(200)]
     for graphs in (ports(config), ports(config, steady=False)):
         met = {ChunkVariant.of(plan, config, graphs) for plan in plans}
-        assert met == set(expected_variants(config, graphs))
+        expected = set(expected_variants(config, graphs))
+        assert met == {variant for variant in expected if not variant.recache} or config.switchable
+        assert met <= expected
         assert any(variant.steady for variant in met) == ("step_steady" in graphs)
+
+
+@given(
+    frames=st.tuples(*[st.integers(0, 3)] * 4),
+    last_warmup_chunk=st.integers(0, 4),
+    warmup=st.sampled_from(["exact", "steady"]),
+    global_sink=st.booleans(),
+    switches=st.lists(st.booleans(), min_size=1, max_size=12),
+)
+def test_what_can_switch_prompts_captures_nothing_late(tiny_config, frames, switches, **options):
+    sink, static, temporal, dynamic = frames
+    policy = CachePolicy(sink, static, temporal, min(dynamic, 3 * temporal), **options)
+    config = replace(tiny_config, policy=policy)
+    assert config.switchable
+    prepared = list(expected_variants(config, ports(config)))
+    assert len(prepared) <= MAX_PREPARED
+    timeline = Timeline(policy, config.chunk.num_frames)
+    for switch in switches:
+        plan = timeline.switch_prompt() if switch else timeline.advance()
+        if plan is not None:
+            variant = ChunkVariant.of(plan, config, ports(config), recache=switch)
+            assert variant in prepared

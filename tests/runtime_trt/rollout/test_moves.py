@@ -22,16 +22,17 @@ def run(layer, source, target, num_heads):
 def test_moves_of_a_small_pool(tiny_config):
     timeline = Timeline(tiny_config.policy, tiny_config.chunk.num_frames)
     plans = [timeline.advance() for _ in range(3)]
-    # The last frame of the chunk's three is the local one: 12 rows into a head's 18.
+    # The last frame of the chunk's three is the local one, the first one the sink. Of a head that
+    # selects nothing the middle one is not handed over.
     local = [
-        run(0, ("new", 0, 18, 12), (*LAYER_0, 6), 3),
-        run(1, ("new", 0, 18, 12), (*STATIC, 6), 1),
-        run(1, ("new", 18, 18, 12), (*DYNAMIC, 6), 2),
+        run(0, ("new", 0, 12, 6), (*LAYER_0, 6), 3),
+        run(1, ("new", 0, 12, 6), (*STATIC, 6), 1),
+        run(1, ("new", 12, 18, 12), (*DYNAMIC, 6), 2),
     ]
     sink = [
-        run(0, ("new", 0, 18, 0), (*LAYER_0, 0), 3),
-        run(1, ("new", 0, 18, 0), (*STATIC, 0), 1),
-        run(1, ("new", 18, 18, 0), (*DYNAMIC, 0), 2),
+        run(0, ("new", 0, 12, 0), (*LAYER_0, 0), 3),
+        run(1, ("new", 0, 12, 0), (*STATIC, 0), 1),
+        run(1, ("new", 12, 18, 0), (*DYNAMIC, 0), 2),
     ]
     selected = run(1, ("dyn", 0, 6, 0), (*DYNAMIC, 12), 2)
     first = [move for pair in zip(sink, local, strict=True) for move in pair]

@@ -25,8 +25,9 @@ def without_lengths(inputs):
     return inputs.replace("hist_len 2x3 int32, new_len 1 int32,", "")
 
 
-NEW = """new_k.0 3x18x8 float32, new_k.1 3x18x8 float32,
-         new_v.0 3x18x8 float32, new_v.1 3x18x8 float32"""
+# Layer 0: of 3 heads 2 frames of 6 tokens. Layer 1: of a static head 2 frames, of two others 3.
+NEW = """new_k.0 36x8 float32, new_k.1 48x8 float32,
+         new_v.0 36x8 float32, new_v.1 48x8 float32"""
 LATENTS = "x0 3x2x4x6 float32, x_next 3x2x4x6 float32"
 CROSS = """cross_k.0 3x3x8 float32, cross_k.1 3x3x8 float32,
            cross_v.0 3x3x8 float32, cross_v.1 3x3x8 float32"""
@@ -40,7 +41,7 @@ CLEAN = """x 3x2x4x6 float32, step_index 1 int32, rope_cos 3x2 float32, rope_sin
            hist_len 2x3 int32, new_len 1 int32, hist_k.0 36x8 float32, hist_v.0 36x8 float32,
            cross_k.0 3x2x8 float32, cross_v.0 3x2x8 float32, text_bias 2 float32"""
 EVICT = """hist_k.1 48x8 float32, hist_v.1 48x8 float32,
-           new_k.1 3x18x8 float32, new_v.1 3x18x8 float32"""
+           new_k.1 48x8 float32, new_v.1 48x8 float32"""
 EVICTED = "dyn_k.1 2x6x8 float32, dyn_v.1 2x6x8 float32, scores 3x6 float32, kept 6 int32"
 PLAIN = {
     "prompt": ("prompt_embeds 3x5 float32", CROSS),

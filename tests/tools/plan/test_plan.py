@@ -125,7 +125,7 @@ def test_bytes_are_those_that_onnxruntime_allocates(run_fkv, digits_bundle):
 def test_bytes_are_those_that_the_chunk_graph_runtime_allocates(run_fkv, digits_bundle):
     memory = plan(run_fkv, "--bundle", digits_bundle)["memory_nbytes"]
     manifest = read_manifest(digits_bundle)
-    specs = plan_memory(manifest.config, manifest.graphs, 0).specs.values()
+    specs = plan_memory(manifest.config, manifest.graphs, {}).specs.values()
     predicted = sum(memory["buffers"].values()) + memory["replay_copies"]
     assert predicted == sum(spec.nbytes for spec in specs)
 

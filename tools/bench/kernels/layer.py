@@ -87,7 +87,7 @@ class CompressedLayer:
             cases.attention_case(self.label, tokens, dim, self.history()),
         ]
         partition = HeadPartition(num_heads, (tuple(range(self.num_static)),) * 2)
-        layout = pool_layouts(policy, partition, chunk.tokens_per_frame)[1]
+        layout = pool_layouts(policy, partition, chunk)[1]
         group = layout.group("dynamic")
         if policy.num_dynamic_frames == 0 or group is None:
             return tuple(calls)

@@ -38,7 +38,8 @@ def kv_nbytes(session: Session) -> dict[str, int]:
 
     Returns:
         `kv_history_nbytes` for the past, and `kv_nbytes` with the running chunk's own rows, which a
-        dense cache holds in the same buffer, and the rows that an eviction hands to the commit.
+        dense cache holds in the same buffer, and those that an eviction hands to the commit where
+        they have memory of their own.
     """
     backend: Any = session.backend
     if hasattr(backend, "nbytes_kv"):
@@ -62,7 +63,8 @@ def _buffer_nbytes(backend: Any, name: str) -> int:
     for holder in ("buffers", "tensors"):
         if hasattr(backend, holder):
             return int(getattr(backend, holder)[name].nbytes)
-    return int(backend.memory.plan.specs[name].nbytes)
+    specs = backend.memory.plan.specs
+    return int(specs[name].nbytes) if name in specs else 0
 
 
 class EnergyMeter:

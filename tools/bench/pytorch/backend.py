@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forcing_kv.export.cost.work import first_steady_chunk
 from forcing_kv.export.model.denoiser import CausalWanModel
-from forcing_kv.export.model.graphs import EvictGraph, PromptGraph
+from forcing_kv.export.model.graphs import EvictGraph, PromptGraph, own_rows
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.runtime_trt.backends.base import (
     ChunkPositions,
@@ -217,6 +217,13 @@ class TorchBackend(StepwiseBackend):
     def _clean(self, plan: ChunkPlan) -> None:
         inputs = self._inputs
         self._forward(inputs.latents, inputs.eps[0], self.config.schedule.num_steps, plan)
+        if self._history is not None and self._options.style != "dense":
+            layouts = self.config.layouts
+            new_k, new_v = (
+                [own_rows(*pair) for pair in zip(rows, layouts, strict=True)]
+                for rows in self._parts.made.new
+            )
+            self._parts.made = replace(self._parts.made, new=(new_k, new_v))
 
     def _select(self, plan: ChunkPlan, forced: NDArray[np.int32] | None) -> None:
         if not plan.evict:

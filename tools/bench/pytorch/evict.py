@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcing_kv.export.model.graphs import candidate_layout
+from forcing_kv.export.model.graphs import candidate_layout, dynamic_rows
 from forcing_kv.plugins.registry import SEGMENT_SIMILARITY, SIMILARITY_EVICTION
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 
@@ -27,7 +27,8 @@ class PlainEvict:
         scoring = self._config.evicted_layers.index(1)
         similarity = SEGMENT_SIMILARITY.module("reference").segment_similarity
         arguments = candidate_layout(self._config, 1).arguments()
-        scores = similarity(hist_k[scoring], new_k[scoring], *arguments)
+        own = dynamic_rows(new_k[scoring], self._config.layouts[1])
+        scores = similarity(hist_k[scoring], own, *arguments)
         dyn_k, dyn_v, kept = self._compact(scores, hist_k, hist_v, new_k, new_v)
         return dyn_k, dyn_v, scores, kept
 
@@ -47,12 +48,10 @@ class PlainEvict:
     def _compact(self, scores: Tensor, *rows: Rows) -> tuple[Any, Any, Tensor]:
         eviction = SIMILARITY_EVICTION.module("reference").similarity_eviction
         layers, num_kept = self._config.evicted_layers, self._config.policy.num_kept_segments
-        outputs = [
-            eviction(
-                scores, *(part[i] for part in rows),
-                *candidate_layout(self._config, layer).arguments(), num_kept,
-            )
-            for i, layer in enumerate(layers)
-        ]  # fmt: skip
+        outputs = []
+        for layer, (pool_k, pool_v, *new) in zip(layers, zip(*rows, strict=True), strict=True):
+            own = (dynamic_rows(part, self._config.layouts[layer]) for part in new)
+            arguments = (*candidate_layout(self._config, layer).arguments(), num_kept)
+            outputs.append(eviction(scores, pool_k, pool_v, *own, *arguments))
         dyn_k, dyn_v, kept = (list(column) for column in zip(*outputs, strict=True))
         return dyn_k, dyn_v, kept[0]

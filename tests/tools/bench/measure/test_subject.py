@@ -80,8 +80,8 @@ def test_good_subject_gives_every_row(tiny, options, name):
     whole = metrics["denoiser_ms"]
     assert 0.5 * sum(p["p20"] for p in parts) < whole["median"] < 2 * sum(p["p80"] for p in parts)
     config = tiny(chosen.policy).config
-    own = 2 * 2 * config.chunk.num_tokens * config.model.dim * 4
-    own += buffer_nbytes(config)["K/V of the eviction"]
+    sizes = buffer_nbytes(config)
+    own = sizes["K/V of the chunk"] + sizes["K/V of the eviction"]
     assert metrics["kv_nbytes"] == config.nbytes_kv + own
     assert metrics["kv_history_nbytes"] == metrics["kv_nbytes"] - own * (name != "eager-dense")
     assert len(rows[3].metrics["chunk_ms"]) == 5
