@@ -16,6 +16,7 @@ from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 
 BUILDER_FILES = (
     "export/tensorrt/builder.py",
+    "export/tensorrt/plugins.py",
     "export/tensorrt/stripped.py",
     "export/tensorrt/refit.py",
 )
@@ -53,7 +54,7 @@ BUILDER_MEMBERS = {
     "Builder": ("create_network",),
     "IBuilderConfig": ("clear_flag", "set_flag"),
     "ICudaEngine": ("create_serialization_config", "serialize_with_config"),
-    "INetworkDefinition": ("mark_weights_refittable",),
+    "INetworkDefinition": ("get_layer", "mark_weights_refittable", "num_layers"),
     "ISerializationConfig": ("set_flag",),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
     "OnnxParser": ("get_error", "num_errors", "parse_from_file"),
