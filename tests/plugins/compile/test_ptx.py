@@ -26,7 +26,9 @@ from forcing_kv.plugins.compile.ptx import (
 from forcing_kv.plugins.compile.ptxas import assemble
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
-DEVICES = tuple(SHARED_LIMIT_BYTES)
+SIBLINGS = (87, 103, 110, 121)
+"""Devices with the units and the shared memory of another."""
+DEVICES = tuple(sm for sm in SHARED_LIMIT_BYTES if sm not in SIBLINGS)
 
 
 def problem_of(spec, dtype):
@@ -95,6 +97,14 @@ def test_every_tactic_compiles_for_every_device(spec, dtype, device):
     for tactic in spec.module("kernel").TACTICS:
         if tactic.runs_on(device):
             check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", SIBLINGS)
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_default_tactic_compiles_for_the_siblings(spec, device):
+    tactic = default_tactic(spec.module("kernel").TACTICS, device)
+    check_kernel(build(spec, tactic, device), spec, tactic, device)
 
 
 def test_one_kernel_serves_every_split_of_heads():
