@@ -36,6 +36,9 @@ Sizes = Mapping[str, Any]
 
 Attributes = Mapping[str, int | float]
 
+WIDE_ALIGNMENT = 16
+"""Bytes of the widest load: what TensorRT, torch and cudaMalloc align a tensor to at least."""
+
 D = TypeVar("D")
 """A dtype as torch, TensorRT or PTX names it."""
 
@@ -48,6 +51,16 @@ class TensorSpec:
     axes: tuple[str, ...]
     """Axis names, outermost first; `A*B` and `A/B` combine the sizes of named axes."""
     dtype: DType
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that its address is a multiple of, whoever launches a kernel.
+
+        Lengths and indices may be a row of a larger tensor: `hist_len[layer]` begins at any
+        multiple of 4 bytes. Everything else is a tensor of its own, or begins where a row of
+        channels does.
+        """
+        return 4 if self.dtype == "int32" else WIDE_ALIGNMENT
 
     def shape(self, sizes: Sizes) -> tuple[Any, ...]:
         return tuple(_axis_size(axis, sizes) for axis in self.axes)

@@ -36,6 +36,7 @@ EXTRA_OF_MODULE: Mapping[str, str] = MappingProxyType(
         "PIL": "video",
         "platformdirs": "rtx",
         "polygraphy": "trt",
+        "pynvml": "bench",
         "safetensors": "export",
         "sentencepiece": "text",
         "sklearn": "train",

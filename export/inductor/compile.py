@@ -6,6 +6,7 @@ is loaded, so that every graph and every session reads the same copy.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from forcing_kv.runtime_trt.bundle.hashes import sha256_of
 from forcing_kv.runtime_trt.dtypes import dtype_name
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
+
+_log = logging.getLogger(__name__)
 
 PACKAGE_FILE = "package.pt2"
 
@@ -92,7 +95,7 @@ def choose_attention(
         device: cpu or cuda, the one of this machine.
 
     Raises:
-        InputError: there is no such kernel on this device, or not in this dtype.
+        InputError: there is no such kernel on this device, or it refuses the model's shapes.
         BackendUnavailableError: there is no CUDA device to choose for.
     """
     if device == "cpu":
@@ -105,10 +108,43 @@ def choose_attention(
                 f"--attention {wanted} has no float32; take triton, or export with --dtype bfloat16"
             )
         return "triton"
-    if wanted != "auto":
+    if wanted == "triton":
         return wanted
     if not torch.cuda.is_available():
         raise BackendUnavailableError(NO_CUDA)
+    chosen = _fastest_attention(config) if wanted == "auto" else wanted
+    refusal = None if chosen == "triton" else refused_attention(chosen, config, device)
+    if refusal is None:
+        return chosen
+    if wanted != "auto":
+        raise InputError(
+            f"--attention {wanted} refuses this model on this GPU: {refusal}; take triton, or "
+            "leave the option out"
+        )
+    _log.warning("steady chunks attend with triton: %s refuses the model: %s", chosen, refusal)
+    return "triton"
+
+
+def refused_attention(kernel: str, config: RolloutConfig, device: str) -> str | None:
+    """Why a dense kernel does not take a steady chunk, in PyTorch's words; None if it does.
+
+    It is called, for what it takes depends on the GPU, its driver and cuDNN, and a package that
+    holds it would say so at its first chunk only.
+    """
+    num_new, group = config.chunk.num_tokens, config.layouts[-1].groups[-1]
+    shape = (1, group.num_heads, num_new + group.steady_rows, config.model.head_dim)
+    keys = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+    try:
+        KERNELS[kernel](keys[:, :, :num_new], keys, keys).sum().item()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def _fastest_attention(config: RolloutConfig) -> SteadyAttention:
+    """What was measured to be fastest on this GPU, or a default."""
     layer = config.layouts[-1]
     sizes = {
         "H": config.model.num_heads,

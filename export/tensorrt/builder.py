@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forcing_kv.export.tensorrt.options import EngineOptions
+from forcing_kv.export.tensorrt.plugins import check_plugin_layers
 from forcing_kv.export.tensorrt.stripped import mark_stripped
 from forcing_kv.runtime_trt.bundle.constants import ConstantEntry
 from forcing_kv.runtime_trt.errors import ForcingKvError, require
@@ -112,7 +113,8 @@ def build_plan(
 
     Raises:
         MissingDependencyError: the builder or Polygraphy is not installed.
-        ForcingKvError: the graph does not parse, or the builder gives up; with its own words.
+        ForcingKvError: the graph does not parse, one of our nodes is no plugin, or the builder
+            gives up; with its own words.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
     log = BuildLog()
@@ -136,6 +138,7 @@ def _build(
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise ForcingKvError(f"{path.name}: {options.backend} cannot parse it: {'; '.join(errors)}")
     log.num_attention = _allow_unfused_attention(trt, network)
+    num_plugins = check_plugin_layers(trt, network, path)
     stripped = mark_stripped(network, path) if options.strip_weights else {}
     with _polygraphy(options) as polygraphy:
 
@@ -153,7 +156,7 @@ def _build(
             said = "; ".join(log.problems[-3:]) or str(error)
             raise ForcingKvError(
                 f"{path.name}: {options.backend} could not build it for "
-                f"{options.target or 'this GPU'}: {said}"
+                f"{options.target or 'this GPU'}: {said}{_remedy(num_plugins, options)}"
             ) from error
     return BuiltPlan(bytes(plan), log, stripped)
 
@@ -171,6 +174,13 @@ def _allow_unfused_attention(trt: Any, network: Any) -> int:
             layer.attention.decomposable = True
             count += 1
     return count
+
+
+def _remedy(num_plugins: int, options: EngineOptions) -> str:
+    """What else to try where a builder may have refused the kernels of our plugins."""
+    if num_plugins == 0 or options.portable_kernels or options.hardware_compatible:
+        return ""
+    return "; if it refuses a plugin or its kernel, build with --portable-kernels"
 
 
 def _create_config(

@@ -45,6 +45,9 @@ class TensorRtOptions:
     """Run on later versions and on the lean runtime."""
     hardware_compatible: bool = False
     """Run on every GPU from Ampere on; kernels use 48 KiB of shared memory at most."""
+    portable_kernels: bool = False
+    """Give our plugins only kernels for every GPU from Ampere on, with 48 KiB of shared memory at
+    most: should TensorRT refuse others."""
     refit: bool = False
     """Weights can be replaced (--refit-from), all of them or, if stripped, those left out."""
     strip_weights: bool = False
@@ -113,6 +116,7 @@ class EngineOptions(TensorRtOptions):
         refused = {
             "--version-compatible": self.version_compatible,
             "--hardware-compatible (build once for each --target)": self.hardware_compatible,
+            "--portable-kernels (it has no plugins)": self.portable_kernels,
             "--frontend torch-tensorrt": self.frontend != "onnx",
             "--attention plugin": self.attention == "plugin",
         }

@@ -70,7 +70,10 @@ def refitted_plan(plan: Path, old: Path, new: Path, options: EngineOptions) -> b
         raise ForcingKvError(f"{new.name}: {wrong} by {plan} ({log.last()}); {_WAY_OUT}")
     config = engine.create_serialization_config()
     config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    return bytes(engine.serialize_with_config(config))
+    content = engine.serialize_with_config(config)
+    if content is None:
+        raise ForcingKvError(f"{new.name}: {plan} cannot be written ({log.last()}); {_WAY_OUT}")
+    return bytes(content)
 
 
 def graph_without_weights(path: Path) -> bytes:

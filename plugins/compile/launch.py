@@ -19,17 +19,25 @@ SAFE_SHARED_BYTES = 48 * 1024
 SHARED_LIMIT_BYTES = {
     80: 163 * 1024,
     86: 99 * 1024,
+    87: 163 * 1024,
     89: 99 * 1024,
     90: 227 * 1024,
     100: 227 * 1024,
+    103: 227 * 1024,
+    110: 227 * 1024,
     120: 99 * 1024,
+    121: 99 * 1024,
 }
 """Supported devices by compute capability, and the dynamic shared memory that a thread block can be
-granted there (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+granted there: 1 KB less than a multiprocessor has (largest configuration in `cuda_occupancy.h` of
+CUDA 13.0: 164 KB for 8.0 and 8.7, 100 KB for other 8.x and 12.x, 228 KB for 9.0 to 11.0)."""
 
 PTX_VERSION = 87
-"""PTX version to write, 87 for 8.7: the oldest that knows every supported device, so that it asks
-for no newer driver than the device does (r570)."""
+"""PTX version to write, 87 for 8.7: the oldest that knows every device not in
+`NEWER_PTX_VERSIONS`, so that it asks for no newer driver than the device does (r570)."""
+
+NEWER_PTX_VERSIONS = {103: 88, 110: 90, 121: 88}
+"""Oldest PTX version of devices that came later: 8.8 is of CUDA 12.9, 9.0 of CUDA 13.0."""
 
 FIRST_TMA_SM = 90
 """First compute capability whose tensor memory accelerator loads tiles."""
@@ -59,6 +67,9 @@ class Tactic:
     """Tile sizes, by the kernel's constant names."""
     schedule: str = "tiles"
     """How the work is dealt to thread blocks, where a kernel knows several ways."""
+    least_shared_kb: int = 0
+    """Dynamic shared memory of the devices that it is made for: on those that grant less it is not
+    what is taken unmeasured."""
     portable: bool = False
     """Compiled for PORTABLE_SM and within SAFE_SHARED_BYTES, whatever the device."""
     tma: bool = False
@@ -84,11 +95,19 @@ class Tactic:
 def default_tactic(tactics: Sequence[Tactic], device_sm: int) -> Tactic:
     """The tactic to use where none was measured.
 
-    Hopper and data-centre Blackwell, whose shared memory all tactics are sized for, take the first
-    that is made for the device; the others take the first portable one.
+    The first that is compiled for the device and made for its shared memory; a device that is not
+    known takes the first portable one.
     """
-    wants_portable = SHARED_LIMIT_BYTES.get(device_sm, 0) < SHARED_LIMIT_BYTES[90]
-    return next(tactic for tactic in tactics if tactic.portable == wants_portable)
+    granted = SHARED_LIMIT_BYTES.get(device_sm)
+    return next(
+        tactic
+        for tactic in tactics
+        if (tactic.portable if granted is None else _suits(tactic, granted))
+    )
+
+
+def _suits(tactic: Tactic, granted: int) -> bool:
+    return not tactic.portable and tactic.least_shared_kb * 1024 <= granted
 
 
 @dataclass(frozen=True)

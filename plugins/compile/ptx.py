@@ -15,6 +15,7 @@ from typing import Any
 
 from forcing_kv.plugins.compile.launch import (
     FIRST_TMA_SM,
+    NEWER_PTX_VERSIONS,
     PTX_VERSION,
     SHARED_LIMIT_BYTES,
     Launch,
@@ -23,11 +24,10 @@ from forcing_kv.plugins.compile.launch import (
     SharedMemoryError,
     Tactic,
 )
-from forcing_kv.plugins.op_spec import OpSpec
+from forcing_kv.plugins.op_spec import WIDE_ALIGNMENT, OpSpec
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import require
 
-_ALIGNMENT_BYTES = 16
 _NUM_HIDDEN = 2
 _PARAMETER = re.compile(r"\.param\s+\.u64\s+(?:\.ptr\s+\.\w+\s+(?:\.align\s+\d+\s+)?)?(\w+)")
 
@@ -48,6 +48,8 @@ class CompiledKernel:
     """Dynamic shared memory of a thread block."""
     sm: int
     """Compute capability that it was compiled for, 90 for 9.0."""
+    alignments: tuple[int, ...]
+    """Bytes that each parameter's address must be a multiple of; TMA's hidden ones aside."""
 
     @property
     def arch(self) -> str:
@@ -99,7 +101,9 @@ def compile_kernel(
     where = f"{spec.name}, tactic {tactic.name}, sm_{target_sm}"
     if not tactic.runs_on(device_sm):
         raise SharedMemoryError(f"{where}: needs compute capability {FIRST_TMA_SM}")
-    compiled = _compile(plan, pointers, target_sm)
+    alignments = tuple(tensor.alignment for tensor in (*spec.inputs, *spec.outputs))
+    alignments += (WIDE_ALIGNMENT,) * len(plan.scratch)
+    compiled = _compile(plan, pointers, alignments, target_sm)
     metadata = compiled.metadata
     if metadata.profile_scratch_size or (metadata.global_scratch_size and not tactic.tma):
         raise PtxError(f"{where}: the kernel wants hidden memory, which a plugin cannot give")
@@ -113,7 +117,7 @@ def compile_kernel(
         ptx = strip_hidden_parameters(ptx, metadata.name, len(pointers), where)
     if re.search(r"^\s*\.(file|loc|section)\b", ptx, re.MULTILINE):
         raise PtxError(f"{where}: the PTX carries debug information, which may hold paths")
-    return CompiledKernel(metadata.name, ptx, plan, metadata.shared, target_sm)
+    return CompiledKernel(metadata.name, ptx, plan, metadata.shared, target_sm, alignments)
 
 
 def _pointers(spec: OpSpec, plan: Launch, dtypes: Sequence[str], tactic: Tactic) -> dict[str, str]:
@@ -128,21 +132,24 @@ def _pointers(spec: OpSpec, plan: Launch, dtypes: Sequence[str], tactic: Tactic)
     return dict(zip(names, (f"*{DTYPES[dtype].triton}" for dtype in dtypes), strict=True))
 
 
-def _compile(plan: Launch, pointers: Mapping[str, str], target_sm: int) -> Any:
+def _compile(
+    plan: Launch, pointers: Mapping[str, str], alignments: Sequence[int], target_sm: int
+) -> Any:
     """Triton's compiled kernel."""
     triton = require("triton")
     compiler = require("triton.compiler")
     gpu_target = require("triton.backends.compiler").GPUTarget
     signature = {**pointers, **dict.fromkeys(plan.constants, "constexpr")}
-    # TensorRT, torch and cudaMalloc all align far above this; it buys wide loads.
-    aligned = {(i,): [["tt.divisibility", _ALIGNMENT_BYTES]] for i in range(len(pointers))}
+    # It buys wide loads.
+    aligned = {(i,): [["tt.divisibility", nbytes]] for i, nbytes in enumerate(alignments)}
+    ptx_version = NEWER_PTX_VERSIONS.get(target_sm, PTX_VERSION)
     with triton.knobs.compilation.scope():
         # Line information would carry this machine's paths into the engine.
         triton.knobs.compilation.disable_line_info = True
         return triton.compile(
             compiler.ASTSource(plan.kernel, signature, dict(plan.constants), aligned),
             target=gpu_target("cuda", target_sm, 32),
-            options={**plan.options, "ptx_version": PTX_VERSION},
+            options={**plan.options, "ptx_version": ptx_version},
         )
 
 

@@ -48,7 +48,7 @@ class LoadedKernel:
 
         Args:
             addresses: device addresses of the inputs and then the outputs, each contiguous and
-                aligned to 16 bytes.
+                aligned as the operator's contract says (`TensorSpec.alignment`).
             stream: CUDA stream; nothing is waited for.
 
         Raises:
@@ -60,8 +60,14 @@ class LoadedKernel:
                 f"{self._kernel.name} takes {self._num_parameters} addresses, found "
                 f"{len(addresses)}"
             )
-        if any(address % 16 for address in addresses):
-            raise ValueError(f"{self._kernel.name}: an address is not aligned to 16 bytes")
+        for place, (address, nbytes) in enumerate(
+            zip(addresses, self._kernel.alignments, strict=False)
+        ):
+            if address % nbytes:
+                raise ValueError(
+                    f"{self._kernel.name}: address {place} is {address:#x}, which is not aligned "
+                    f"to {nbytes} bytes"
+                )
         types = (ctypes.c_void_p,) * len(addresses)
         self._call(
             "cuLaunchKernel",

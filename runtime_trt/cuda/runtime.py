@@ -12,6 +12,10 @@ from typing import Any
 
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, require
 
+FIRST_DRIVERS = {12: 525, 13: 580}
+"""First branch of NVIDIA's driver for each CUDA that cuda-bindings may be of (release notes of the
+toolkit, minor version compatibility)."""
+
 DRIVER_HINT = (
     "install NVIDIA's driver and check it with `nvidia-smi`, or choose --backend onnxruntime"
 )
@@ -51,10 +55,14 @@ class Cuda:
         if driver == 0:
             raise BackendUnavailableError(f"no NVIDIA driver was found here; {DRIVER_HINT}")
         if driver // 1000 < built_for // 1000:
+            needed = built_for // 1000
+            first = FIRST_DRIVERS.get(needed)
             raise BackendUnavailableError(
                 f"the NVIDIA driver supports CUDA {_version(driver)}, but the installed "
-                f"cuda-bindings needs CUDA {built_for // 1000}; update the driver, or "
-                f"`pip install 'cuda-bindings<{built_for // 1000}'`"
+                f"cuda-bindings needs CUDA {needed}, and no older one is supported; install "
+                f"driver {first or 'of that CUDA'} or newer (on data-centre GPUs NVIDIA's package "
+                f"cuda-compat-{needed}-0 beside the old driver will do), or choose --backend "
+                "onnxruntime"
             )
         count = self._call("cudaGetDeviceCount")
         if device >= count:

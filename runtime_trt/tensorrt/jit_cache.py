@@ -74,7 +74,11 @@ class JitCache:
         """Keep what has been compiled, if it is other than what was loaded."""
         if self._cache is None:
             return
-        content = bytes(self._cache.serialize())
+        serialized = self._cache.serialize()
+        if serialized is None:
+            _log.warning("compiled kernels are not kept: TensorRT-RTX gives none")
+            return
+        content = bytes(serialized)
         if content == self._kept:
             return
         self._kept = content

@@ -28,7 +28,7 @@ from forcing_kv.plugins.compile.launch import (  # noqa: E402
     default_tactic,
 )
 from forcing_kv.plugins.head_indexed_attention.schedule import tile_counts  # noqa: E402
-from forcing_kv.plugins.registry import OPS, QK_NORM_ROPE  # noqa: E402
+from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS, QK_NORM_ROPE  # noqa: E402
 
 pytestmark = pytest.mark.long
 
@@ -189,4 +189,10 @@ def test_every_operator_has_a_portable_and_a_fast_tactic(spec):
     assert len({tactic.name for tactic in tactics}) == len(tactics)
     assert tactics[0].portable
     for sm in SHARED_LIMIT_BYTES:
-        assert default_tactic(tactics, sm).portable == (sm not in (90, 100))
+        default = default_tactic(tactics, sm)
+        assert not default.portable
+        assert not default.torch_only
+        if spec is HEAD_INDEXED_ATTENTION:
+            large = SHARED_LIMIT_BYTES[sm] >= 227 * 1024
+            assert default.name == ("128x128" if large else "128x64s3")
+    assert default_tactic(tactics, 75).portable

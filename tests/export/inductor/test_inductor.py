@@ -1,6 +1,7 @@
 """The Inductor engine of a bundle: weights shared, results as the golden case has them."""
 
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +13,21 @@ from shared_exports import export_once
 
 from forcing_kv.export.bundle.read import read_bundle_weights
 from forcing_kv.export.bundle.write import BundleLabels
+from forcing_kv.export.inductor import compile as compiler
 from forcing_kv.export.inductor.build import build_inductor
-from forcing_kv.export.inductor.compile import InductorOptions
+from forcing_kv.export.inductor.compile import (
+    InductorOptions,
+    choose_attention,
+    refused_attention,
+)
 from forcing_kv.export.model.fusion import FUSED, FusionOptions
 from forcing_kv.export.model.rewrite import sort_heads_
 from forcing_kv.export.verify.bundle import verify_bundle
 from forcing_kv.export.verify.golden import GoldenCase, verify_golden
+from forcing_kv.plugins.steady_attention.cuda_body import KERNELS
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo, TensorInfo
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest
-from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError
+from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 from forcing_kv.runtime_trt.inductor.backend import InductorBackend
 from forcing_kv.runtime_trt.inductor.engine import InductorEngine
 from forcing_kv.runtime_trt.inductor.package import (
@@ -32,6 +39,14 @@ from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
 from forcing_kv.runtime_trt.session import Session
+
+SMALL = RolloutConfig(
+    ModelShape(2, dim=8, ffn_dim=8, num_heads=2, text_len=3, text_dim=4, freq_dim=8),
+    ChunkShape(3, 4, 6),
+    CachePolicy(),
+    HeadPartition(2, ((), (0,))),
+    dtype="bfloat16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +135,6 @@ def test_memory_of_captures_is_of_the_packages_device(monkeypatch):
 
 
 def test_single_tensors_are_shown():
-    shape = ModelShape(2, dim=8, ffn_dim=8, num_heads=2, text_len=3, text_dim=4, freq_dim=8)
-    config = RolloutConfig(
-        shape, ChunkShape(3, 4, 6), CachePolicy(), HeadPartition(2, ((), (0,))), dtype="bfloat16"
-    )
     port = TensorInfo("prompt_embeds", (3, 4), "float32")
     cross = torch.arange(8, dtype=torch.bfloat16)
 
@@ -137,7 +148,7 @@ def test_single_tensors_are_shown():
         return {"cross_k.0": cross * tensors["prompt_embeds"].sum()}
 
     package = SimpleNamespace(device=torch.device("cpu"), graphs=graphs, run=run)
-    backend = InductorBackend(config, package)
+    backend = InductorBackend(SMALL, package)
     backend.set_prompt(np.ones((3, 4), np.float32))
     shown = backend.read_tensor("cross_k.0")
     assert shown.dtype == np.float32
@@ -159,6 +170,37 @@ def test_compiler_knows_its_settings(autotune):
     assert ("max_autotune" in settings) is autotune
     known = torch._inductor.config.get_config_copy()
     assert settings.keys() <= known.keys()
+
+
+def test_a_kernel_that_refuses_the_model_is_no_package_s(monkeypatch, caplog):
+    """What a GPU would refuse, here every fused kernel on a CPU: said before anything is built."""
+    for name, value in {"is_available": True, "get_device_name": "A GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    called = partial(refused_attention, device="cpu")
+    monkeypatch.setattr(
+        compiler, "refused_attention", lambda kernel, config, _: called(kernel, config)
+    )
+    for name in KERNELS:
+        with pytest.raises(
+            InputError, match=rf"--attention {name} refuses .*: .*CPU.*; take triton"
+        ):
+            choose_attention(name, "cuda", SMALL)
+    assert choose_attention("auto", "cuda", SMALL) == "triton"
+    assert "attend with triton: cudnn refuses the model" in caplog.text
+
+    shapes = []
+
+    def dense(q, k, v):
+        shapes.append((tuple(q.shape), tuple(k.shape)))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(compiler, "KERNELS", dict.fromkeys(KERNELS, dense))
+    assert choose_attention("auto", "cuda", SMALL) == "cudnn"
+    group = SMALL.layouts[-1].groups[-1]
+    own, dim = SMALL.chunk.num_tokens, SMALL.model.head_dim
+    heads = group.num_heads
+    assert shapes == [((1, heads, own, dim), (1, heads, own + group.steady_rows, dim))]
 
 
 def test_cuda_without_a_device_is_refused(tmp_path):

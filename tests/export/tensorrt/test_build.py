@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -460,7 +461,51 @@ def test_plugins_of_a_compatible_engine_are_portable(monkeypatch):
         plugin_setup.register_once(targets.append, compatible)
     monkeypatch.setattr(plugin_setup, "_registered", {})
     plugin_setup.register_once(targets.append, compatible)
-    assert [(target.sm, target.portable_only) for target in targets] == [(90, False), (80, True)]
+    monkeypatch.setattr(plugin_setup, "_registered", {})
+    plugin_setup.register_once(targets.append, EngineOptions("tensorrt", portable_kernels=True))
+    found = [(target.sm, target.portable_only) for target in targets]
+    assert found == [(90, False), (80, True), (90, True)]
+    with pytest.raises(InputError, match=r"does not have --portable-kernels \(it has no plugins"):
+        EngineOptions("tensorrt-rtx", target="sm89", portable_kernels=True)
+
+
+def test_nodes_that_became_no_plugins_are_named(half_bundle):
+    """NVIDIA's own parser, without our plugins: it takes the functions' bodies."""
+    needs_rtx()
+    from forcing_kv.export.tensorrt.builder import build_plan
+
+    path, options = half_bundle / "graphs/evict.onnx", EngineOptions("tensorrt-rtx", target="sm89")
+    with pytest.raises(ForcingKvError) as caught:
+        build_plan(path, options)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    names = [node.name for node in nodes if node.domain == "forcing_kv"]
+    assert f"evict.onnx: 0 of {len(names)} custom nodes became plugins" in str(caught.value)
+    assert all(name in str(caught.value) for name in names[:3])
+
+
+def test_plugins_are_counted_and_their_refusal_names_the_portable_ones(half_bundle, monkeypatch):
+    from forcing_kv.export.tensorrt.builder import _remedy
+    from forcing_kv.export.tensorrt.plugins import check_plugin_layers
+
+    kinds = SimpleNamespace(PLUGIN_V3="plugin")
+    path = half_bundle / "graphs/evict.onnx"
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    names = [node.name for node in nodes if node.domain == "forcing_kv"]
+    layers = [SimpleNamespace(name=name, type="plugin") for name in names]
+    layers.insert(1, SimpleNamespace(name="cast", type="cast"))
+
+    def checked():
+        network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+        return check_plugin_layers(SimpleNamespace(LayerType=kinds), network, path)
+
+    assert checked() == len(names) > 1
+    layers[0].type = "cast"
+    with pytest.raises(ForcingKvError, match=rf"bodies of \['{names[0]}'\] \(1\)"):
+        checked()
+    own = EngineOptions("tensorrt")
+    assert "build with --portable-kernels" in _remedy(2, own)
+    assert not _remedy(0, own)
+    assert not _remedy(2, replace(own, portable_kernels=True))
 
 
 def test_an_engine_that_tells_no_size_counts_as_its_plan(half_bundle):

@@ -61,7 +61,7 @@ class Refittable:
     def __init__(self, name):
         self.__version__, self.__spec__ = "11.4.0.106", ModuleSpec(name, None)
         self.num_refits = 0
-        self.fixed, self.wanted, self.loads = set(), set(), True
+        self.fixed, self.wanted, self.loads, self.writes = set(), set(), True, True
         module = self
 
         class Refitter:
@@ -93,13 +93,15 @@ class Refittable:
 
     def Runtime(self, logger):
         return SimpleNamespace(
-            deserialize_cuda_engine=lambda plan: Engine(json.loads(plan)) if self.loads else None
+            deserialize_cuda_engine=lambda plan: (
+                Engine(self, json.loads(plan)) if self.loads else None
+            )
         )
 
 
 class Engine:
-    def __init__(self, weights):
-        self.weights = weights
+    def __init__(self, module, weights):
+        self.module, self.weights = module, weights
 
     def create_serialization_config(self):
         flags = set()
@@ -107,7 +109,7 @@ class Engine:
 
     def serialize_with_config(self, config):
         assert config.flags == {Refittable.SerializationFlag.INCLUDE_REFIT}
-        return json.dumps(self.weights).encode()
+        return json.dumps(self.weights).encode() if self.module.writes else None
 
 
 def sha256(content):
@@ -171,7 +173,7 @@ def test_engines_get_the_weights_of_the_other_bundle(trt, old, bundles):
     assert read_manifest(new).engines[-1].details == record.details
 
 
-@pytest.mark.parametrize("fault", ["fixed", "missing", "not loaded"])
+@pytest.mark.parametrize("fault", ["fixed", "missing", "not loaded", "not written"])
 def test_what_the_engine_does_not_take_is_told(trt, old, bundles, fault):
     new = bundles[1]
     plan = make_plan(trt, new, old, force=True)
@@ -182,8 +184,11 @@ def test_what_the_engine_does_not_take_is_told(trt, old, bundles, fault):
         trt.fixed, message = {name}, rf"prompt.* not let be replaced: .*{name}"
     elif fault == "missing":
         trt.wanted, message = {"folded"}, r"1 weights are missing, such as \['folded'\]"
-    else:
+    elif fault == "not loaded":
         trt.loads, message = False, r"prompt\.plan: it cannot be loaded"
+    else:
+        trt.writes = False
+        message = r"prompt\.onnx: .*prompt\.plan cannot be written \(TensorRT gives no reason\)"
     before = read_manifest(new).engines
     with pytest.raises(ForcingKvError, match=rf"{message}.*build it without --refit-from"):
         build.run_build(plan)

@@ -16,6 +16,7 @@ from forcing_kv.runtime_trt.dtypes import BY_TENSORRT
 
 BUILDER_FILES = (
     "export/tensorrt/builder.py",
+    "export/tensorrt/plugins.py",
     "export/tensorrt/stripped.py",
     "export/tensorrt/refit.py",
 )

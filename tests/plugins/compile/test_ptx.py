@@ -1,6 +1,5 @@
 """PTX for every device without a GPU: what TensorRT would embed."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install 'forcing-kv[plug
 from op_cases import cases_of
 
 from forcing_kv.plugins.compile.launch import (
+    NEWER_PTX_VERSIONS,
     SAFE_SHARED_BYTES,
     SHARED_LIMIT_BYTES,
     Problem,
@@ -26,7 +26,9 @@ from forcing_kv.plugins.compile.ptx import (
 from forcing_kv.plugins.compile.ptxas import assemble
 from forcing_kv.plugins.registry import HEAD_INDEXED_ATTENTION, OPS
 
-DEVICES = tuple(SHARED_LIMIT_BYTES)
+SIBLINGS = (87, 103, 110, 121)
+"""Devices with the units and the shared memory of another."""
+DEVICES = tuple(sm for sm in SHARED_LIMIT_BYTES if sm not in SIBLINGS)
 
 
 def problem_of(spec, dtype):
@@ -55,7 +57,8 @@ def check_kernel(kernel, spec, tactic, device):
     assert ("cp.async.bulk.tensor" in kernel.ptx) == tactic.tma
     assert kernel.shared_bytes <= tactic.shared_limit(device)
     assert f".target {kernel.arch}" in kernel.ptx
-    assert re.search(r"\.version 8\.7\b", kernel.ptx)
+    version = NEWER_PTX_VERSIONS.get(kernel.sm, 87) / 10
+    assert f".version {version}\n" in kernel.ptx
     assert ".py" not in kernel.ptx
     assert assemble(kernel).registers <= 255
 
@@ -96,6 +99,14 @@ def test_every_tactic_compiles_for_every_device(spec, dtype, device):
             check_kernel(build(spec, tactic, device, dtype), spec, tactic, device)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", SIBLINGS)
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_default_tactic_compiles_for_the_siblings(spec, device):
+    tactic = default_tactic(spec.module("kernel").TACTICS, device)
+    check_kernel(build(spec, tactic, device), spec, tactic, device)
+
+
 def test_one_kernel_serves_every_split_of_heads():
     kernel = HEAD_INDEXED_ATTENTION.module("kernel")
     sizes = [{"N": 96, "H": 4, "D": 128, "R": rows} for rows in (1000, 2000)]
@@ -105,6 +116,42 @@ def test_one_kernel_serves_every_split_of_heads():
             for each in sizes
         )
         assert first.constants == second.constants
+
+
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param(sm, marks=[] if sm == 120 else pytest.mark.slow) for sm in (86, 89, 120)],
+)
+def test_attention_of_devices_with_99_kb_fills_their_registers_without_spills(device):
+    spec = HEAD_INDEXED_ATTENTION
+    sizes = {"H": 12, "N": 4680, "D": 128, "R": 12 * 7800}
+    problem = Problem(sizes, {"max_history": 7800}, "bfloat16", 128)
+    tactic = default_tactic(spec.module("kernel").TACTICS, device)
+    kernel = compile_kernel(spec, problem, tensor_dtypes(spec, "bfloat16"), tactic, device)
+    report = assemble(kernel)
+    assert 48 * 1024 < kernel.shared_bytes <= 99 * 1024
+    assert report.spilled_bytes == 0
+    # One block of 8 warps: as many warps as two blocks of the portable tactic.
+    assert 65536 // 2 < report.registers * kernel.block_threads <= 65536
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.torch_name)
+def test_wide_loads_are_promised_of_whole_tensors_alone(spec, monkeypatch):
+    import triton
+
+    promised = {}
+
+    def look(source, target, options):
+        promised.update({place: nbytes for (place,), [[_, nbytes]] in source.attrs.items()})
+        return compiler(source, target=target, options=options)
+
+    compiler = triton.compile
+    monkeypatch.setattr(triton, "compile", look)
+    kernel = build(spec, spec.module("kernel").TACTICS[0], 80)
+    tensors = (*spec.inputs, *spec.outputs)
+    expected = [4 if tensor.dtype == "int32" else 16 for tensor in tensors]
+    assert [promised[place] for place in range(len(tensors))] == expected
+    assert kernel.alignments == tuple(expected)
 
 
 def test_tma_is_refused_where_there_is_none():

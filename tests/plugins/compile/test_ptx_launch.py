@@ -66,7 +66,7 @@ from forcing_kv.plugins.compile.ptx_launch import LoadedKernel
 
 ptx = ".visible .entry run(" + ",".join(f".param .u64 p{i}" for i in range(3)) + ") {}"
 launch = Launch(None, {}, (5, 6, 7), num_warps=4, num_stages=1)
-with LoadedKernel(CompiledKernel("run", ptx, launch, int(sys.argv[2]), 90)) as kernel:
+with LoadedKernel(CompiledKernel("run", ptx, launch, int(sys.argv[2]), 90, (16, 4, 16))) as kernel:
     kernel.launch(eval(sys.argv[3]), 0x55)
 """
 
@@ -97,13 +97,21 @@ def test_driver_gets_addresses_geometry_and_shared_memory_in_order(driver):
     ], done.stderr
 
 
+def test_a_row_of_a_table_of_lengths_is_a_good_address(driver):
+    assert " 0x10 0x3c 0x30" in launched(driver, 0, [16, 48 + 12, 48]).stdout
+
+
 def test_shared_memory_that_every_device_grants_is_not_asked_for(driver):
     assert "attribute" not in launched(driver, 48 * 1024, [16, 32, 48]).stdout
 
 
 @pytest.mark.parametrize(
     ("addresses", "message"),
-    [([16, 32], "run takes 3 addresses, found 2"), ([16, 32, 40], "not aligned to 16 bytes")],
+    [
+        ([16, 32], "run takes 3 addresses, found 2"),
+        ([16, 36, 40], "address 2 is 0x28, which is not aligned to 16 bytes"),
+        ([16, 34, 48], "address 1 is 0x22, which is not aligned to 4 bytes"),
+    ],
 )
 def test_wrong_addresses_launch_nothing(driver, addresses, message):
     done = launched(driver, 0, addresses)

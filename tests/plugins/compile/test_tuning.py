@@ -12,7 +12,11 @@ from forcing_kv.plugins.compile.tuning import TunedTactic, best_tactic, read_tab
 from forcing_kv.plugins.registry import QK_NORM_ROPE
 from forcing_kv.runtime_trt.errors import InputError
 
-TACTICS = (Tactic("small", 4, portable=True), Tactic("wide", 8), Tactic("deep", 8))
+TACTICS = (
+    Tactic("small", 4, portable=True),
+    Tactic("wide", 8, least_shared_kb=227),
+    Tactic("deep", 8, least_shared_kb=99),
+)
 PROBLEM = Problem({"N": 8, "H": 2, "D": 32}, {}, "bfloat16", 132)
 ENTRY = TunedTactic(
     "FkQkNormRope", "GPU", "bfloat16", {"D": 32, "H": 2, "N": 8}, "deep", 0.1, {"wide": 0.2}, "-"
@@ -34,9 +38,10 @@ def test_measured_tactic_is_taken_on_its_gpu_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_committed_table", lambda: read_table(path))
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "GPU", 90).name == "deep"
     assert best_tactic(QK_NORM_ROPE, TACTICS[:2], PROBLEM, "GPU", 90).name == "wide"
-    assert best_tactic(QK_NORM_ROPE, TACTICS[:1], PROBLEM, "GPU", 80).name == "small"
+    assert best_tactic(QK_NORM_ROPE, TACTICS[:1], PROBLEM, "GPU", 75).name == "small"
     assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 90).name == "wide"
-    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 86).name == "small"
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 86).name == "deep"
+    assert best_tactic(QK_NORM_ROPE, TACTICS, PROBLEM, "other", 75).name == "small"
 
 
 def test_nearest_measured_problem_decides(tmp_path, monkeypatch):

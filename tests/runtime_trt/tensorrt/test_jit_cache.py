@@ -75,6 +75,14 @@ def test_it_is_written_only_if_something_was_compiled(kept):
     assert opened() == b"KERNELS"
 
 
+def test_a_cache_that_gives_nothing_is_not_kept(folder, caplog):
+    cache = JitCache(RTX, {"a.plan": "0"})
+    cache.attach(Runtime(compiled=None))
+    cache.save()
+    assert not folder.exists()
+    assert "compiled kernels are not kept: TensorRT-RTX gives none" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"short", b"\0" * 32 + b"kernels"])
 def test_a_damaged_entry_is_not_used(kept, caplog, content):
     kept.write_bytes(content)

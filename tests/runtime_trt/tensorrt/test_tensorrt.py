@@ -344,7 +344,10 @@ class NoDriver:
     ("driver", "message"),
     [
         (0, r"no NVIDIA driver was found here; .*nvidia-smi"),
-        (12080, r"supports CUDA 12\.8, .* needs CUDA 13; update the driver"),
+        (
+            12080,
+            r"supports CUDA 12\.8, .* needs CUDA 13, .* driver 580 or newer .*-13-0.* onnxruntime$",
+        ),
         (13000, r"GPU 0 was asked for, but the driver reports 0"),
     ],
     ids=["no driver", "old driver", "no GPU"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from forcing_kv.runtime_trt.console import talk
+from forcing_kv.runtime_trt.errors import MissingDependencyError, require
 from forcing_kv.runtime_trt.rollout.ports import kv_names
 from forcing_kv.runtime_trt.session import Session
 
@@ -75,11 +76,16 @@ class EnergyMeter:
         if device != "cuda":
             return
         try:
-            nvml = importlib.import_module("pynvml")
+            nvml = require("pynvml")
+        except MissingDependencyError as error:
+            talk(f"energy is not measured: {error}")
+            return
+        try:
             nvml.nvmlInit()
             handle = nvml.nvmlDeviceGetHandleByIndex(0)
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except Exception:  # Not installed, or not offered in this machine: reported as null.
+        except nvml.NVMLError as error:
+            talk(f"energy is not measured: the driver does not tell it ({error})")
             return
         self._read = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         self._start = self._read()
