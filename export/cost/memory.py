@@ -16,7 +16,7 @@ from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.layout import ModelShape
-from forcing_kv.runtime_trt.rollout.ports import Family, ports
+from forcing_kv.runtime_trt.rollout.ports import Family, ports, steady_name
 from forcing_kv.runtime_trt.rollout.timeline import KINDS
 
 FLOAT32_NBYTES = 4
@@ -85,12 +85,19 @@ def num_parameters(model: ModelShape) -> int:
     return sum(count.total for count in weight_counts(model).values())
 
 
-def engine_nbytes(model: ModelShape, dtype: DType, fp8: Fp8Counts = NO_FP8) -> dict[str, int]:
-    """Weights that each engine holds."""
+def engine_nbytes(
+    model: ModelShape, dtype: DType, fp8: Fp8Counts = NO_FP8, *, native_attention: bool = False
+) -> dict[str, int]:
+    """Weights that each engine holds.
+
+    Args:
+        native_attention: whether steady chunks have an engine of their own, which holds the weights
+            of a step once more: TensorRT's `--attention native`, and TensorRT-RTX.
+    """
     sizes = {"prompt": 0, "step": 0}
     for part, count in weight_counts(model, fp8).items():
         sizes["prompt" if part.startswith("text") else "step"] += count.nbytes(dtype)
-    return sizes
+    return sizes | ({steady_name("step"): sizes["step"]} if native_attention else {})
 
 
 _PURPOSES: Mapping[Family | None, str] = {
@@ -155,8 +162,12 @@ class MemoryCost:
     """What the CUDA-graph runtime holds beside the buffers."""
 
     @classmethod
-    def of(cls, config: RolloutConfig, fp8: Fp8Counts = NO_FP8) -> MemoryCost:
-        weights = sum(engine_nbytes(config.model, config.dtype, fp8).values())
+    def of(
+        cls, config: RolloutConfig, fp8: Fp8Counts = NO_FP8, *, native_attention: bool = False
+    ) -> MemoryCost:
+        """See `engine_nbytes` for `native_attention`."""
+        engines = engine_nbytes(config.model, config.dtype, fp8, native_attention=native_attention)
+        weights = sum(engines.values())
         buffers = buffer_nbytes(config)
         activations = max(0, activation_nbytes(config) - buffers["K/V of the eviction"])
         return cls(weights, buffers, activations, replay_nbytes(config))

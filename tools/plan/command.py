@@ -47,7 +47,7 @@ def plan(*, request: PlanRequest = PlanRequest(), options: PlanOptions = PlanOpt
     plans = [
         Plan(
             policy, subject.config(policy), target, subject.heads_source, options.num_chunks,
-            subject.fp8,
+            subject.fp8, request.native_attention,
         )
         for policy in policies
     ]  # fmt: skip

@@ -46,11 +46,19 @@ class Plan:
     """Chunks that the mean is taken over."""
     fp8: Fp8Counts = field(default_factory=dict)
     """Linear layers in FP8."""
+    native_attention: bool = False
+    """Whether steady chunks have an engine of their own."""
+
+    @property
+    def engines(self) -> dict[str, int]:
+        """Bytes of weights that each engine holds."""
+        config, native = self.config, self.native_attention
+        return engine_nbytes(config.model, config.dtype, self.fp8, native_attention=native)
 
     @property
     def memory(self) -> MemoryCost:
         """Device memory of one session."""
-        return MemoryCost.of(self.config, self.fp8)
+        return MemoryCost.of(self.config, self.fp8, native_attention=self.native_attention)
 
     @property
     def steady(self) -> tuple[PartCost, ...]:
@@ -93,7 +101,7 @@ class Plan:
             },
             "num_parameters": num_parameters(config.model),
             "memory_nbytes": {
-                "engines": engine_nbytes(config.model, config.dtype, self.fp8),
+                "engines": self.engines,
                 "buffers": dict(memory.buffers),
                 "replay_copies": memory.copies,
                 "activations_estimate": memory.activations,
@@ -137,9 +145,8 @@ class Plan:
         """Rows of the printed tables, by table."""
         config, memory = self.config, self.memory
         history = steady_history(config)
-        engines = engine_nbytes(config.model, config.dtype, self.fp8)
         kv = {key: size for key, size in memory.buffers.items() if size}
-        rows = {f"weights, {name} engine": _gb(size) for name, size in engines.items()}
+        rows = {f"weights, {name} engine": _gb(size) for name, size in self.engines.items()}
         rows |= {name: _gb(memory.buffers.get(name, 0)) for name in kv}
         rows |= {
             "copies for the replay": _gb(memory.copies),

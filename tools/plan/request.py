@@ -53,6 +53,9 @@ class PlanRequest:
     """What the model computes in. Default: bfloat16."""
     fp8: bool = False
     """Linear layers in FP8, as `fkv export --fp8`."""
+    native_attention: bool = False
+    """Count the second engine of steady chunks, which holds the weights of a step once more:
+    TensorRT with --attention native, and TensorRT-RTX."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def resolve(request: PlanRequest, policies: Sequence[str] = ()) -> Subject:
         InputError: unknown names, wrong files, or options that contradict each other.
     """
     if request.bundle is not None:
-        if others := given(replace(request, bundle=None)):
+        if others := given(replace(request, bundle=None, native_attention=False)):
             raise InputError(
                 f"a bundle has its own {', '.join(others)}; leave them out, or leave out --bundle"
             )

@@ -78,7 +78,10 @@ def test_weights_are_those_of_the_model(shape, dtype):
     sizes = {name: value.numel() * value.element_size() for name, value in weights.items()}
     text = ("text_embedding.", "cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")
     prompt = sum(size for name, size in sizes.items() if any(part in name for part in text))
-    assert engine_nbytes(shape, dtype) == {"prompt": prompt, "step": sum(sizes.values()) - prompt}
+    engines = {"prompt": prompt, "step": sum(sizes.values()) - prompt}
+    assert engine_nbytes(shape, dtype) == engines
+    native = engine_nbytes(shape, dtype, native_attention=True)
+    assert native == engines | {"step_steady": engines["step"]}
     assert num_parameters(shape) == sum(value.numel() for value in weights.values())
     feed_forward = sum(value.numel() for name, value in weights.items() if ".ffn." in name)
     assert weight_counts(shape)["feed-forward"].total == feed_forward
