@@ -22,6 +22,15 @@ from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 
+_CPU = "CPUExecutionProvider"
+_LARGE_NBYTES = 250_000_000
+"""Graphs with more weights than that read them where they lie, not packed for products. Packing
+anew costs a chunk of the digits model (48 rows, 4 MB) 7% of its time, one of thousands of rows
+nothing that could be measured."""
+_Place = tuple[str, int, int, tuple[int, ...], int]
+"""Where a tensor lies: file, offset and size in bytes; then its shape and ONNX's number of its
+dtype."""
+
 
 class OnnxRuntimeBackend(StepwiseBackend):
     """Runs the bundle's graphs over preallocated numpy buffers, bound once.
@@ -87,10 +96,12 @@ def onnx_sessions(
     graphs: Mapping[str, GraphInfo],
     files: Mapping[str, OnnxFile],
     num_threads: int,
-    provider: str = "CPUExecutionProvider",
+    provider: str = _CPU,
     remedy: str = "export the bundle again",
 ) -> dict[str, Any]:
     """A quiet ONNX Runtime session of each graph, made of bytes in memory: it opens no file.
+
+    On the CPU all of them read the same weights, where those are large: they are in memory once.
 
     Args:
         files: what the graphs say of themselves, compared with the manifest.
@@ -99,35 +110,47 @@ def onnx_sessions(
         BundleError: a graph does not load; says `remedy`.
     """
     ort = require("onnxruntime")
-    found = {}
+    found, held = {}, dict[_Place, Any]()
     for name, graph in graphs.items():
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         # Sessions alternate, and a spinning one would hold the cores that the next one needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        values = _outside_values(ort, bundle, files[name])
+        values = _outside_values(ort, bundle, files[name], held)
         options.add_external_initializers(list(values), list(values.values()))
+        if (
+            provider == _CPU
+            and sum(tensor.nbytes for tensor in files[name].outside) > _LARGE_NBYTES
+        ):
+            for tensor, value in values.items():
+                options.add_initializer(tensor, value)
+            # A packed weight would be a copy for each session.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            found[name] = ort.InferenceSession(
-                bundle.read(graph.file), options, providers=[provider]
-            )
+            session = ort.InferenceSession(bundle.read(graph.file), options, providers=[provider])
         except Exception as error:
             raise BundleError(
                 f"{bundle}/{graph.file}: ONNX Runtime cannot load it ({error}); {remedy}"
             ) from error
+        session.weights = values  # They are not its own, so it has to keep them.
+        found[name] = session
     return found
 
 
-def _outside_values(ort: Any, bundle: Bundle, file: OnnxFile) -> dict[str, Any]:
-    """A graph's larger tensors; a session copies them when it is made."""
+def _outside_values(
+    ort: Any, bundle: Bundle, file: OnnxFile, held: dict[_Place, Any]
+) -> dict[str, Any]:
+    """A graph's larger tensors, those of the graphs before it taken from `held`."""
     values = {}
     for tensor in file.outside:
-        content = bundle.piece(file.weights_file, tensor.offset, tensor.nbytes)
-        array = content.view(tensor.element.numpy).reshape(tensor.shape)
-        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            array, tensor.element.onnx_code
-        )
+        code = tensor.element.onnx_code
+        place = (file.weights_file, tensor.offset, tensor.nbytes, tensor.shape, code)
+        if place not in held:
+            content = bundle.piece(file.weights_file, tensor.offset, tensor.nbytes)
+            array = content.view(tensor.element.numpy).reshape(tensor.shape)
+            held[place] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, code)
+        values[tensor.name] = held[place]
     return values
 
 
