@@ -128,6 +128,7 @@ class ChunkGraphBackend(Backend):
     def _first_run(self) -> None:
         """Run every graph once, on zeros, so that no lazy set-up falls into a capture."""
         self._program.prompt(self._stream)
+        self._cuda.move_rows((), self._stream)
         self._warm_thread()
 
     def _warm_thread(self) -> None:

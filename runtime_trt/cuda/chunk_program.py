@@ -16,6 +16,7 @@ from forcing_kv.runtime_trt.backends.base import form_of
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.cuda.buffers import BufferSpec, DeviceMemory, MemoryPlan
 from forcing_kv.runtime_trt.cuda.engine import SCRATCH, GraphEngine
+from forcing_kv.runtime_trt.cuda.row_moves import PitchedMove
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
@@ -112,7 +113,7 @@ class RowCopy:
 
 
 def commit_copies(variant: ChunkVariant, config: RolloutConfig) -> Iterator[RowCopy]:
-    """The copies of a commit, in the order in which they must run."""
+    """The copies of a commit; none reads or writes where another writes."""
     row = config.model.head_dim * DTYPES[config.dtype].nbytes
 
     def end(rows: HeadRows, part: Part, layer: int) -> tuple[str, int, int]:
@@ -275,12 +276,19 @@ class ChunkProgram:
     def commit(self, stream: int, variant: ChunkVariant) -> None:
         """Copy what the next chunk sees into the pools."""
         address = self.address
-        for copy in commit_copies(variant, self._config):
-            self._cuda.copy_rows(
-                address(copy.target) + copy.target_offset, copy.target_pitch,
-                address(copy.source) + copy.source_offset, copy.source_pitch,
-                copy.width, copy.height, stream,
-            )  # fmt: skip
+        moves = [
+            PitchedMove(
+                address(copy.source) + copy.source_offset,
+                address(copy.target) + copy.target_offset,
+                copy.source_pitch,
+                copy.target_pitch,
+                copy.width,
+                copy.height,
+            )
+            for copy in commit_copies(variant, self._config)
+        ]
+        if moves:
+            self._cuda.move_rows(moves, stream)
 
     def chunk(self, stream: int, variant: ChunkVariant, mark: Mark) -> None:
         """Everything between the upload of a chunk's inputs and the copy of its results."""

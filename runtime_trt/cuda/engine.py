@@ -17,9 +17,13 @@ class GraphEngine(Protocol):
     name: str
     """Backend name, as users type it."""
 
-    placed: Mapping[str, int] | None
-    """None for an engine that writes every output where it is bound. Another allocates its outputs:
-    where the last launch left those that had no binding, valid until the next one."""
+    @property
+    def placed(self) -> Mapping[str, int] | None:
+        """Where the last launch left the outputs that had no binding, until the next launch.
+
+        None for an engine that allocates no output: there every one is bound.
+        """
+        ...
 
     @property
     def scratch_nbytes(self) -> Mapping[str, int]:

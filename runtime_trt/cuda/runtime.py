@@ -7,9 +7,11 @@ the whole class.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forcing_kv.runtime_trt.cuda.row_moves import PitchedMove, enqueue, launches
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, require
 
 FIRST_DRIVERS = {12: 525, 13: 580}
@@ -118,20 +120,13 @@ class Cuda:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, nbytes, kind, stream)
 
-    def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        height: int,
-        stream: int,
-    ) -> None:
-        """Copy `height` runs of `width` bytes between pitched places on the device."""
-        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        place = (target, target_pitch, source, source_pitch, width, height)
-        self._call("cudaMemcpy2DAsync", *place, kind, stream)
+    def move_rows(self, moves: Sequence[PitchedMove], stream: int) -> None:
+        """Copy between places on the device in one launch, so in no order among each other.
+
+        The first call loads the kernel, which no capture allows; without moves that is all.
+        """
+        for each in launches(moves):
+            enqueue(each, self._index, stream)
 
     def fill(self, address: int, value: int, nbytes: int, stream: int) -> None:
         """Set every byte, in stream order."""

@@ -41,7 +41,7 @@ class RowMove:
 
 
 def moves(groups: Mapping[HeadKind, GroupPlan], config: RolloutConfig) -> Iterator[RowMove]:
-    """The copies of a commit, in the order in which they must run.
+    """The copies of a commit, which may run in any order: none reads or writes where one writes.
 
     Args:
         groups: what a chunk's plan says of each kind of head.

@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import astuple
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class HostCuda:
         self.pinned = {}
         self.streams, self.events, self.graphs, self.executables = {}, {}, {}, {}
         self.uploaded = set()
+        self._moves_loaded = False
         self.calls = Counter()
         self.fail_at = None  # (call name, how many calls from now on)
         self._thread = threading.local()  # .warm: what this thread has run outside captures
@@ -102,16 +104,35 @@ class HostCuda:
         self._check(source, nbytes, strict=False)
         self._enqueue("memcpy", stream, lambda: ctypes.memmove(target, source, nbytes))
 
-    def copy_rows(self, target, target_pitch, source, source_pitch, width, height, stream):
-        assert 0 < width <= min(target_pitch, source_pitch) or height == 1
-        self._check(target, target_pitch * (height - 1) + width)
-        self._check(source, source_pitch * (height - 1) + width)
+    def move_rows(self, moves, stream):
+        if self.streams[stream].capture is None:
+            self._moves_loaded = True
+        elif not self._moves_loaded:
+            self._forbid("load_kernel")
+        written, read = [], []
+        for move in moves:
+            assert 0 < move.width <= min(move.source_pitch, move.target_pitch) or move.height == 1
+            assert not any(value % 4 for value in astuple(move)[:5])
+            for begin, pitch, runs in (
+                (move.source, move.source_pitch, read), (move.target, move.target_pitch, written)
+            ):  # fmt: skip
+                self._check(begin, pitch * (move.height - 1) + move.width)
+                starts = range(begin, begin + pitch * move.height, pitch)
+                runs += [(start, start + move.width) for start in starts]
+        written.sort()
+        pairs = itertools.pairwise(written)
+        assert all(a[1] <= b[0] for a, b in pairs), "moves of one launch write one place"
+        for begin, end in read:
+            clash = any(begin < b and a < end for a, b in written)
+            assert not clash, "a move of one launch reads what another one writes"
 
         def work():
-            for row in range(height):
-                ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+            for move in moves:
+                for row in range(move.height):
+                    source = move.source + row * move.source_pitch
+                    ctypes.memmove(move.target + row * move.target_pitch, source, move.width)
 
-        self._enqueue("memcpy", stream, work)
+        self._enqueue("kernel", stream, work)
 
     def fill(self, address, value, nbytes, stream):
         self._check(address, nbytes)
