@@ -75,5 +75,5 @@ def _round(index: int, size: str, dtype: DType, case: Case, layers: int) -> Iter
         yield replace(item, timeout_s=item.predicted_case_s * _PATIENCE)
 
 
-_PATIENCE = 5.0
-"""An item is stopped after so many times the predicted time."""
+_PATIENCE = 10.0
+"""An item is stopped after so many times the predicted time: others may use the core too."""
