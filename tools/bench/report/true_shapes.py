@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from forcing_kv.tools.bench.report.charts import new_figure, save_figure
 from forcing_kv.tools.bench.report.rows import Row
-from forcing_kv.tools.bench.true_shapes.cases import CLIP_CHUNKS, Case, case_flop
-from forcing_kv.tools.bench.workloads import workload
+from forcing_kv.tools.bench.workloads import CLIP_CHUNKS, Case, case_flop, workload
 
 if TYPE_CHECKING:
     from rich.table import Table

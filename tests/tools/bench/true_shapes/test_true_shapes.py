@@ -29,13 +29,12 @@ from forcing_kv.tools.bench.report.rows import append_row
 from forcing_kv.tools.bench.report.tables import write_report
 from forcing_kv.tools.bench.subjects import SUBJECTS, Subject
 from forcing_kv.tools.bench.suite.runner import selected
+from forcing_kv.tools.bench.suite.true_shape_items import true_shape_items
 from forcing_kv.tools.bench.true_shapes import core, measure
-from forcing_kv.tools.bench.true_shapes.cases import case_flop
-from forcing_kv.tools.bench.true_shapes.items import true_shape_items
 from forcing_kv.tools.bench.true_shapes.measure import CaseRequest, measure_case
 from forcing_kv.tools.bench.true_shapes.opened import place_of
 from forcing_kv.tools.bench.true_shapes.pools import fill_history
-from forcing_kv.tools.bench.workloads import few_layers, workload
+from forcing_kv.tools.bench.workloads import case_flop, few_layers, workload
 
 
 @pytest.fixture
