@@ -135,8 +135,8 @@ def bench_suite(
 
 def _true_shapes(options: SuiteOptions) -> tuple[SuiteItem, ...]:
     """What is measured with few layers on a CPU; says what is left out."""
+    from forcing_kv.tools.bench.suite.true_shape_items import SIZES, true_shape_items
     from forcing_kv.tools.bench.true_shapes.core import has_bfloat16
-    from forcing_kv.tools.bench.true_shapes.items import SIZES, true_shape_items
 
     dtypes: tuple[DType, ...] = options.dtype or ("float32", "bfloat16")
     if not options.dtype and not has_bfloat16():

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.export.cost.devices import MEASURED_TFLOPS
-from forcing_kv.export.cost.work import steady_history, step_flops
+from forcing_kv.export.cost.work import (
+    History,
+    clean_flops,
+    histories,
+    steady_history,
+    step_flops,
+)
 from forcing_kv.export.request.presets import (
     DENSE_WINDOW_FRAMES,
     PIXEL_FRAMES_PER_LATENT,
@@ -109,6 +115,30 @@ def step_work(config: RolloutConfig, *, fp8: bool = False) -> StepWork:
         self_flop=flops.self_attention,
         fp8_flop=blocks if fp8 else 0.0,
     )
+
+
+Case = Literal["steady-chunk", "steady-step", "clip"]
+CLIP_CHUNKS = 7
+"""Chunks of the clip that the paper's figures are means of: 21 latent frames, 5 s."""
+
+
+def case_flop(config: RolloutConfig, case: Case, *, cut: bool = False) -> float:
+    """Floating-point operations of a case; the embedding of the time is not counted.
+
+    Args:
+        cut: whether clean passes end at the last layer's keys and values.
+    """
+    if case == "steady-step":
+        return _step_flop(config, steady_history(config))
+    seen = histories(config, CLIP_CHUNKS) if case == "clip" else [steady_history(config)]
+    clean = clean_flops if cut else _step_flop
+    steps = config.schedule.num_steps
+    return sum(steps * _step_flop(config, each) + clean(config, each) for each in seen)
+
+
+def _step_flop(config: RolloutConfig, history: History) -> float:
+    flops = step_flops(config, [history])
+    return sum(vars(flops).values()) - flops.time_embedding
 
 
 def workload(

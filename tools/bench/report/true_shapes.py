@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from forcing_kv.tools.bench.report.charts import new_figure, save_figure
 from forcing_kv.tools.bench.report.rows import Row
-from forcing_kv.tools.bench.true_shapes.cases import CLIP_CHUNKS, Case, case_flop
-from forcing_kv.tools.bench.workloads import workload
+from forcing_kv.tools.bench.workloads import CLIP_CHUNKS, Case, case_flop, workload
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -168,30 +167,25 @@ def draw_speed_ups(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 
 def _chart(groups: Sequence[Group], path: Path, dtype: str) -> Path:
-    figure, axes = new_figure(2 + 2.2 * len(groups), 4.5)
+    figure, axes = new_figure(5 + 1.8 * len(groups), 4.5)
     width = 0.8 / len(_DRAWN)
     for place, subject in enumerate(_DRAWN):
-        ratios = [group.ratio(subject, DENSE) for group in groups]
-        at = [i - 0.4 + (place + 0.5) * width for i in range(len(groups))]
-        bars = axes.bar(at, [ratio or 0 for ratio in ratios], 0.9 * width, label=subject)
-        axes.bar_label(bars, [_times(ratio) for ratio in ratios], fontsize=7)
+        ratios = [(i, group.ratio(subject, DENSE)) for i, group in enumerate(groups)]
+        known = [(i - 0.4 + (place + 0.5) * width, ratio) for i, ratio in ratios if ratio]
+        if known:
+            bars = axes.bar(*zip(*known, strict=True), 0.9 * width, label=subject)
+            axes.bar_label(bars, [_times(ratio) for _, ratio in known], fontsize=7)
     for i, group in enumerate(groups):
-        limit = group.flop_limit
-        axes.plot(
-            [i - 0.45, i + 0.45], [limit, limit], "k--", label="FLOP ratio" if i == 0 else None
-        )
+        limit, name = group.flop_limit, "FLOP ratio, all layers" if i == 0 else None
+        axes.plot([i - 0.45, i + 0.45], [limit, limit], "k--", linewidth=1, label=name)
         axes.text(i + 0.46, limit, f"{limit:.2f}", fontsize=7, va="center")
-    published = [
-        (i, PAPER[g.size, g.case]) for i, g in enumerate(groups) if (g.size, g.case) in PAPER
-    ]
+    places = [(i, PAPER.get((group.size, group.case))) for i, group in enumerate(groups)]
+    published = [(i, ratio) for i, ratio in places if ratio]
     if published:
         axes.plot(*zip(*published, strict=True), "r*", markersize=11, label="published, on a GPU")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), [f"{g.size}\n{CASES[g.case]}" for g in groups])
     axes.set_ylabel("times faster than eager-dense")
-    axes.set_title(
-        f"{dtype}: ratios of CPU time on one core at true shapes, not a GPU's FPS", fontsize=10
-    )
-    axes.legend(fontsize=7, loc="upper left")
-    axes.margins(y=0.15)
+    axes.set_title(f"{dtype}: ratios of CPU time on one core, not a GPU's FPS", fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return save_figure(figure, path)

@@ -10,8 +10,14 @@ from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.tools.bench.measure.options import END_TO_END_S, MIN_CHUNKS
 from forcing_kv.tools.bench.subjects import SUBJECTS
-from forcing_kv.tools.bench.true_shapes.cases import Case, case_flop
-from forcing_kv.tools.bench.workloads import Workload, model_name, step_work, workload
+from forcing_kv.tools.bench.workloads import (
+    Case,
+    Workload,
+    case_flop,
+    model_name,
+    step_work,
+    workload,
+)
 
 Kind = Literal["subject", "checks", "ops"]
 

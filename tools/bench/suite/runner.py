@@ -31,7 +31,7 @@ from forcing_kv.tools.bench.report.rows import (
     read_rows,
 )
 from forcing_kv.tools.bench.suite.items import SuiteItem, predict
-from forcing_kv.tools.bench.true_shapes.cases import Case
+from forcing_kv.tools.bench.workloads import Case
 
 _WORKER = "forcing_kv.tools.bench.suite.worker"
 

@@ -6,47 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from forcing_kv.export.cost.work import (
-    History,
-    clean_flops,
-    histories,
-    steady_history,
-    step_flops,
-)
 from forcing_kv.runtime_trt.backends.base import ChunkPositions, ChunkRequest
-from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.timeline import steady_plan
 from forcing_kv.runtime_trt.session import Session
 from forcing_kv.tools.bench.measure.chunks import draw_chunk_noise
 from forcing_kv.tools.bench.measure.gate import GATE_SEED, RolloutResult
 from forcing_kv.tools.bench.true_shapes.pools import fill_history
-
-Case = Literal["steady-chunk", "steady-step", "clip"]
-CLIP_CHUNKS = 7
-"""Chunks of the clip that the paper's figures are means of: 21 latent frames, 5 s."""
-
-
-def case_flop(config: RolloutConfig, case: Case, *, cut: bool = False) -> float:
-    """Floating-point operations of a case; the embedding of the time is not counted.
-
-    Args:
-        cut: whether clean passes end at the last layer's keys and values.
-    """
-    if case == "steady-step":
-        return _step(config, steady_history(config))
-    seen = histories(config, CLIP_CHUNKS) if case == "clip" else [steady_history(config)]
-    clean = clean_flops if cut else _step
-    steps = config.schedule.num_steps
-    return sum(steps * _step(config, each) + clean(config, each) for each in seen)
-
-
-def _step(config: RolloutConfig, history: History) -> float:
-    flops = step_flops(config, [history])
-    return sum(vars(flops).values()) - flops.time_embedding
+from forcing_kv.tools.bench.workloads import CLIP_CHUNKS, Case
 
 
 @dataclass

@@ -27,8 +27,8 @@ from forcing_kv.tools.bench.measure.gate import (
     worst_error,
 )
 from forcing_kv.tools.bench.subjects import SUBJECTS, LoadClock, Subject
-from forcing_kv.tools.bench.true_shapes.cases import Case, run_case
-from forcing_kv.tools.bench.workloads import Workload
+from forcing_kv.tools.bench.true_shapes.cases import run_case
+from forcing_kv.tools.bench.workloads import Case, Workload
 
 REFERENCE = "eager-forcing-kv"
 """Subject that the compressed ones are compared with."""

@@ -14,7 +14,7 @@ from forcing_kv.tools.bench.measure.subject import error_text
 from forcing_kv.tools.bench.report.environment import describe_environment
 from forcing_kv.tools.bench.report.rows import Row, describe_workload
 from forcing_kv.tools.bench.subjects import LoadClock, Subject
-from forcing_kv.tools.bench.true_shapes.cases import Case, CaseTimes, case_flop, run_case
+from forcing_kv.tools.bench.true_shapes.cases import CaseTimes, run_case
 from forcing_kv.tools.bench.true_shapes.core import (
     pin_to_one_core,
     product_gflops,
@@ -30,7 +30,7 @@ from forcing_kv.tools.bench.true_shapes.gate import (
     require_finite,
 )
 from forcing_kv.tools.bench.true_shapes.opened import opened, place_of
-from forcing_kv.tools.bench.workloads import Workload
+from forcing_kv.tools.bench.workloads import Case, Workload, case_flop
 
 _PORTS = ("eager-dense", REFERENCE)
 """Plain PyTorch: gated at a small size."""
