@@ -157,22 +157,19 @@ def _write_graphs(
             write_onnx(graph, folder / relative, store)
             return graph_info(graph, relative, folder)
 
-        def write_pass(name: str, graph: ir.Model) -> None:
-            portable[name] = write(graph, f"{name}.onnx")
-            if config.dtype != "bfloat16":  # ONNX Runtime does not run it on a CPU.
-                own = graph.clone()
-                fuse_attention(own, config)
-                fused[name] = write(own, f"{name}.onnxruntime.onnx")
-
         # Of the general form the steady one is made without another capture.
         for source in graph_sources(model, config, replace(PLAIN, attention="triton")):
             report(source.name)
             graph = onnx_model(source)
-            if source.name == "step":
-                write_pass("step", graph)
-                write_pass(steady_name("step"), make_steady_(graph, config))
-            else:
-                portable[source.name] = write(graph, f"{source.name}.onnx")
+            portable[source.name] = write(graph, f"{source.name}.onnx")
+            if source.name != "step":
+                continue
+            if config.dtype != "bfloat16":  # ONNX Runtime does not run it on a CPU.
+                own = graph.clone()
+                fuse_attention(own, config)
+                fused["step"] = write(own, "step.onnxruntime.onnx")
+            steady = steady_name("step")
+            portable[steady] = write(make_steady_(graph, config), f"{steady}.onnx")
     return portable, fused
 
 

@@ -8,28 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forcing_kv.runtime_trt.backends.base import (
-    ChunkPositions,
-    Float32,
-    StepScalars,
-    form_of,
-)
+from forcing_kv.runtime_trt.backends.base import ChunkPositions, Float32, StepScalars
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend, copy_rows
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
 from forcing_kv.runtime_trt.bundle.manifest import Bundle
 from forcing_kv.runtime_trt.bundle.onnx_file import OnnxFile
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
+from forcing_kv.runtime_trt.rollout.ports import steady_name
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
-
-_CPU = "CPUExecutionProvider"
-_LARGE_NBYTES = 250_000_000
-"""Graphs with more weights than that read them where they lie, not packed for products. Packing
-anew costs a chunk of the digits model (48 rows, 4 MB) 7% of its time, one of thousands of rows
-nothing that could be measured."""
-_Place = tuple[str, int, int, tuple[int, ...], int]
-"""Where a tensor lies: file, offset and size in bytes; then its shape and ONNX's number of its
-dtype."""
 
 
 class OnnxRuntimeBackend(StepwiseBackend):
@@ -56,6 +43,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
             )
         self.buffers: dict[str, NDArray[Any]] = {}
         graphs = {**manifest.graphs, **manifest.onnxruntime}
+        # Its own attention works at exact lengths, so that the steady form has nothing to spare (2
+        # layers of Wan 1.3B at 480p: 17.4 s a step, 17.5 s in the general form) and would hold the
+        # weights once more.
+        graphs.pop(steady_name("step"), None)
         sessions = onnx_sessions(bundle, graphs, bundle.check_graphs(graphs), num_threads)
         self._graphs = {
             name: _BoundGraph(session, graphs[name], self.buffers)
@@ -73,7 +64,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         for name, value in self.pass_inputs(x, eps, scalars, positions).items():
             if name in self.buffers:  # A fused graph's own inputs are not there.
                 self.buffers[name][...] = value
-        self._graphs[form_of("step", positions.plan, self._graphs)].run()
+        self._graphs["step"].run()
         return self.buffers["x0"], self.buffers["x_next"]
 
     def run_evict(self) -> tuple[Float32, NDArray[np.int32]]:
@@ -96,12 +87,10 @@ def onnx_sessions(
     graphs: Mapping[str, GraphInfo],
     files: Mapping[str, OnnxFile],
     num_threads: int,
-    provider: str = _CPU,
+    provider: str = "CPUExecutionProvider",
     remedy: str = "export the bundle again",
 ) -> dict[str, Any]:
     """A quiet ONNX Runtime session of each graph, made of bytes in memory: it opens no file.
-
-    On the CPU all of them read the same weights, where those are large: they are in memory once.
 
     Args:
         files: what the graphs say of themselves, compared with the manifest.
@@ -110,47 +99,35 @@ def onnx_sessions(
         BundleError: a graph does not load; says `remedy`.
     """
     ort = require("onnxruntime")
-    found, held = {}, dict[_Place, Any]()
+    found = {}
     for name, graph in graphs.items():
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         # Sessions alternate, and a spinning one would hold the cores that the next one needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        values = _outside_values(ort, bundle, files[name], held)
+        values = _outside_values(ort, bundle, files[name])
         options.add_external_initializers(list(values), list(values.values()))
-        if (
-            provider == _CPU
-            and sum(tensor.nbytes for tensor in files[name].outside) > _LARGE_NBYTES
-        ):
-            for tensor, value in values.items():
-                options.add_initializer(tensor, value)
-            # A packed weight would be a copy for each session.
-            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            session = ort.InferenceSession(bundle.read(graph.file), options, providers=[provider])
+            found[name] = ort.InferenceSession(
+                bundle.read(graph.file), options, providers=[provider]
+            )
         except Exception as error:
             raise BundleError(
                 f"{bundle}/{graph.file}: ONNX Runtime cannot load it ({error}); {remedy}"
             ) from error
-        session.weights = values  # They are not its own, so it has to keep them.
-        found[name] = session
     return found
 
 
-def _outside_values(
-    ort: Any, bundle: Bundle, file: OnnxFile, held: dict[_Place, Any]
-) -> dict[str, Any]:
-    """A graph's larger tensors, those of the graphs before it taken from `held`."""
+def _outside_values(ort: Any, bundle: Bundle, file: OnnxFile) -> dict[str, Any]:
+    """A graph's larger tensors; a session copies them when it is made."""
     values = {}
     for tensor in file.outside:
-        code = tensor.element.onnx_code
-        place = (file.weights_file, tensor.offset, tensor.nbytes, tensor.shape, code)
-        if place not in held:
-            content = bundle.piece(file.weights_file, tensor.offset, tensor.nbytes)
-            array = content.view(tensor.element.numpy).reshape(tensor.shape)
-            held[place] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, code)
-        values[tensor.name] = held[place]
+        content = bundle.piece(file.weights_file, tensor.offset, tensor.nbytes)
+        array = content.view(tensor.element.numpy).reshape(tensor.shape)
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array, tensor.element.onnx_code
+        )
     return values
 
 

@@ -16,7 +16,10 @@ from dataclasses import astuple
 
 import numpy as np
 
+from forcing_kv.runtime_trt.backends.base import ChunkPositions
 from forcing_kv.runtime_trt.cuda.runtime import CudaError, DeviceInfo
+from forcing_kv.runtime_trt.rollout.ports import LENGTHS, steady_name
+from forcing_kv.runtime_trt.rollout.timeline import steady_plan
 
 
 class _Stream:
@@ -305,6 +308,13 @@ class HostCuda:
         assert not busy, f"{what} while streams {busy} are busy"
 
 
+def steady_lengths(config):
+    """What the steady form of a step has baked in, as the general form takes it."""
+    plan = steady_plan(config.policy, config.chunk.num_frames)
+    arrays = ChunkPositions.of(plan, config).arrays
+    return {name: arrays[name] for name in LENGTHS}
+
+
 class HostEngine:
     """A `GraphEngine` that runs ONNX graphs with ONNX Runtime over the double's memory."""
 
@@ -321,7 +331,9 @@ class HostEngine:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # As the runtime takes them, so that results can be compared bit by bit.
-        for graph, info in {**manifest.graphs, **getattr(manifest, "onnxruntime", {})}.items():
+        fused = getattr(manifest, "onnxruntime", {})
+        self._lengths = steady_lengths(manifest.config) if fused else {}
+        for graph, info in {**manifest.graphs, **fused}.items():
             if graph not in self.shared["sessions"]:
                 self.shared["sessions"][graph] = ort.InferenceSession(
                     str(bundle / info.file), options, providers=["CPUExecutionProvider"]
@@ -336,7 +348,10 @@ class HostEngine:
         if self.fail_at == graph:
             self.fail_at = None
             raise RuntimeError(f"{graph} was made to fail")
-        info, session = self._manifest.graphs[graph], self.shared["sessions"][graph]
+        info, lengths = self._manifest.graphs[graph], {}
+        if graph == steady_name("step") and self._lengths:
+            graph, lengths = "step", self._lengths
+        session = self.shared["sessions"][graph]
         dtypes = {"float32": np.float32, "float16": np.float16, "int32": np.int32}
         scratch, size = bindings["scratch"], self.scratch_nbytes.get(graph, 0)
         assert scratch % 256 == 0
@@ -350,7 +365,7 @@ class HostEngine:
             nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
             return self._cuda.view(address, nbytes).view(dtype).reshape(tensor.shape)
 
-        inputs = {tensor.name: array(tensor) for tensor in info.inputs}
+        inputs = {tensor.name: array(tensor) for tensor in info.inputs} | lengths
         outputs = [array(tensor) for tensor in info.outputs]
         names = [tensor.name for tensor in info.outputs]
 

@@ -163,7 +163,7 @@ def test_nothing_of_this_machine_is_inside(bundles, dtype):
     words += [str(Path.home()), str(Path.cwd()), str(Path(torch.__file__).parents[1])]
     words += [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 5]
     files = [path for path in (bundles / dtype).rglob("*") if path.is_file()]
-    assert len(files) == (6 if dtype == "bfloat16" else 8)
+    assert len(files) == (6 if dtype == "bfloat16" else 7)
     for file in files:
         content = file.read_bytes()
         for word in words:

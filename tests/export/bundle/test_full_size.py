@@ -63,7 +63,7 @@ def test_wan_1_3b_exports_in_bfloat16_at_480p(tmp_path):
     assert ports["cross_k.29"].shape == (12, 512, head_dim)
     assert {ports[name].dtype for name in ("hist_k.0", "cross_v.3")} == {"bfloat16"}
     outputs = {info.name: info for info in manifest.graphs["step"].outputs}
-    assert outputs["new_k.29"].shape == (12, 3 * tokens, head_dim)
+    assert outputs["new_k.29"].shape == (config.layouts[29].num_own_rows, head_dim)
     evicted = {info.name: info for info in manifest.graphs["evict"].outputs}
     assert evicted["dyn_k.1"].shape == (7, tokens, head_dim)
     assert evicted["dyn_k.2"].shape == (8, tokens, head_dim)
