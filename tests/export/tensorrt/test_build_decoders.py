@@ -60,7 +60,8 @@ def to_build(bundle):
     return json.loads(rtx(bundle, "--dry-run", "--json").stdout)["to_build"]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rtx_engines_of_decoders_build_when_they_changed(plain_bundle, files, tmp_path, dtype):
     pytest.importorskip("tensorrt_rtx", reason="needs the Python package tensorrt-rtx")
     pytest.importorskip("polygraphy", reason="needs the Python package polygraphy")

@@ -34,7 +34,7 @@ CASE = "fkv_retention_half_p1"
 ON_ONNX_RUNTIME = [
     "dense_selfforcing",
     "fkv_interactive",
-    "fkv_selfforcing",
+    pytest.param("fkv_selfforcing", marks=pytest.mark.slow),
     pytest.param("fkv_retention_half_p1", marks=pytest.mark.slow),
     pytest.param("fkv_temporal3_nodynamic", marks=pytest.mark.slow),
 ]

@@ -47,7 +47,7 @@ def exported(folder, dtype, *, equal=False, spoil=""):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_onnxruntime_passes(tmp_path, dtype):
     bundle = exported(tmp_path / "bundle", dtype)
     backend = open_backend(bundle, "onnxruntime", num_threads=1)
