@@ -15,8 +15,13 @@ from forcing_kv.runtime_trt.bundle.manifest import Bundle
 from forcing_kv.runtime_trt.bundle.onnx_file import OnnxFile
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, require
+from forcing_kv.runtime_trt.rollout.config import RolloutConfig
 from forcing_kv.runtime_trt.rollout.ports import steady_name
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
+
+_LARGE_NBYTES = 16_000_000
+"""Of the feed-forward's hidden layer, from which on scratch memory is given back."""
+_SHRINK = "memory.enable_memory_arena_shrinkage"
 
 
 class OnnxRuntimeBackend(StepwiseBackend):
@@ -48,8 +53,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
         # weights once more.
         graphs.pop(steady_name("step"), None)
         sessions = onnx_sessions(bundle, graphs, bundle.check_graphs(graphs), num_threads)
+        options = run_options(manifest.config)
         self._graphs = {
-            name: _BoundGraph(session, graphs[name], self.buffers)
+            name: _BoundGraph(session, graphs[name], self.buffers, options)
             for name, session in sessions.items()
         }
 
@@ -80,6 +86,21 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def close(self) -> None:
         self._graphs.clear()
         self.buffers.clear()
+
+
+def run_options(config: RolloutConfig) -> Any:
+    """How graphs are run: whether ONNX Runtime gives scratch memory back after each.
+
+    What it keeps grows by the next power of two where shapes are known when it runs alone. Of two
+    layers of Wan 1.3B at 480p the peak is 1.9 GB instead of 2.7, in the same time; chunks of the
+    digits model would take a fifth longer.
+    """
+    options = require("onnxruntime").RunOptions()
+    model = config.model
+    hidden = config.chunk.num_tokens * model.ffn_dim * DTYPES[config.dtype].nbytes
+    if hidden > _LARGE_NBYTES:
+        options.add_run_config_entry(_SHRINK, "cpu:0")
+    return options
 
 
 def onnx_sessions(
@@ -134,8 +155,10 @@ def _outside_values(ort: Any, bundle: Bundle, file: OnnxFile) -> dict[str, Any]:
 class _BoundGraph:
     """One ONNX Runtime session with all inputs and outputs bound to shared buffers."""
 
-    def __init__(self, session: Any, graph: GraphInfo, buffers: dict[str, NDArray[Any]]) -> None:
-        self._session = session
+    def __init__(
+        self, session: Any, graph: GraphInfo, buffers: dict[str, NDArray[Any]], options: Any
+    ) -> None:
+        self._session, self._options = session, options
         values = require("onnxruntime").OrtValue
         self._binding = self._session.io_binding()
         for info in (*graph.inputs, *graph.outputs):
@@ -150,4 +173,4 @@ class _BoundGraph:
 
     def run(self) -> None:
         """Run once; outputs land in the bound buffers."""
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
