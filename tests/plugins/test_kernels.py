@@ -18,7 +18,7 @@ from op_cases import cases_of  # noqa: E402
 
 from forcing_kv.plugins.bind.triton_run import accepted_inputs  # noqa: E402
 from forcing_kv.plugins.check.cases import (  # noqa: E402
-    CASES,
+    KERNEL_CASES,
     attention_case,
     norm_rope_case,
 )
@@ -84,7 +84,7 @@ def test_kernel_equals_reference(kernel_case, dtype, interpreted, check):
 @pytest.mark.slow
 def test_every_tactic_equals_reference(tmp_path, check):
     outputs = interpret(tmp_path / "outputs.pt", "every")
-    for case in CASES:
+    for case in KERNEL_CASES:
         for dtype in (torch.float32, torch.float16):
             found = outputs_of(outputs, case, dtype)
             assert len(found) == len(case.spec.module("kernel").TACTICS)
