@@ -12,7 +12,8 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.runtime_trt.session import Session
 

@@ -11,7 +11,8 @@ from forcing_kv.runtime_trt.bundle.engines import EngineRecord
 from forcing_kv.runtime_trt.bundle.manifest import Bundle, Manifest
 from forcing_kv.runtime_trt.console import print_json, screen
 from forcing_kv.runtime_trt.dtypes import DTYPES
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, pool_nbytes
+from forcing_kv.runtime_trt.rollout.layout import pool_nbytes
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 
 def inspect(

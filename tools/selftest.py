@@ -168,12 +168,8 @@ def export_random_model(bundle: Path, dtype: str, *, fp8: bool) -> dict[str, Any
     from forcing_kv.export.model.denoiser import CausalWanModel
     from forcing_kv.runtime_trt.dtypes import DType
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-    from forcing_kv.runtime_trt.rollout.layout import (
-        CachePolicy,
-        ChunkShape,
-        HeadPartition,
-        ModelShape,
-    )
+    from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+    from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
     shape = ModelShape(4, dim=256, ffn_dim=512, num_heads=4, text_len=32, text_dim=64, freq_dim=64)
     partition = HeadPartition(4, ((0, 1), (2,), (0, 1, 2, 3), ()))

@@ -32,7 +32,8 @@ from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from forcing_kv.export.request.request import resolve_model
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 
 @dataclass(frozen=True)

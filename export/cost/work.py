@@ -16,7 +16,7 @@ from forcing_kv.export.request.presets import PIXEL_FRAMES_PER_LATENT
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Counts
 from forcing_kv.runtime_trt.dtypes import DTYPES, DType
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
 
 History = Mapping[HeadKind, int]

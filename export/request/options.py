@@ -20,7 +20,7 @@ from forcing_kv.export.request.flags import (
 )
 from forcing_kv.export.request.presets import PRESETS
 from forcing_kv.runtime_trt.dtypes import DType
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 

@@ -14,7 +14,8 @@ from forcing_kv.export.checkpoint.names import Weights
 from forcing_kv.export.request.model_config import model_shape_from_official
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import InputError, unknown_name
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 

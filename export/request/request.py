@@ -34,7 +34,8 @@ from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.bundle.schema import read_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHIPPED_MODELS = {"digits": "forcing_kv.tools.digits.shipped"}

@@ -20,7 +20,7 @@ from forcing_kv.export.verify.golden_case import GoldenCase
 from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.bundle.atomic.files import scratch_folder
 from forcing_kv.runtime_trt.open import choose_backend
-from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.runtime_trt.session import Session
 

@@ -19,7 +19,8 @@ from forcing_kv.runtime_trt.bundle.heads import parse_partition
 from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 _REMEDY = "restore the case"

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forcing_kv.runtime_trt.bundle.graph_info import GraphInfo
-from forcing_kv.runtime_trt.errors import InputError
+from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.ports import POSITIONS, STEP_SCALARS, kv_names, steady_name
 from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
@@ -146,7 +146,10 @@ class Backend(ABC):
 
     def read_tensor(self, name: str) -> NDArray[Any]:
         """Input or output of a graph by its manifest name, copied to the host (for checks)."""
-        raise NotImplementedError(f"{self.name} does not show single tensors")
+        raise ForcingKvError(
+            f"{self.name} does not show single tensors; check with a backend that does, such as "
+            "onnxruntime"
+        )
 
     def read_pool(self, layer: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V pool [R, D] of `layer`, copied to the host (for checks)."""

@@ -20,8 +20,8 @@ from forcing_kv.runtime_trt.cuda.row_moves import PitchedMove
 from forcing_kv.runtime_trt.cuda.runtime import Cuda
 from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadKind
 from forcing_kv.runtime_trt.rollout.moves import HeadRows, moves
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.ports import (
     PARTS,
     POSITIONS,

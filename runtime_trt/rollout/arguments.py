@@ -86,7 +86,7 @@ def file_path(name: str, value: Any) -> Path:
     """
     try:
         path = os.fspath(value)
-    except Exception:
+    except Exception:  # A foreign object's own method may raise anything.
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"{name} is {shown(value)}; give a path")

@@ -9,7 +9,6 @@ from typing import Any
 from forcing_kv.runtime_trt.dtypes import COMPUTE_DTYPES, DTYPES, DType
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import (
-    CachePolicy,
     ChunkShape,
     HeadPartition,
     LayerLayout,
@@ -18,6 +17,7 @@ from forcing_kv.runtime_trt.rollout.layout import (
     pool_layouts,
     pool_nbytes,
 )
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadGroup, HeadKind
+from forcing_kv.runtime_trt.rollout.layout import HeadGroup
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.ports import Family
 from forcing_kv.runtime_trt.rollout.timeline import FrameCopy, GroupPlan
 

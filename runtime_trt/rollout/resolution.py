@@ -8,7 +8,8 @@ from math import gcd
 from types import MappingProxyType
 
 from forcing_kv.runtime_trt.errors import InputError, shown
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 PIXELS_PER_LATENT = 8
 """Side of a latent pixel, in pixels, of Wan's VAE."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadKind
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy, HeadKind
 
 KINDS: tuple[HeadKind, ...] = ("uncompressed", "static", "dynamic")
 

@@ -39,7 +39,8 @@ from forcing_kv.plugins.compile import tuning
 from forcing_kv.runtime_trt.bundle.heads import read_heads
 from forcing_kv.runtime_trt.bundle.prompt_file import read_prompts
 from forcing_kv.runtime_trt.errors import ForcingKvError, InputError
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.tools import cli
 from forcing_kv.tools.bench.report.rows import Row, read_rows
 from forcing_kv.tools.plan.request import PlanRequest, resolve

@@ -43,7 +43,8 @@ from forcing_kv.runtime_trt.bundle.manifest import (
     Manifest,
 )
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import ports
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.tools.ending import ended_by_signals

@@ -26,7 +26,8 @@ from forcing_kv.export.request.presets import (
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, unknown_name
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.resolution import check_latent_size, parse_latent_size
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.tools.digits.text import DIRECTIONS, TEXT_DIM, TEXT_LEN, caption_of, encode_prompt
 

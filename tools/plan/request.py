@@ -25,7 +25,8 @@ from forcing_kv.runtime_trt.bundle.schema import load_as, read_json
 from forcing_kv.runtime_trt.dtypes import DType
 from forcing_kv.runtime_trt.errors import InputError, unknown_name
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.resolution import check_latent_size
 
 DEFAULT_MODEL = "self-forcing-1.3b"

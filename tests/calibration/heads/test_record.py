@@ -19,7 +19,8 @@ from forcing_kv.runtime_trt.bundle.atomic.files import write_json
 from forcing_kv.runtime_trt.bundle.heads import partition_layers, read_heads
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 MODEL = ModelShape(2, dim=24, ffn_dim=16, num_heads=3)
 CONFIG = RolloutConfig(

@@ -26,7 +26,8 @@ from forcing_kv.export.cost.devices import find_device
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.shipped import shipped_model
 from forcing_kv.runtime_trt.errors import InputError
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(2, 24, 16, 2, in_channels=4, text_len=4, text_dim=8, freq_dim=8)

@@ -10,7 +10,8 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(

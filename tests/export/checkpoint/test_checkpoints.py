@@ -329,7 +329,8 @@ def test_denoiser_equals_diffusers_on_one_chunk():
 
     from forcing_kv.export.model.graphs import PromptGraph, StepGraph
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-    from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition
+    from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition
+    from forcing_kv.runtime_trt.rollout.policy import CachePolicy
     from forcing_kv.runtime_trt.rollout.schedule import rope_table, time_sinusoid
 
     torch.manual_seed(0)

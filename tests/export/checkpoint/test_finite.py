@@ -16,7 +16,8 @@ from forcing_kv.export.model.fp8_layers import block_linears, quantize_, scales_
 from forcing_kv.runtime_trt.bundle.fp8 import Fp8Scales, LinearScales
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 SHAPE = ModelShape(2, 32, 48, 2, in_channels=4, text_len=6, text_dim=8, freq_dim=16)
 NAME, SECOND = "blocks.1.ffn.0.weight", "head.head.bias"

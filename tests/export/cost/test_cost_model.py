@@ -39,7 +39,8 @@ from forcing_kv.runtime_trt.cuda.chunk_program import plan_memory
 from forcing_kv.runtime_trt.cuda.chunk_resources import ChunkResources
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import ports
 from forcing_kv.runtime_trt.rollout.resolution import RESOLUTIONS
 

@@ -37,7 +37,8 @@ from forcing_kv.runtime_trt.inductor.package import (
 )
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.session import Session
 
 SMALL = RolloutConfig(

@@ -12,7 +12,8 @@ from forcing_kv.export.model.capture import graph_sources
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fusion import FUSED, PLAIN, FusionOptions
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 SHAPE = ModelShape(3, 24, 16, 3, in_channels=2, text_len=6, text_dim=5, freq_dim=8)
 CONFIG = RolloutConfig(

@@ -43,7 +43,8 @@ from forcing_kv.runtime_trt.dtypes import DTYPES
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, BundleError, InputError
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 
 SHAPE = ModelShape(

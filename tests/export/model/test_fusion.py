@@ -12,7 +12,8 @@ from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fusion import FUSED, FusionOptions, fuse_gelu_, fuse_qkv_
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import time_sinusoid
 from forcing_kv.runtime_trt.rollout.text_fold import fold_text
 

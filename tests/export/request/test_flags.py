@@ -19,7 +19,7 @@ from forcing_kv.export.request.flags import (
     given,
 )
 from forcing_kv.export.request.options import ExportRequest
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 
 @flags()

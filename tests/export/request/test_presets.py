@@ -16,12 +16,12 @@ from forcing_kv.export.request.presets import PRESETS, load_preset
 from forcing_kv.export.request.request import ExportRequest, resolve
 from forcing_kv.runtime_trt.errors import InputError
 from forcing_kv.runtime_trt.rollout.layout import (
-    CachePolicy,
     ChunkShape,
     HeadPartition,
     pool_layouts,
     pool_nbytes,
 )
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 TINY = {"dim": 24, "ffn_dim": 16, "num_heads": 2, "num_layers": 2, "in_dim": 4, "freq_dim": 8}
 TINY |= {"text_dim": 8, "text_len": 6}

@@ -33,7 +33,8 @@ from forcing_kv.runtime_trt.errors import (
     MissingDependencyError,
 )
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import kv_names
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.runtime_trt.rollout.timeline import Timeline

@@ -32,7 +32,8 @@ from forcing_kv.export.bundle.write import BundleLabels, export_bundle
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.model.fp8_layers import block_linears, scales_for
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 
 torch.set_num_threads(1)
 shape = ModelShape(30, dim=1536, ffn_dim=8960, num_heads=12)

@@ -27,7 +27,7 @@ from forcing_kv.runtime_trt.cuda.runtime import CudaError
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, InputError
 from forcing_kv.runtime_trt.open import open_backend
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import ports
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
 from forcing_kv.runtime_trt.session import Session

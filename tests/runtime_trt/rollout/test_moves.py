@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy
 from forcing_kv.runtime_trt.rollout.moves import HeadRows, RowMove, moves
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.timeline import Timeline
 
 LAYER_0 = ("hist", 0, 12)

@@ -8,7 +8,7 @@ import pytest
 
 from forcing_kv.runtime_trt.backends.base import ChunkPositions
 from forcing_kv.runtime_trt.backends.stepwise import StepwiseBackend
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.ports import (
     kv_name,
     kv_names,

@@ -6,7 +6,8 @@ import torch
 from forcing_kv.export.model.denoiser import CausalWanModel
 from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.layout import ChunkShape, HeadPartition, ModelShape
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.runtime_trt.rollout.schedule import Schedule
 from forcing_kv.tools.bench.report.rows import Row
 from forcing_kv.tools.bench.workloads import Workload, random_prompt

@@ -5,7 +5,8 @@ import pytest
 
 from forcing_kv.runtime_trt.backends.stream import Chunk
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.tools.demo.pictures import (
     Clip,
     draw_cost,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import HeadKind
+from forcing_kv.runtime_trt.rollout.policy import HeadKind
 from forcing_kv.runtime_trt.rollout.ports import pool_ports
 from forcing_kv.runtime_trt.rollout.timeline import ChunkPlan
 

@@ -19,7 +19,8 @@ from forcing_kv.export.model.rewrite import share_weights
 from forcing_kv.export.request.presets import DENSE_WINDOW_FRAMES
 from forcing_kv.export.verify.eager import eager_session
 from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+from forcing_kv.runtime_trt.rollout.policy import CachePolicy
 from forcing_kv.tools.digits import codec, text
 from forcing_kv.tools.digits.evaluation import metrics
 from forcing_kv.tools.digits.shipped import (

@@ -192,7 +192,8 @@ def test_the_plain_rollout_equals_the_eager_session() -> None:
 
     from forcing_kv.export.verify.eager import eager_session
     from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-    from forcing_kv.runtime_trt.rollout.layout import CachePolicy, HeadPartition
+    from forcing_kv.runtime_trt.rollout.layout import HeadPartition
+    from forcing_kv.runtime_trt.rollout.policy import CachePolicy
     from forcing_kv.tools.digits import shipped
 
     model, caption = _random_model(), "a digit 7 moving up ."
