@@ -11,7 +11,7 @@ import weakref
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
-from host_cuda import HostEngine
+from host_engine import HostEngine
 
 
 class ILogger:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda
+from host_engine import HostEngine
 
 from forcing_kv.runtime_trt import Session
 from forcing_kv.runtime_trt.bundle.manifest import read_manifest

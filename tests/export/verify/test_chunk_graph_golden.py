@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda
+from host_engine import HostEngine
 from shared_exports import export_once
 
 from forcing_kv.export.bundle.write import BundleLabels

@@ -2,70 +2,19 @@
 
 import gc
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
-from dataclasses import replace
-from functools import partial
+from contextlib import closing
 
 import numpy as np
 import pytest
-from host_cuda import HostCuda, HostEngine, PlacingEngine
-from hypothesis import given
-from hypothesis import strategies as st
+from graphed import same
+from host_cuda import HostCuda
+from host_engine import HostEngine, PlacingEngine
 
-from forcing_kv.runtime_trt.backends.stepwise import copy_rows
-from forcing_kv.runtime_trt.bundle.manifest import read_manifest
-from forcing_kv.runtime_trt.cuda.capture import capture
-from forcing_kv.runtime_trt.cuda.chunk_graph import MAX_PREPARED, ChunkGraphBackend
 from forcing_kv.runtime_trt.cuda.chunk_program import (
     ChunkProgram,
-    ChunkVariant,
-    commit_copies,
     expected_variants,
 )
-from forcing_kv.runtime_trt.cuda.runtime import CudaError
 from forcing_kv.runtime_trt.errors import BackendUnavailableError, ForcingKvError, InputError
-from forcing_kv.runtime_trt.open import open_backend
-from forcing_kv.runtime_trt.rollout.config import RolloutConfig
-from forcing_kv.runtime_trt.rollout.policy import CachePolicy
-from forcing_kv.runtime_trt.rollout.ports import ports
-from forcing_kv.runtime_trt.rollout.timeline import Timeline
-from forcing_kv.runtime_trt.session import Session
-
-
-class Graphed:
-    """Opens sessions on the double over one bundle."""
-
-    def __init__(self, bundle):
-        self.bundle, self.manifest = bundle, read_manifest(bundle)
-
-    def backend(self, cuda, make=HostEngine, **options):
-        engine = make(cuda, self.bundle, self.manifest)
-        return ChunkGraphBackend(
-            cuda, engine, self.manifest.config, self.manifest.graphs, **options
-        )
-
-    def session(self, cuda, **options):
-        return Session(self.backend(cuda, **options))
-
-    def reference(self):
-        return Session(open_backend(self.bundle, "onnxruntime", num_threads=1))
-
-
-@pytest.fixture(scope="module")
-def graphed(tiny_bundle):
-    gc.freeze()  # Every opening collects garbage; not among all that PyTorch and ONNX made.
-    yield Graphed(tiny_bundle)
-    gc.unfreeze()
-
-
-def same(found, wanted):
-    np.testing.assert_array_equal(found.latents, wanted.latents)
-    for name in ("scores", "kept"):
-        left, right = getattr(found, name), getattr(wanted, name)
-        assert (left is None) == (right is None)
-        if left is not None:
-            np.testing.assert_array_equal(left, right)
 
 
 @pytest.mark.parametrize("make", [HostEngine, PlacingEngine], ids=["bound", "placed"])
@@ -144,102 +93,6 @@ def test_every_variant_is_captured_when_opening(graphed, prompts):
         session.generate_chunk()
         assert list(captured) == expected
         assert cuda.calls["begin_capture"] == num_captures
-
-
-def in_another_thread(work):
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(60)
-
-
-def late(graphed, cuda):
-    """A session that captures when it first meets a variant, as a long dense ring may."""
-    session = graphed.session(cuda, use_graphs=False)
-    session.backend.use_graphs = True
-    return session
-
-
-def test_a_thread_runs_the_graphs_before_it_captures_them(graphed, prompts):
-    with late(graphed, HostCuda()) as session, graphed.reference() as reference:
-        for each in (session, reference):
-            each.set_prompt(prompts(0))
-        same(in_another_thread(session.generate_chunk), reference.generate_chunk())
-        same(session.generate_chunk(), reference.generate_chunk())
-        in_another_thread(partial(session.switch_prompt, prompts(1)))
-        reference.switch_prompt(prompts(1))
-        same(session.generate_chunk(), reference.generate_chunk())
-
-
-def test_a_capture_in_a_thread_that_ran_nothing_is_refused(graphed, prompts, monkeypatch):
-    cuda = HostCuda()
-    with late(graphed, cuda) as session:
-        session.set_prompt(prompts(0))
-        monkeypatch.setattr(ChunkGraphBackend, "_warm_thread", lambda _: None)
-        with pytest.raises(ForcingKvError, match=r"StreamCaptureUnsupported.*during a capture"):
-            in_another_thread(session.generate_chunk)
-    assert not cuda.live
-
-
-@pytest.fixture(params=[True, False], ids=["on", "off"])
-def collector(request):
-    """Python's garbage collector: on and as eager as it gets, or off; afterwards as it was."""
-    enabled, thresholds = gc.isenabled(), gc.get_threshold()
-    gc.set_threshold(1, 1, 1)
-    (gc.enable if request.param else gc.disable)()
-    yield request.param
-    gc.set_threshold(*thresholds)
-    (gc.enable if enabled else gc.disable)()
-
-
-@pytest.mark.parametrize("failing", [None, "step"])
-def test_no_garbage_is_collected_in_a_capture(graphed, collector, failing):
-    class Cycle:
-        def __init__(self, release):
-            self.myself = self
-            weakref.finalize(self, release)
-
-    class Littering(HostEngine):
-        """Leaves garbage in every capture that would free device memory."""
-
-        def enqueue(self, graph, bindings, stream):
-            if cuda.streams[stream].capture is not None:
-                Cycle(partial(cuda.free, spare.pop()))
-                self.fail_at = failing
-            super().enqueue(graph, bindings, stream)
-
-    cuda = HostCuda()
-    spare = [cuda.malloc(8) for _ in range(50)]
-    engine = Littering(cuda, graphed.bundle, graphed.manifest)
-    config, graphs = graphed.manifest.config, graphed.manifest.graphs
-    with nullcontext() if failing is None else pytest.raises(RuntimeError, match="made to fail"):
-        ChunkGraphBackend(cuda, engine, config, graphs).close()
-    assert gc.isenabled() == collector
-    gc.collect()
-    assert cuda.live == {"memory": len(spare)}
-
-
-FORBIDDEN = {
-    "free": lambda cuda, event: cuda.free(next(iter(cuda.memory))),
-    "malloc": lambda cuda, event: cuda.malloc(8),
-    "destroy_event": lambda cuda, event: cuda.destroy_event(event),
-    "synchronize_event": lambda cuda, event: cuda.synchronize_event(event),
-    "synchronize": lambda cuda, event: cuda.synchronize(cuda.create_stream()),
-}
-
-
-@pytest.mark.parametrize("call", FORBIDDEN)
-def test_what_a_capturing_thread_must_not_do_spoils_the_capture(call):
-    cuda = HostCuda()
-    stream, event, memory = cuda.create_stream(), cuda.create_event(), cuda.malloc(8)
-
-    def work():
-        cuda.fill(memory, 0, 8, stream)
-        with pytest.raises(CudaError, match="not permitted when stream is capturing"):
-            FORBIDDEN[call](cuda, event)
-        in_another_thread(lambda: FORBIDDEN["malloc"](cuda, event))
-
-    with pytest.raises(ForcingKvError, match=r"StreamCaptureInvalidated.*--no-cuda-graph"):
-        capture(cuda, stream, work, nullcontext(), memory, "nothing much")
-    cuda.synchronize(stream)
 
 
 def test_nothing_is_stale(graphed, prompts):
@@ -442,41 +295,6 @@ def test_a_failure_in_a_chunk_asks_for_a_reset(graphed, prompts, call):
     assert not cuda.live
 
 
-def test_an_engine_that_fails_in_a_capture_can_be_used_again(graphed, prompts):
-    cuda = HostCuda()
-    with late(graphed, cuda) as session:
-        session.set_prompt(prompts(0))
-        for _ in range(3):
-            session.generate_chunk()
-        session.backend.engine.fail_at = "step"
-        with pytest.raises(RuntimeError, match="step was made to fail"):
-            session.switch_prompt(prompts(1))
-        session.reset()
-        session.set_prompt(prompts(0))
-        session.generate_chunk()
-        session.switch_prompt(prompts(1))
-        session.generate_chunk()
-    assert not cuda.live
-
-
-@pytest.mark.parametrize("escaping", ["step", "evict"])
-def test_a_graph_that_escapes_the_capture_is_refused(graphed, escaping):
-    class OtherStream(HostEngine):
-        """Runs one graph's work at once, wherever it is told to."""
-
-        def enqueue(self, graph, bindings, stream):
-            if graph != escaping:
-                super().enqueue(graph, bindings, stream)
-
-    cuda = HostCuda()
-    engine = OtherStream(cuda, graphed.bundle, graphed.manifest)
-    message = rf"the capture of graph {escaping} holds no kernel.*--no-cuda-graph"
-    with pytest.raises(ForcingKvError, match=message):
-        ChunkGraphBackend(cuda, engine, graphed.manifest.config, graphed.manifest.graphs)
-    assert engine.closed == 1
-    assert not cuda.live
-
-
 def test_too_little_memory_is_refused_in_gigabytes(graphed):
     cuda = HostCuda(free_nbytes=10_000)
     with pytest.raises(BackendUnavailableError, match=r"needs 0\.00 GB.*0\.00 GB.*fkv plan"):
@@ -490,86 +308,3 @@ def test_buffers_hold_what_the_layout_says(graphed):
         specs = session.backend.memory.plan.specs
         pools = [spec for name, spec in specs.items() if name.startswith("hist_") and "." in name]
         assert sum(spec.nbytes for spec in pools) == config.nbytes_kv
-
-
-POLICIES = {
-    "published": CachePolicy(),
-    "no segments": CachePolicy(num_dynamic_frames=0, num_static_frames=2),
-    "unequal": CachePolicy(num_static_frames=1, num_temporal_frames=3, last_warmup_chunk=2),
-    "no sink": CachePolicy(num_sink_frames=0, num_temporal_frames=2, compress_first_layer=True),
-    "dense ring": CachePolicy.dense(21, 3, 1),
-    "odd ring": CachePolicy.dense(11, 3, 0),
-}
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_commit_copies_do_what_the_plain_commit_does(tiny_config, policy):
-    config: RolloutConfig = replace(tiny_config, policy=policy)
-    rng = np.random.default_rng(0)
-    dim, tokens = config.model.head_dim, config.chunk.tokens_per_frame
-
-    def buffer(*shape):
-        return rng.standard_normal((*shape, dim)).astype(np.float32)
-
-    layers = range(config.model.num_layers)
-    buffers = {}
-    for part in "kv":
-        for layer in layers:
-            buffers[f"hist_{part}.{layer}"] = buffer(config.layouts[layer].num_rows)
-            buffers[f"new_{part}.{layer}"] = buffer(config.layouts[layer].num_own_rows)
-        for layer in config.evicted_layers:
-            heads = config.layouts[layer].group("dynamic").num_heads
-            rows = policy.num_dynamic_frames * tokens
-            buffers[f"dyn_{part}.{layer}"] = buffer(heads, rows)
-    wanted = {name: array.copy() for name, array in buffers.items()}
-    timeline = Timeline(policy, config.chunk.num_frames)
-    plans = [timeline.advance() for _ in range(9)]
-    if config.switchable:
-        plans += [timeline.switch_prompt(), timeline.advance(), timeline.advance()]
-    for plan in plans:
-        copy_rows(plan, config, wanted)
-        for copy in commit_copies(ChunkVariant.of(plan, config, ports(config)), config):
-            source, target = (
-                buffers[name].reshape(-1).view(np.uint8) for name in (copy.source, copy.target)
-            )
-            for row in range(copy.height):
-                begin = copy.source_offset + row * copy.source_pitch
-                end = copy.target_offset + row * copy.target_pitch
-                target[end : end + copy.width] = source[begin : begin + copy.width]
-        for name, array in wanted.items():
-            np.testing.assert_array_equal(buffers[name], array, err_msg=name)
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_every_chunk_of_a_video_is_an_expected_variant(tiny_config, policy):
-    config = replace(tiny_config, policy=policy)
-    timeline = Timeline(policy, config.chunk.num_frames)
-    plans = [timeline.advance() for _ in range(200)]
-    for graphs in (ports(config), ports(config, steady=False)):
-        met = {ChunkVariant.of(plan, config, graphs) for plan in plans}
-        expected = set(expected_variants(config, graphs))
-        assert met == {variant for variant in expected if not variant.recache} or config.switchable
-        assert met <= expected
-        assert any(variant.steady for variant in met) == ("step_steady" in graphs)
-
-
-@given(
-    frames=st.tuples(*[st.integers(0, 3)] * 4),
-    last_warmup_chunk=st.integers(0, 4),
-    warmup=st.sampled_from(["exact", "steady"]),
-    global_sink=st.booleans(),
-    switches=st.lists(st.booleans(), min_size=1, max_size=12),
-)
-def test_what_can_switch_prompts_captures_nothing_late(tiny_config, frames, switches, **options):
-    sink, static, temporal, dynamic = frames
-    policy = CachePolicy(sink, static, temporal, min(dynamic, 3 * temporal), **options)
-    config = replace(tiny_config, policy=policy)
-    assert config.switchable
-    prepared = list(expected_variants(config, ports(config)))
-    assert len(prepared) <= MAX_PREPARED
-    timeline = Timeline(policy, config.chunk.num_frames)
-    for switch in switches:
-        plan = timeline.switch_prompt() if switch else timeline.advance()
-        if plan is not None:
-            variant = ChunkVariant.of(plan, config, ports(config), recache=switch)
-            assert variant in prepared

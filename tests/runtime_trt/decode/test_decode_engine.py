@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRt
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda
+from host_engine import HostEngine
 from manifests import edit as change
 
 from forcing_kv.runtime_trt.bundle.hashes import sha256_of

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda
+from host_engine import HostEngine
 from manifests import edit
 from shared_exports import export_once
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from host_cuda import HostCuda, HostEngine
+from host_cuda import HostCuda
+from host_engine import HostEngine
 from shared_exports import export_once
 
 from forcing_kv.export.bundle.write import BundleLabels
