@@ -162,17 +162,20 @@ def _build(
 
 
 def _allow_unfused_attention(trt: Any, network: Any) -> int:
-    """Let the builder split an attention that it has no fused kernel for, and count all of them.
+    """Let the builder split an attention that it has no fused kernel for; count all attentions.
+
+    Those are the standard operator's and those spelt out around a softmax (the text's, and the
+    portable bodies'), which the builder may fuse as well.
 
     Without it the build fails: TensorRT-RTX 1.7.1 has none for a single head of few tokens. The
     record tells how many were fused.
     """
     count = 0
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        count += layer.type in (trt.LayerType.ATTENTION_INPUT, trt.LayerType.SOFTMAX)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # It comes as the base class.
             layer.attention.decomposable = True
-            count += 1
     return count
 
 

@@ -74,7 +74,7 @@ def test_wan_1_3b_exports_in_bfloat16_at_480p(tmp_path):
     for info in manifest.graphs.values():
         graph = onnx.load(tmp_path / "b" / info.file, load_external_data=False)
         nodes += sum(node.domain == "forcing_kv" for node in graph.graph.node)
-    # Attention and qk-norm in 30 layers, one scoring, and an eviction in 29.
-    assert nodes == 30 * 2 + 1 + 29
+    # Attention and qk-norm in 30 layers of both forms, one scoring, and an eviction in 29.
+    assert nodes == 2 * (30 * 2) + 1 + 29
     assert manifest.weights_nbytes < 2 * PARAMETERS * 1.01 + 200e6
     assert peak < 16

@@ -94,8 +94,11 @@ def test_full_size_model_builds_without_a_gpu(tmp_path):
     figures["add decoder"] = measured(DECODER, bundle)
     figures["build decoder"] = measured(BUILD, bundle)
     print(json.dumps(figures, indent=1), f"{time.perf_counter() - start:.0f} s in all")
-    step = figures["build"]["details"]["step"]
-    assert step["num_fused_attention"] == 2 * 30
+    details = figures["build"]["details"]
+    assert details["step"]["num_fused_attention"] == details["step"]["num_attention"] == 2 * 30
+    steady = details["step_steady"]
+    # Layer 0 is one block of heads, every other one has two.
+    assert steady["num_fused_attention"] == steady["num_attention"] == 30 + 59
     built = figures["build decoder"]
     assert built["details"] == figures["build"]["details"]
     assert set(built["decoder"]) == {"decode", "decode_first"}
